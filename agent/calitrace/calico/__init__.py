@@ -1,0 +1,1 @@
+"""Calico's own formats: one table per format, each with its source."""

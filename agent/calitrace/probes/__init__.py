@@ -1,0 +1,1 @@
+"""The edge that sends probes and hears their replies."""

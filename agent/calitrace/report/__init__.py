@@ -1,0 +1,1 @@
+"""Pure rendering of verdicts and journeys."""
