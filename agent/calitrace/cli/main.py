@@ -1,0 +1,92 @@
+"""Entry point: finds the command, runs it, and turns errors.Error into two lines and an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+import traceback
+
+import click
+
+from calitrace import __version__
+from calitrace.errors import Error
+
+COMMANDS = {
+    "doctor": "Say what this machine lacks, and what is lost without it.",
+    "lab": "Two Calico-like nodes in network namespaces of this machine.",
+    "probe": "Send identified probes and say where they died.",
+    "report": "Print the verdicts of a recorded journal.",
+}
+
+
+class Lazy(click.Group):
+    """Loads the module of a command when that command is used: --help must stay fast."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        command = importlib.import_module(f"calitrace.cli.{name}").command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(
+    cls=Lazy,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="""\b
+Examples:
+  calitrace lab up
+  calitrace probe nodeport 10.10.0.1:30080 --from calitrace-client --trace -w a.calitrace
+  calitrace report -r a.calitrace
+""",
+)
+@click.option(
+    "--debug", is_flag=True, help="Show tracebacks and the logs of clang and the verifier."
+)
+@click.version_option(__version__, prog_name="calitrace")
+@click.pass_context
+def cli(ctx: click.Context, debug: bool) -> None:
+    """Find where Calico's eBPF dataplane lost a packet, and why."""
+    ctx.obj = debug
+    logging.basicConfig(
+        level=logging.DEBUG if debug else logging.WARNING,
+        format="%(levelname)s %(name)s: %(message)s",
+    )
+
+
+def run() -> None:
+    """The console script."""
+    try:
+        status = cli.main(standalone_mode=False)
+    except click.exceptions.Abort:
+        sys.exit(130)
+    except click.ClickException as wrong:
+        wrong.show()
+        sys.exit(wrong.exit_code)
+    except Error as failure:
+        sys.exit(explain(failure, "--debug" in sys.argv))
+    except BrokenPipeError:  # the reader of our output has gone: `calitrace ... | head`
+        sys.stderr.close()
+        sys.exit(141)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def explain(failure: Error, debug: bool) -> int:
+    """Write ``error:`` and ``hint:`` to stderr; returns the exit status."""
+    if debug:
+        traceback.print_exception(failure)
+        log = getattr(failure, "log", "")
+        if log:
+            click.echo(log, err=True)
+    click.echo(f"error: {failure.cause}", err=True)
+    if failure.hint:
+        click.echo(f"hint: {failure.hint}", err=True)
+    return int(failure.exit)

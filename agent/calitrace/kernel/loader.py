@@ -1,0 +1,135 @@
+"""Compile BPF C with BCC, with headers made from BTF, and load the programs.
+
+BCC is imported here and nowhere else, inside the functions: it takes a third of a second.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from calitrace.errors import EnvironmentUnfit
+from calitrace.kernel import headers
+
+if TYPE_CHECKING:
+    from calitrace.btf import Btf
+
+_REAL_HEADERS = """\
+#include <linux/skbuff.h>
+#include <linux/netdevice.h>
+#include <net/net_namespace.h>
+"""
+
+
+class CompileFailed(EnvironmentUnfit):
+    """Clang or the verifier refused a program. *log*: what they printed."""
+
+    def __init__(self, cause: str, log: str) -> None:
+        super().__init__(cause, "run again with --debug for the compiler's or verifier's log")
+        self.log = log
+
+
+def bpf_dir() -> Path:
+    """The directory with our BPF sources: inside the installed package, or beside agent/ in a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    for candidate in (package / "bpf", package.parent.parent / "bpf"):
+        if candidate.is_dir():
+            return candidate
+    raise EnvironmentUnfit(
+        f"BPF sources not found below {package}",
+        "reinstall calitrace, or run it from a full checkout",
+    )
+
+
+def bpf_source(relative: str) -> str:
+    """The text of a file below bpf/."""
+    return (bpf_dir() / relative).read_text()
+
+
+def compile_bpf(
+    text: str,
+    *,
+    defines: Mapping[str, str] = {},  # noqa: B006 (a Mapping is not changed)
+    types: Btf | None = None,
+) -> object:
+    """Compile *text* and load its maps; returns a ``bcc.BPF`` whose programs are not yet loaded.
+
+    *defines*: macros. *types*: the kernel's BTF when the caller has read it already.
+    Raises CompileFailed with clang's output, EnvironmentUnfit without BCC or without BTF and headers.
+    """
+    try:
+        from bcc import BPF
+    except ImportError:
+        raise EnvironmentUnfit(
+            f"the Python module bcc is not there for {sys.executable}",
+            "install python3-bpfcc and run calitrace from an environment made with --system-site-packages",
+        ) from None
+    types = types or headers.kernel_btf()
+    cflags = [f"-D{name}={value}" for name, value in defines.items()]
+    cflags += ["-Wno-unused-function", "-Wno-gnu-variable-sized-type-not-at-end"]
+    with tempfile.TemporaryDirectory(prefix="calitrace-") as directory:
+        if types is not None:
+            uname = os.uname()
+            headers.write_tree(Path(directory), uname.machine, uname.release)
+            prelude = headers.structs_from(types).structs
+            source = _environment("BCC_KERNEL_SOURCE", directory)
+        else:
+            _require_real_headers()
+            prelude, source = _REAL_HEADERS, _environment("BCC_KERNEL_SOURCE", None)
+        with source, captured_stderr() as log:
+            try:
+                return BPF(text=prelude + text, cflags=cflags)
+            except Exception as failure:  # BCC raises bare Exception; clang's words went to stderr
+                cause = str(failure) or "clang failed"
+    raise CompileFailed(f"cannot compile our BPF programs: {cause}", log.text)
+
+
+def _require_real_headers() -> None:
+    build = Path("/lib/modules") / os.uname().release / "build"
+    if not build.exists() and not Path("/sys/kernel/kheaders.tar.xz").exists():
+        raise EnvironmentUnfit(
+            "this kernel offers neither BTF (/sys/kernel/btf/vmlinux) nor headers",
+            f"install the headers of {os.uname().release}, or a kernel with CONFIG_DEBUG_INFO_BTF",
+        )
+
+
+@contextmanager
+def _environment(name: str, value: str | None) -> Iterator[None]:
+    if value is None:
+        yield
+        return
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+class _Log:
+    text = ""
+
+
+@contextmanager
+def captured_stderr() -> Iterator[_Log]:
+    """Keep what C libraries (clang, libbpf) write to file descriptor 2; ``.text`` holds it afterwards."""
+    log = _Log()
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as sink:
+        saved = os.dup(2)
+        os.dup2(sink.fileno(), 2)
+        try:
+            yield log
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+            sink.seek(0)
+            log.text = sink.read().decode(errors="replace")

@@ -1,0 +1,88 @@
+"""Network namespaces: names, inode numbers, and entering one.
+
+``ip netns exec`` also remounts /sys, which hides bpffs; entering with setns(2) leaves the mounts alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from calitrace.errors import EnvironmentUnfit, UsageError
+
+RUN_NETNS = Path("/run/netns")
+_CLONE_NEWNET = 0x40000000
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def path(name: str | Path) -> Path:
+    """The file that holds a namespace: a name below /run/netns, a path, or a process id.
+
+    Raises UsageError when there is no such namespace.
+    """
+    text = str(name)
+    found = Path(text) if "/" in text else RUN_NETNS / text
+    if not found.exists() and text.isdigit():
+        found = Path(f"/proc/{text}/ns/net")
+    if not found.exists():
+        raise UsageError(
+            f"no network namespace {text!r}",
+            "list them with `ip netns`, or give a path such as /proc/PID/ns/net",
+        )
+    return found
+
+
+def inum(name: str | Path) -> int:
+    """The inode number that identifies a namespace (what the kernel calls ``net->ns.inum``)."""
+    return path(name).stat().st_ino
+
+
+def own_inum() -> int:
+    """The inode number of this thread's namespace."""
+    return Path("/proc/thread-self/ns/net").stat().st_ino
+
+
+@contextmanager
+def inside(name: str | Path) -> Iterator[None]:
+    """Enter a network namespace for this thread; sockets opened inside stay there.
+
+    Raises UsageError for an unknown namespace, EnvironmentUnfit when the kernel refuses.
+    """
+    target = os.open(path(name), os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            _setns(target, str(name))
+            try:
+                yield
+            finally:
+                _setns(home, "the namespace we came from")
+        finally:
+            os.close(home)
+    finally:
+        os.close(target)
+
+
+def _setns(descriptor: int, name: str) -> None:
+    if _libc.setns(descriptor, _CLONE_NEWNET):
+        reason = os.strerror(ctypes.get_errno())
+        raise EnvironmentUnfit(
+            f"cannot enter network namespace {name}: {reason}",
+            "run as root or with CAP_SYS_ADMIN",
+        )
+
+
+def names() -> dict[int, str]:
+    """Inode number to name of every namespace below /run/netns, and of our own as ``(host)`` if unnamed."""
+    found = {}
+    if RUN_NETNS.is_dir():
+        for entry in sorted(RUN_NETNS.iterdir()):
+            try:
+                found[entry.stat().st_ino] = entry.name
+            except OSError:  # a stale mount point: someone deletes it while we look
+                continue
+    found.setdefault(own_inum(), "(host)")
+    return found
