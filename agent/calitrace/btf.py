@@ -14,9 +14,7 @@ from dataclasses import dataclass
 from calitrace.errors import Malformed
 
 MAGIC = 0xEB9F
-KIND_INT, KIND_PTR, KIND_ARRAY, KIND_STRUCT, KIND_UNION, KIND_ENUM, KIND_FWD, KIND_TYPEDEF = range(
-    1, 9
-)
+KIND_INT, KIND_PTR, KIND_ARRAY, KIND_STRUCT, KIND_UNION, KIND_ENUM, KIND_FWD, KIND_TYPEDEF = range(1, 9)
 KIND_VOLATILE, KIND_CONST, KIND_RESTRICT, KIND_FUNC, KIND_FUNC_PROTO, KIND_VAR = range(9, 15)
 KIND_DATASEC, KIND_FLOAT, KIND_DECL_TAG, KIND_TYPE_TAG, KIND_ENUM64 = range(15, 20)
 
@@ -71,14 +69,10 @@ class Btf:
             "<HBBIIIII", raw
         )
         if magic != MAGIC or version != 1:
-            raise Malformed(
-                0, f"magic {MAGIC:#x} version 1", f"magic {magic:#x} version {version}", "BTF"
-            )
+            raise Malformed(0, f"magic {MAGIC:#x} version 1", f"magic {magic:#x} version {version}", "BTF")
         start, strings = hdr_len + type_off, hdr_len + str_off
         if start + type_len > len(raw) or strings + str_len > len(raw):
-            raise Malformed(
-                8, "sections inside the blob", f"sections beyond {len(raw)} bytes", "BTF"
-            )
+            raise Malformed(8, "sections inside the blob", f"sections beyond {len(raw)} bytes", "BTF")
         self._raw = raw
         self._strings = raw[strings : strings + str_len]
         self._offsets = self._index(start, start + type_len)
@@ -95,14 +89,10 @@ class Btf:
             try:
                 fixed, each = tail[(info >> 24) & 0x1F]
             except KeyError:
-                raise Malformed(
-                    at, "a known BTF kind", f"kind {(info >> 24) & 0x1F}", "BTF type"
-                ) from None
+                raise Malformed(at, "a known BTF kind", f"kind {(info >> 24) & 0x1F}", "BTF type") from None
             at += 12 + fixed + each * (info & 0xFFFF)
         if at != end:
-            raise Malformed(
-                at, f"the type section to end at {end}", "a record across the end", "BTF type"
-            )
+            raise Malformed(at, f"the type section to end at {end}", "a record across the end", "BTF type")
         return offsets
 
     def __len__(self) -> int:
@@ -234,9 +224,7 @@ class Btf:
         values: dict[int, str] = {}
         for item in range(vlen):
             if kind == KIND_ENUM:
-                name_off, value = struct.unpack_from(
-                    "<Ii" if signed else "<II", self._raw, at + 8 * item
-                )
+                name_off, value = struct.unpack_from("<Ii" if signed else "<II", self._raw, at + 8 * item)
             else:
                 name_off, low, high = struct.unpack_from("<III", self._raw, at + 12 * item)
                 value = low | high << 32
@@ -256,10 +244,7 @@ class Btf:
         if kind != KIND_FUNC_PROTO:
             raise Malformed(0, "a function prototype", f"kind {kind}", f"typedef {typedef}")
         at = self._offsets[proto] + 12
-        return [
-            self.spelling(struct.unpack_from("<II", self._raw, at + 8 * item)[1])
-            for item in range(vlen)
-        ]
+        return [self.spelling(struct.unpack_from("<II", self._raw, at + 8 * item)[1]) for item in range(vlen)]
 
     def spelling(self, type_id: int) -> str:
         """A type as C spells it, without qualifiers."""

@@ -55,9 +55,7 @@ class Malformed(Error):
     """
 
     def __init__(self, offset: int, expected: str, actual: str, record: str) -> None:
-        super().__init__(
-            f"malformed {record} at byte {offset}: expected {expected}, found {actual}"
-        )
+        super().__init__(f"malformed {record} at byte {offset}: expected {expected}, found {actual}")
         self.offset = offset
         self.expected = expected
         self.actual = actual

@@ -48,9 +48,7 @@ Examples:
   calitrace report -r a.calitrace
 """,
 )
-@click.option(
-    "--debug", is_flag=True, help="Show tracebacks and the logs of clang and the verifier."
-)
+@click.option("--debug", is_flag=True, help="Show tracebacks and the logs of clang and the verifier.")
 @click.version_option(__version__, prog_name="calitrace")
 @click.pass_context
 def cli(ctx: click.Context, debug: bool) -> None:

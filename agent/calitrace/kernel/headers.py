@@ -99,9 +99,7 @@ def structs_from(types: Btf) -> Generated:
             continue
         members = {member.name: member for member in types.iter_flat(type_id)}
         body, at = [], 0
-        for member in sorted(
-            (members[w] for w in wanted if w in members), key=lambda m: m.offset_bits
-        ):
+        for member in sorted((members[w] for w in wanted if w in members), key=lambda m: m.offset_bits):
             if member.offset > at:
                 body.append(f"char _pad{at}[{member.offset - at}];")
             body.append(_declare(types, member.type_id, member.name))
@@ -119,11 +117,7 @@ def _declare(types: Btf, type_id: int, name: str) -> str:
     inner = types.resolve(type_id)
     kind = types.kind(inner)
     if kind == btf.KIND_PTR:
-        return (
-            f"{types.spelling(inner)}{name};"
-            if _is_struct_pointer(types, inner)
-            else f"void *{name};"
-        )
+        return f"{types.spelling(inner)}{name};" if _is_struct_pointer(types, inner) else f"void *{name};"
     if kind == btf.KIND_STRUCT:
         if types.name(inner) in STRUCTS:
             tail = types.size(inner) - _declared_size(types, inner)

@@ -54,7 +54,7 @@ def bpf_source(relative: str) -> str:
 def compile_bpf(
     text: str,
     *,
-    defines: Mapping[str, str] = {},  # noqa: B006 (a Mapping is not changed)
+    defines: Mapping[str, str] = {},
     types: Btf | None = None,
 ) -> object:
     """Compile *text* and load its maps; returns a ``bcc.BPF`` whose programs are not yet loaded.
