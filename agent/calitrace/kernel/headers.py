@@ -1,8 +1,8 @@
 """The dozen tiny headers with which BCC compiles on a node that has no kernel headers.
 
-BCC insists on a kernel source tree. The tree written here holds the basic typedefs, and the structs our programs
-read, with each member at the offset that the running kernel's BTF gives. Compile, verify and attach take a
-fraction of what they take with real headers, which remain the fallback for kernels without BTF.
+BCC insists on a kernel source tree. The tree written here holds the basic typedefs, and the structs our
+programs read, with each member at the offset that the running kernel's BTF gives. Compile, verify and attach
+take a fraction of what they take with real headers, which remain the fallback for kernels without BTF.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ STRUCTS: dict[str, tuple[str, ...]] = {
     "sk_buff": (
         "dev",
         "len",
+        "data_len",
         "mac_len",
         "skb_iif",
         "mark",
@@ -129,7 +130,7 @@ def _declare(types: Btf, type_id: int, name: str) -> str:
 
 
 def _declared_size(types: Btf, struct_id: int) -> int:
-    """Bytes of a struct as structs_from() writes it: up to its last wanted member, rounded to its alignment."""
+    """Bytes of a struct as structs_from() writes it: up to its last wanted member, aligned."""
     members = {member.name: member for member in types.iter_flat(struct_id)}
     wanted = [members[w] for w in STRUCTS[types.name(struct_id)] if w in members]
     end = max(m.offset + types.size(m.type_id) for m in wanted)

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from calitrace.errors import EnvironmentUnfit
 from calitrace.kernel import headers
@@ -56,7 +56,7 @@ def compile_bpf(
     *,
     defines: Mapping[str, str] = {},
     types: Btf | None = None,
-) -> object:
+) -> Any:
     """Compile *text* and load its maps; returns a ``bcc.BPF`` whose programs are not yet loaded.
 
     *defines*: macros. *types*: the kernel's BTF when the caller has read it already.
@@ -133,3 +133,27 @@ def captured_stderr() -> Iterator[_Log]:
             os.close(saved)
             sink.seek(0)
             log.text = sink.read().decode(errors="replace")
+
+
+def load_raw_tracepoint(bpf: Any, function: str) -> int:
+    """Verify one function as a raw tracepoint program; returns its file descriptor.
+
+    Raises CompileFailed with the verifier's log.
+    """
+    with captured_stderr() as log:
+        try:
+            return int(bpf.load_func(function, bpf.RAW_TRACEPOINT).fd)
+        except Exception as failure:
+            cause = f"the kernel refuses BPF program {function}: {failure}"
+    raise CompileFailed(cause, log.text)
+
+
+def attach_raw_tracepoint(bpf: Any, tracepoint: str, function: str) -> None:
+    """Attach a loaded program. Raises EnvironmentUnfit when this kernel has no such tracepoint."""
+    with captured_stderr() as log:
+        try:
+            bpf.attach_raw_tracepoint(tracepoint, function)
+            return
+        except Exception as failure:
+            cause = f"cannot attach to raw tracepoint {tracepoint}: {failure}"
+    raise EnvironmentUnfit(f"{cause} {log.text.strip()}".strip(), "calitrace doctor names what this costs")

@@ -1,0 +1,187 @@
+"""Load the collectors that a plan names, and read their events.
+
+A plan is data; what it becomes is a list of -D options, a list of sources and a list of attachments. All
+attachments are raw tracepoints on file descriptors: after kill -9 nothing of them is left.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ipaddress
+import os
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from calitrace import identity
+from calitrace.errors import EnvironmentUnfit
+from calitrace.events import STATE_BYTES, Stat
+from calitrace.kernel import headers, loader, syscall
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from calitrace.btf import Btf
+
+WAKE_BYTES = 64 * 1024  # of a CPU
+RING_BYTES = 4 * 1024 * 1024
+RECORDER_LINES = 128
+_NO_TAG = 0xFFFFFFFF  # a sequence number shifted right is never this
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to collect, of which packets.
+
+    *run_id*: 32 bits, the identity that our probes carry; 0 matches none. *client*: the probes' source address
+    and inclusive port range, which survives NAT and encapsulation. *drop_all*: send every drop, not only the
+    run's. *drop_count_only*: send none. *log*: "" for none, "flight" for the lines that led to a probe's event,
+    "stream" for all. *state_bytes*: value size of Calico's state maps.
+    """
+
+    drop: bool = True
+    hop: bool = True
+    log: str = "flight"
+    drop_all: bool = False
+    drop_count_only: bool = False
+    run_id: int = 0
+    client: tuple[str, int, int] | None = None
+    vxlan_port: int = 4789
+    state_bytes: int = STATE_BYTES
+    ring_bytes: int = RING_BYTES
+
+    def sources(self) -> list[str]:
+        """Files below bpf/, in the order in which they use each other."""
+        files = ["include/events.h", "include/packet.h"]
+        files += ["calico_log.bpf.c"] * bool(self.log)
+        files += ["drop.bpf.c"] * self.drop
+        return files + ["hop.bpf.c"] * self.hop
+
+    def attachments(self) -> list[tuple[str, str]]:
+        """(raw tracepoint, function); the log first, so that no line of a seen packet is missed."""
+        found = [("bpf_trace_printk", "collect_log")] * bool(self.log)
+        found += [("kfree_skb", "collect_drop")] * self.drop
+        if self.hop:
+            found += [
+                ("consume_skb", "collect_consume"),
+                ("net_dev_xmit", "collect_xmit"),
+                ("net_dev_queue", "collect_queue"),
+                ("netif_receive_skb", "collect_receive"),
+            ]
+        return found
+
+    def defines(self, drop_reason: bool) -> dict[str, str]:
+        """The -D options. *drop_reason*: whether kfree_skb tells its reason on this kernel."""
+        address, low, high = self.client or ("0.0.0.0", 0, 0)
+        source = ipaddress.ip_address(address)
+        packed = int.from_bytes(source.packed, sys.byteorder) if source.version == 4 else 0
+        flags = {
+            "HAVE_DROP_REASON": drop_reason,
+            "DROP_ALL": self.drop_all,
+            "DROP_COUNT_ONLY": self.drop_count_only,
+            "LOG_STREAM": self.log == "stream",
+            "WITH_LOG": self.log == "flight",
+        }
+        return {
+            "MAGIC": f"{identity.MAGIC:#x}u",
+            "TAG_SHIFT": str(identity.TAG_SHIFT),
+            "RUN_ID": f"{self.run_id:#x}u",
+            "RUN_TAG": f"{identity.run_tag(self.run_id) if self.run_id else _NO_TAG:#x}u",
+            "CLIENT_IP4": f"{packed:#x}u",
+            "CLIENT_PORT_MIN": str(low),
+            "CLIENT_PORT_MAX": str(high),
+            "VXLAN_PORT": str(self.vxlan_port),
+            "STATE_VALUE_BYTES": str(self.state_bytes),
+            "RECORDER_LINES": str(RECORDER_LINES),
+            "RING_PAGES": str(self.ring_bytes // os.sysconf("SC_PAGE_SIZE")),
+            "WAKE_BYTES": str(WAKE_BYTES),
+            **{name: "1" for name, on in flags.items() if on},
+        }
+
+
+class Collectors:
+    """The loaded collectors of one plan: a context manager; leaving it detaches everything."""
+
+    def __init__(self, plan: Plan, types: Btf | None = None) -> None:
+        self.plan = plan
+        self._types = types
+        self._stack = ExitStack()
+        self._records: list[bytes] = []
+        self._bpf: Any = None
+        self._descriptors: dict[str, int] = {}
+
+    def __enter__(self) -> Collectors:
+        """Compile, verify, attach. Raises EnvironmentUnfit (CompileFailed with the verifier's log)."""
+        types = self._types or headers.kernel_btf()
+        text = "".join(loader.bpf_source(name).replace("#pragma once", "") for name in self.plan.sources())
+        with self._stack:
+            self._bpf = loader.compile_bpf(
+                text, defines=self.plan.defines(has_drop_reason(types)), types=types
+            )
+            self._stack.callback(self._bpf.cleanup)
+            for _, function in self.plan.attachments():
+                self._descriptors[function] = loader.load_raw_tracepoint(self._bpf, function)
+            self._bpf["events"].open_ring_buffer(self._keep)
+            for tracepoint, function in self.plan.attachments():
+                loader.attach_raw_tracepoint(self._bpf, tracepoint, function)
+            self._stack = self._stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _keep(self, _context: object, data: Any, size: int) -> int:
+        # BCC swallows every exception raised here and exits on a broken pipe: only copy.
+        self._records.append(ctypes.string_at(data, size))
+        return 0
+
+    def watch_state(self, maps: Mapping[int, int]) -> None:
+        """Read Calico's state at each drop. *maps*: namespace inode number to id of its cali_state map.
+
+        Raises EnvironmentUnfit for a map that does not have the plan's value size.
+        """
+        for netns, identifier in maps.items():
+            descriptor = syscall.map_fd(identifier)
+            try:
+                self._bpf["states"][ctypes.c_uint32(netns)] = ctypes.c_int(descriptor)
+            except Exception as failure:
+                raise EnvironmentUnfit(
+                    f"cannot watch Calico's state map {identifier} of namespace {netns}: {failure}"
+                ) from failure
+            finally:
+                os.close(descriptor)
+
+    def poll(self, timeout_ms: int) -> list[bytes]:
+        """Wait until the ring is filling up or *timeout_ms* has passed; returns all events, oldest first."""
+        self._bpf.ring_buffer_poll(timeout_ms)
+        return self.drain()
+
+    def drain(self) -> list[bytes]:
+        """All events now in the ring, without waiting."""
+        self._bpf.ring_buffer_consume()
+        records, self._records = self._records, []
+        return records
+
+    def stats(self) -> dict[Stat, int]:
+        """The exact totals, summed over CPUs."""
+        table = self._bpf["stats"]
+        return {stat: sum(table[ctypes.c_int(int(stat))]) for stat in Stat}
+
+    def drop_counts(self) -> dict[tuple[int, int], int]:
+        """(location address, skb_drop_reason) to number of drops of the whole kernel, summed over CPUs."""
+        return {
+            (key.location, key.skb_drop_reason): sum(values)
+            for key, values in self._bpf["drop_counts"].items()
+        }
+
+    def programs(self) -> dict[str, syscall.ProgramInfo]:
+        """Function name to kernel information about it: run time and count, recursion misses."""
+        return {name: syscall.program_info(fd) for name, fd in self._descriptors.items()}
+
+
+def has_drop_reason(types: Btf | None) -> bool:
+    """Whether kfree_skb carries a reason: Linux commit c504e5c2f964 ("net: skb: introduce kfree_skb_reason()")."""
+    if types is None:
+        return False
+    return "enum skb_drop_reason" in (types.parameters("btf_trace_kfree_skb") or [])

@@ -1,0 +1,283 @@
+"""bpf(2): programs, maps and BTF by id, without libbpf and without pins.
+
+Structures from include/uapi/linux/bpf.h. The kernel fills in as much of an info struct as it knows and
+leaves the rest zero, so newer members simply read 0 on older kernels.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import platform
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from calitrace.errors import EnvironmentUnfit
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_NR_BPF = {"x86_64": 321, "aarch64": 280}
+_OBJ_GET = 7
+_PROG_GET_NEXT_ID, _MAP_GET_NEXT_ID = 11, 12
+_PROG_GET_FD_BY_ID, _MAP_GET_FD_BY_ID = 13, 14
+_OBJ_GET_INFO_BY_FD = 15
+_BTF_GET_FD_BY_ID = 19
+_MAP_LOOKUP_ELEM, _MAP_UPDATE_ELEM = 1, 2
+_ENABLE_STATS = 32
+
+MAP_TYPE_PROG_ARRAY = 3
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class _ProgInfo(ctypes.Structure):
+    _fields_ = (
+        ("type", ctypes.c_uint32),
+        ("id", ctypes.c_uint32),
+        ("tag", ctypes.c_uint8 * 8),
+        ("jited_prog_len", ctypes.c_uint32),
+        ("xlated_prog_len", ctypes.c_uint32),
+        ("jited_prog_insns", ctypes.c_uint64),
+        ("xlated_prog_insns", ctypes.c_uint64),
+        ("load_time", ctypes.c_uint64),
+        ("created_by_uid", ctypes.c_uint32),
+        ("nr_map_ids", ctypes.c_uint32),
+        ("map_ids", ctypes.c_uint64),
+        ("name", ctypes.c_char * 16),
+        ("ifindex", ctypes.c_uint32),
+        ("gpl_compatible", ctypes.c_uint32),
+        ("netns_dev", ctypes.c_uint64),
+        ("netns_ino", ctypes.c_uint64),
+        ("nr_jited_ksyms", ctypes.c_uint32),
+        ("nr_jited_func_lens", ctypes.c_uint32),
+        ("jited_ksyms", ctypes.c_uint64),
+        ("jited_func_lens", ctypes.c_uint64),
+        ("btf_id", ctypes.c_uint32),
+        ("func_info_rec_size", ctypes.c_uint32),
+        ("func_info", ctypes.c_uint64),
+        ("nr_func_info", ctypes.c_uint32),
+        ("nr_line_info", ctypes.c_uint32),
+        ("line_info", ctypes.c_uint64),
+        ("jited_line_info", ctypes.c_uint64),
+        ("nr_jited_line_info", ctypes.c_uint32),
+        ("line_info_rec_size", ctypes.c_uint32),
+        ("jited_line_info_rec_size", ctypes.c_uint32),
+        ("nr_prog_tags", ctypes.c_uint32),
+        ("prog_tags", ctypes.c_uint64),
+        ("run_time_ns", ctypes.c_uint64),
+        ("run_cnt", ctypes.c_uint64),
+        ("recursion_misses", ctypes.c_uint64),
+    )
+
+
+class _MapInfo(ctypes.Structure):
+    _fields_ = (
+        ("type", ctypes.c_uint32),
+        ("id", ctypes.c_uint32),
+        ("key_size", ctypes.c_uint32),
+        ("value_size", ctypes.c_uint32),
+        ("max_entries", ctypes.c_uint32),
+        ("map_flags", ctypes.c_uint32),
+        ("name", ctypes.c_char * 16),
+        ("ifindex", ctypes.c_uint32),
+        ("btf_vmlinux_value_type_id", ctypes.c_uint32),
+        ("netns_dev", ctypes.c_uint64),
+        ("netns_ino", ctypes.c_uint64),
+        ("btf_id", ctypes.c_uint32),
+        ("btf_key_type_id", ctypes.c_uint32),
+        ("btf_value_type_id", ctypes.c_uint32),
+        ("pad", ctypes.c_uint32),
+    )
+
+
+class _BtfInfo(ctypes.Structure):
+    _fields_ = (("btf", ctypes.c_uint64), ("btf_size", ctypes.c_uint32), ("id", ctypes.c_uint32))
+
+
+class _Attr(ctypes.Union):
+    """The parts of union bpf_attr that we use, as 128 zeroed bytes."""
+
+    _fields_ = (("bytes", ctypes.c_uint8 * 128), ("u32", ctypes.c_uint32 * 32), ("u64", ctypes.c_uint64 * 16))
+
+
+@dataclass(frozen=True)
+class ProgramInfo:
+    """A loaded program. *run_time_ns* and *run_count* grow only while kernel statistics are on."""
+
+    id: int
+    type: int
+    name: str
+    tag: str
+    load_time_ns: int
+    map_ids: tuple[int, ...]
+    btf_id: int
+    run_time_ns: int
+    run_count: int
+    recursion_misses: int
+
+
+@dataclass(frozen=True)
+class MapInfo:
+    """A map. *name* is cut by the kernel at 15 characters. Sizes in bytes."""
+
+    id: int
+    type: int
+    name: str
+    key_size: int
+    value_size: int
+    max_entries: int
+    btf_id: int
+
+
+def _call(command: int, attr: _Attr) -> int:
+    machine = platform.machine()
+    if machine not in _NR_BPF:
+        raise EnvironmentUnfit(f"bpf(2) has no known number on {machine}")
+    result = int(_libc.syscall(_NR_BPF[machine], command, ctypes.byref(attr), ctypes.sizeof(attr)))
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return result
+
+
+def _fd_by_id(command: int, identifier: int) -> int:
+    attr = _Attr()
+    attr.u32[0] = identifier
+    return _call(command, attr)
+
+
+def _info(descriptor: int, info: ctypes.Structure) -> None:
+    attr = _Attr()
+    attr.u32[0] = descriptor
+    attr.u32[1] = ctypes.sizeof(info)
+    attr.u64[1] = ctypes.addressof(info)
+    _call(_OBJ_GET_INFO_BY_FD, attr)
+
+
+def object_get(path: Path) -> int:
+    """A file descriptor of a pinned program or map. Raises OSError."""
+    attr = _Attr()
+    name = ctypes.create_string_buffer(os.fsencode(path))
+    attr.u64[0] = ctypes.addressof(name)
+    return _call(_OBJ_GET, attr)
+
+
+def program_fd(identifier: int) -> int:
+    """A file descriptor of the program with this id. Raises OSError."""
+    return _fd_by_id(_PROG_GET_FD_BY_ID, identifier)
+
+
+def map_fd(identifier: int) -> int:
+    """A file descriptor of the map with this id. Raises OSError."""
+    return _fd_by_id(_MAP_GET_FD_BY_ID, identifier)
+
+
+def program_info(descriptor: int) -> ProgramInfo:
+    """Describe a program by file descriptor. Raises OSError."""
+    info = _ProgInfo()
+    _info(descriptor, info)
+    ids: tuple[int, ...] = ()
+    if info.nr_map_ids:
+        array = (ctypes.c_uint32 * info.nr_map_ids)()
+        info = _ProgInfo(nr_map_ids=len(array), map_ids=ctypes.addressof(array))
+        _info(descriptor, info)
+        ids = tuple(array)
+    return ProgramInfo(
+        info.id,
+        info.type,
+        info.name.decode(errors="replace"),
+        bytes(info.tag).hex(),
+        info.load_time,
+        ids,
+        info.btf_id,
+        info.run_time_ns,
+        info.run_cnt,
+        info.recursion_misses,
+    )
+
+
+def map_info(descriptor: int) -> MapInfo:
+    """Describe a map by file descriptor. Raises OSError."""
+    info = _MapInfo()
+    _info(descriptor, info)
+    return MapInfo(
+        info.id,
+        info.type,
+        info.name.decode(errors="replace"),
+        info.key_size,
+        info.value_size,
+        info.max_entries,
+        info.btf_id,
+    )
+
+
+def btf_bytes(identifier: int) -> bytes:
+    """The BTF blob with this id, as a loaded program or map names it. Raises OSError."""
+    descriptor = _fd_by_id(_BTF_GET_FD_BY_ID, identifier)
+    try:
+        size = _BtfInfo()
+        _info(descriptor, size)
+        blob = ctypes.create_string_buffer(size.btf_size)
+        _info(descriptor, _BtfInfo(btf=ctypes.addressof(blob), btf_size=size.btf_size))
+        return blob.raw
+    finally:
+        os.close(descriptor)
+
+
+def map_update(descriptor: int, key: bytes, value: bytes) -> None:
+    """Set one entry; *key* and *value* must have the map's sizes. Raises OSError."""
+    attr = _Attr()
+    key_buffer = ctypes.create_string_buffer(key, len(key))
+    value_buffer = ctypes.create_string_buffer(value, len(value))
+    attr.u32[0] = descriptor
+    attr.u64[1] = ctypes.addressof(key_buffer)
+    attr.u64[2] = ctypes.addressof(value_buffer)
+    _call(_MAP_UPDATE_ELEM, attr)
+
+
+def map_lookup(descriptor: int, key: bytes, value_size: int) -> bytes | None:
+    """One entry's value, or None when there is none. *value_size*: for per-CPU maps all CPUs' together."""
+    attr = _Attr()
+    key_buffer = ctypes.create_string_buffer(key, len(key))
+    value_buffer = ctypes.create_string_buffer(value_size)
+    attr.u32[0] = descriptor
+    attr.u64[1] = ctypes.addressof(key_buffer)
+    attr.u64[2] = ctypes.addressof(value_buffer)
+    try:
+        _call(_MAP_LOOKUP_ELEM, attr)
+    except OSError as failure:
+        if failure.errno == errno.ENOENT:
+            return None
+        raise
+    return value_buffer.raw
+
+
+def enable_stats() -> int:
+    """Switch run-time statistics on for as long as the returned descriptor is open. Raises OSError."""
+    return _call(_ENABLE_STATS, _Attr())
+
+
+def program_ids() -> list[int]:
+    """Ids of all loaded programs. Raises OSError."""
+    return _ids(_PROG_GET_NEXT_ID)
+
+
+def map_ids() -> list[int]:
+    """Ids of all maps. Raises OSError."""
+    return _ids(_MAP_GET_NEXT_ID)
+
+
+def _ids(command: int) -> list[int]:
+    found: list[int] = []
+    while True:
+        attr = _Attr()
+        attr.u32[0] = found[-1] if found else 0
+        try:
+            _call(command, attr)
+        except OSError as failure:
+            if failure.errno == errno.ENOENT:
+                return found
+            raise
+        found.append(attr.u32[1])

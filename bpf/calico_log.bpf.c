@@ -1,0 +1,93 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * calico_log: each line that any BPF program prints, at its place in the order of events.
+ *
+ * Hook: raw tracepoint bpf_trace_printk (Linux 5.9 and later), in the context of the printing program.
+ * With LOG_STREAM every line is sent; without it a flight recorder keeps the last RECORDER_LINES of each CPU,
+ * and the drop and hop collectors send those that led to a probe packet's event.
+ * Cost: one copy of the line; nothing at all while no program prints.
+ */
+struct recorder_cursor {
+	u64 next; /* lines ever recorded on this CPU */
+	u64 sent; /* all before this one were sent or discarded */
+};
+BPF_PERCPU_ARRAY(recorder, struct log_event, RECORDER_LINES);
+BPF_PERCPU_ARRAY(recorder_cursors, struct recorder_cursor, 1);
+
+int collect_log(struct bpf_raw_tracepoint_args *ctx)
+{
+	u32 zero = 0, slot;
+	struct recorder_cursor *cursor = recorder_cursors.lookup(&zero);
+	struct log_event *e;
+	u64 task = bpf_get_current_pid_tgid();
+	int length;
+
+	if (!cursor)
+		return 0;
+	slot = cursor->next & (RECORDER_LINES - 1);
+	e = recorder.lookup(&slot);
+	if (!e)
+		return 0;
+	length = bpf_probe_read_kernel_str(e->text, sizeof(e->text), (void *)ctx->args[0]);
+	if (length < 1)
+		return 0;
+	e->ktime_ns = bpf_ktime_get_ns();
+	e->type = EVENT_LOG;
+	e->cpu = bpf_get_smp_processor_id();
+	e->netns = 0;
+	e->pid = task;
+	e->text_bytes = length - 1;
+	bpf_get_current_comm(e->comm, sizeof(e->comm));
+	count(STAT_LOG_SEEN, 1);
+#ifdef LOG_STREAM
+	if (events.ringbuf_output(e, sizeof(*e), wakeup(sizeof(*e))))
+		count(STAT_LOG_LOST, 1);
+	else
+		count(STAT_LOG_SENT, 1);
+#else
+	cursor->next++;
+#endif
+	return 0;
+}
+
+/* Forget the lines so far: what follows on this CPU belongs to the packet that was just seen to arrive. */
+static __always_inline void recorder_restart(void)
+{
+	u32 zero = 0;
+	struct recorder_cursor *cursor = recorder_cursors.lookup(&zero);
+
+	if (cursor)
+		cursor->sent = cursor->next;
+}
+
+/* Send the lines recorded on this CPU since the last restart or flush. The loop is bounded by RECORDER_LINES. */
+static __always_inline void recorder_flush(void)
+{
+	u32 zero = 0, slot;
+	struct recorder_cursor *cursor = recorder_cursors.lookup(&zero);
+	u64 at, end;
+
+	if (!cursor)
+		return;
+	at = cursor->sent;
+	end = cursor->next;
+	cursor->sent = end;
+	if (end - at > RECORDER_LINES) {
+		count(STAT_LOG_OVERWRITTEN, end - at - RECORDER_LINES);
+		at = end - RECORDER_LINES;
+	}
+	for (int i = 0; i < RECORDER_LINES; i++) {
+		struct log_event *e;
+
+		if (at >= end)
+			break;
+		slot = at++ & (RECORDER_LINES - 1);
+		e = recorder.lookup(&slot);
+		if (!e)
+			break;
+		if (events.ringbuf_output(e, sizeof(*e), BPF_RB_NO_WAKEUP))
+			count(STAT_LOG_LOST, 1);
+		else
+			count(STAT_LOG_SENT, 1);
+	}
+}

@@ -1,0 +1,203 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * Reading and matching a packet, for all collectors.
+ *
+ * Options, all -D: RUN_ID, RUN_TAG (12 bits), CLIENT_IP4 (network order, 0: none), CLIENT_PORT_MIN/MAX,
+ * VXLAN_PORT, MAGIC, TAG_SHIFT, WAKE_BYTES. The values come from calitrace/kernel/collectors.py.
+ */
+BPF_RINGBUF_OUTPUT(events, RING_PAGES);
+BPF_PERCPU_ARRAY(stats, u64, STATS);
+BPF_PERCPU_ARRAY(unannounced, u64, 1);
+
+/* A capture with room behind it, so that a header that begins in its last byte can be read without a check. */
+struct window {
+	u8 bytes[CAPTURE_BYTES + 64];
+};
+
+static __always_inline void count(u32 which, u64 by)
+{
+	u64 *value = stats.lookup(&which);
+
+	if (value)
+		*value += by;
+}
+
+static __always_inline u32 be16_at(const u8 *p)
+{
+	return p[0] << 8 | p[1];
+}
+
+static __always_inline u32 be32_at(const u8 *p)
+{
+	return (u32)p[0] << 24 | p[1] << 16 | p[2] << 8 | p[3];
+}
+
+/*
+ * A wake-up costs far more than the copy: one for WAKE_BYTES sent by this CPU; the reader's timer does the rest.
+ * (BCC before 0.30 does not know bpf_ringbuf_query.)
+ */
+static __always_inline u64 wakeup(u32 bytes)
+{
+	u32 zero = 0;
+	u64 *sent = unannounced.lookup(&zero);
+
+	if (!sent)
+		return 0;
+	*sent += bytes;
+	if (*sent < WAKE_BYTES)
+		return BPF_RB_NO_WAKEUP;
+	*sent = 0;
+	return BPF_RB_FORCE_WAKEUP;
+}
+
+static __always_inline void describe_device(struct net_device *dev, u32 *ifindex, u32 *netns)
+{
+	struct net *net = NULL;
+
+	*ifindex = 0;
+	*netns = 0;
+	if (!dev)
+		return;
+	bpf_probe_read_kernel(ifindex, sizeof(*ifindex), &dev->ifindex);
+	bpf_probe_read_kernel(&net, sizeof(net), &dev->nd_net.net);
+	if (net)
+		bpf_probe_read_kernel(netns, sizeof(*netns), &net->ns.inum);
+}
+
+/*
+ * Copy the packet from its network header on into *w* and describe it in *e*. Returns the bytes captured.
+ * At netif_receive_skb the network header is not set yet: the packet begins at skb->data.
+ */
+static __always_inline u32 capture(struct packet_event *e, struct window *w, struct sk_buff *p, int at_data)
+{
+	struct sk_buff skb;
+	u8 *l3;
+	s64 linear;
+	u32 ihl, l4, bytes;
+
+	if (bpf_probe_read_kernel(&skb, sizeof(skb), p))
+		return 0;
+	l3 = at_data ? skb.data : skb.head + skb.network_header;
+	if (skb.network_header == 0 || skb.network_header == 0xffff)
+		l3 = skb.data;
+	linear = (s64)skb.len - skb.data_len + ((u8 *)skb.data - l3);
+	if (linear <= 0)
+		return 0;
+	bytes = linear > CAPTURE_BYTES ? CAPTURE_BYTES : linear;
+	if (bytes == 0 || bytes > CAPTURE_BYTES || bpf_probe_read_kernel(w->bytes, bytes, l3))
+		return 0;
+
+	e->skbaddr = (u64)p;
+	e->skb_iif = skb.skb_iif;
+	e->mark = skb.mark;
+	e->len_bytes = skb.len;
+	e->ethertype = bpf_ntohs(skb.protocol);
+	e->capture_bytes = bytes;
+	e->match = 0;
+	e->sport = e->dport = 0;
+	e->ip_version = e->ip_proto = 0;
+	__builtin_memset(e->saddr, 0, 32);
+	describe_device(skb.dev, &e->ifindex, &e->netns);
+
+	if (e->ethertype == 0x0800 && w->bytes[0] >> 4 == 4) {
+		e->ip_version = 4;
+		e->ip_proto = w->bytes[9];
+		__builtin_memcpy(e->saddr, w->bytes + 12, 4);
+		__builtin_memcpy(e->daddr, w->bytes + 16, 4);
+		l4 = (w->bytes[0] & 15) * 4;
+		if (be16_at(w->bytes + 6) & 0x1fff)
+			l4 = 0; /* a later fragment has no ports */
+	} else if (e->ethertype == 0x86dd && w->bytes[0] >> 4 == 6) {
+		e->ip_version = 6;
+		e->ip_proto = w->bytes[6];
+		__builtin_memcpy(e->saddr, w->bytes + 8, 16);
+		__builtin_memcpy(e->daddr, w->bytes + 24, 16);
+		l4 = 40;
+	} else {
+		l4 = 0;
+	}
+	if (l4 && l4 + 4 <= bytes && (e->ip_proto == 6 || e->ip_proto == 17)) {
+		e->sport = be16_at(w->bytes + l4);
+		e->dport = be16_at(w->bytes + l4 + 2);
+	}
+	return bytes;
+}
+
+/*
+ * Does a packet of our run begin at byte *at*? Returns match bits and sets *next* to where a packet inside it
+ * begins (0: none): the payload of VXLAN, or what an ICMP error quotes.
+ */
+static __always_inline u32 match_at(const struct window *w, u32 at, u32 bytes, u32 *next, u32 *how)
+{
+	const u8 *ip, *l4;
+	u32 found = 0, proto, l4_at, sport = 0, dport = 0;
+
+	*next = 0;
+	at &= CAPTURE_BYTES - 1;
+	ip = w->bytes + at;
+	if (ip[0] >> 4 == 4) {
+		proto = ip[9];
+		l4_at = at + (ip[0] & 15) * 4;
+	} else if (ip[0] >> 4 == 6) {
+		proto = ip[6];
+		l4_at = at + 40;
+	} else {
+		return 0;
+	}
+	if (l4_at + 8 > bytes)
+		return 0;
+	l4_at &= CAPTURE_BYTES - 1;
+	l4 = w->bytes + l4_at;
+
+	if (proto == 17) {
+		sport = be16_at(l4);
+		dport = be16_at(l4 + 2);
+		if (l4_at + 24 <= bytes && be32_at(l4 + 8) == MAGIC && be32_at(l4 + 12) == RUN_ID)
+			found |= MATCH_IDENTITY;
+		if (dport == VXLAN_PORT) {
+			*next = l4_at + 8 + 8 + 14;
+			*how = MATCH_TUNNEL;
+		}
+	} else if (proto == 6) {
+		sport = be16_at(l4);
+		dport = be16_at(l4 + 2);
+		if (be32_at(l4 + 4) >> TAG_SHIFT == RUN_TAG ||
+		    (l4_at + 12 <= bytes && (be32_at(l4 + 8) - 1) >> TAG_SHIFT == RUN_TAG))
+			found |= MATCH_SEQUENCE;
+	} else if ((proto == 1 && (l4[0] == 3 || l4[0] == 11 || l4[0] == 12)) || (proto == 58 && l4[0] < 128)) {
+		*next = l4_at + 8;
+		*how = MATCH_ICMP_ERROR;
+	}
+#if CLIENT_IP4
+	if ((proto == 6 || proto == 17) && ip[0] >> 4 == 4) {
+		u32 src, dst;
+
+		__builtin_memcpy(&src, ip + 12, 4);
+		__builtin_memcpy(&dst, ip + 16, 4);
+		if ((src == CLIENT_IP4 && sport >= CLIENT_PORT_MIN && sport <= CLIENT_PORT_MAX) ||
+		    (dst == CLIENT_IP4 && dport >= CLIENT_PORT_MIN && dport <= CLIENT_PORT_MAX))
+			found |= MATCH_ENDPOINT;
+	}
+#endif
+	return found;
+}
+
+/* Three layers are enough: VXLAN, then an ICMP error, then what it quotes. */
+static __always_inline u32 match_packet(const struct window *w, u32 bytes)
+{
+	u32 at = 0, through = 0, how = 0, found;
+
+#pragma unroll
+	for (int layer = 0; layer < 3; layer++) {
+		u32 next;
+
+		found = match_at(w, at, bytes, &next, &how);
+		if (found)
+			return found | through;
+		if (!next || next + 20 > bytes)
+			return 0;
+		through |= how;
+		at = next;
+	}
+	return 0;
+}
