@@ -23,11 +23,14 @@ _OBJ_GET = 7
 _PROG_GET_NEXT_ID, _MAP_GET_NEXT_ID = 11, 12
 _PROG_GET_FD_BY_ID, _MAP_GET_FD_BY_ID = 13, 14
 _OBJ_GET_INFO_BY_FD = 15
+_PROG_QUERY = 16
 _BTF_GET_FD_BY_ID = 19
 _MAP_LOOKUP_ELEM, _MAP_UPDATE_ELEM = 1, 2
 _ENABLE_STATS = 32
 
 MAP_TYPE_PROG_ARRAY = 3
+_TCX = {"ingress": 46, "egress": 47}  # enum bpf_attach_type
+_MOST_PROGRAMS = 64  # the kernel's BPF_MPROG_MAX
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -252,6 +255,21 @@ def map_lookup(descriptor: int, key: bytes, value_size: int) -> bytes | None:
             return None
         raise
     return value_buffer.raw
+
+
+def attached_programs(ifindex: int, hook: str) -> list[int]:
+    """Program ids at a tcx *hook* (``ingress``, ``egress``) of an interface of this thread's namespace, in order.
+
+    Raises OSError; EINVAL before Linux 6.6.
+    """
+    attr = _Attr()
+    ids = (ctypes.c_uint32 * _MOST_PROGRAMS)()
+    attr.u32[0] = ifindex
+    attr.u32[1] = _TCX[hook]
+    attr.u64[2] = ctypes.addressof(ids)
+    attr.u32[6] = len(ids)
+    _call(_PROG_QUERY, attr)
+    return list(ids[: attr.u32[6]])
 
 
 def enable_stats() -> int:

@@ -1,0 +1,74 @@
+"""Calico's reason codes: index in the counters map and number in ``Final result=DENY (n)``.
+
+Source: felix/bpf-gpl/reasons.h and counters.h, v3.24 to master. v3.13 to v3.23 have other numbers.
+The number of counters in the map tells the release: 14 (v3.24-v3.29), 17 (v3.30), 25 (v3.31), 26 (v3.32),
+27 (master).
+"""
+
+from __future__ import annotations
+
+REASONS = {
+    0: "UNKNOWN",
+    1: "ACCEPTED_BY_FAILSAFE",
+    2: "ACCEPTED_BY_POLICY",
+    3: "BYPASS",
+    4: "DROPPED_BY_POLICY",
+    5: "SHORT",
+    6: "CSUM_FAIL",
+    7: "IP_OPTIONS",
+    8: "IP_MALFORMED",
+    9: "ENCAP_FAIL",
+    10: "DECAP_FAIL",
+    11: "UNAUTH_SOURCE",
+    12: "RT_UNKNOWN",
+    13: "BLACK_HOLE",
+    14: "SOURCE_COLLISION",
+    15: "SOURCE_COLLISION_FAILED",
+    16: "CT_CREATE_FAILED",
+    17: "REDIRECT",
+    18: "REDIRECT_NEIGH",
+    19: "REDIRECT_PEER",
+    20: "FRAG_WAIT",
+    21: "FRAG_REORDER",
+    22: "FRAG_UNSUPPORTED",
+    23: "DROPPED_BY_QOS",
+    24: "RESERVED1",
+    25: "MAGLEV_NO_BACKEND",
+    26: "NO_HOST_IP",
+}
+# Codes behind the counters move with every release: the count of counters says where they begin.
+_BEHIND = ("ACCEPTED_BY_XDP", "WEP_NOT_READY", "NATIFACE")
+_COUNTERS = (14, 17, 25, 26, 27)
+# In words that a user understands.
+MEANING = {
+    "DROPPED_BY_POLICY": "denied by policy",
+    "SHORT": "the packet is too short",
+    "CSUM_FAIL": "wrong checksum",
+    "IP_OPTIONS": "IP options are not supported",
+    "IP_MALFORMED": "malformed IP packet",
+    "ENCAP_FAIL": "encapsulation failed",
+    "DECAP_FAIL": "decapsulation failed",
+    "UNAUTH_SOURCE": "the source is not allowed: source ranges, or a tunnel from an unknown node",
+    "RT_UNKNOWN": "the backend is not in Calico's routes map",
+    "BLACK_HOLE": "the destination is a service address that no service uses",
+    "SOURCE_COLLISION_FAILED": "no free source port to resolve a collision",
+    "CT_CREATE_FAILED": "the conntrack entry could not be made",
+    "DROPPED_BY_QOS": "QoS limit of the pod",
+    "MAGLEV_NO_BACKEND": "Maglev found no backend",
+    "NO_HOST_IP": "the node's own address is unknown to Felix",
+    "WEP_NOT_READY": "the pod's programs are not attached yet",
+    "NATIFACE": "the path through bpfin.cali is broken",
+}
+
+
+def name(code: int, counters: int) -> str:
+    """The name of a reason. *counters*: number of counters in the map, 0 when unknown.
+
+    A code that the release of that many counters does not have is given as its number, never guessed.
+    """
+    if counters in _COUNTERS:
+        base = 13 if counters == 14 else counters
+        if base <= code < base + len(_BEHIND) and not (counters == 14 and code == 13):
+            return _BEHIND[code - base]
+        return REASONS[code] if code < counters and code in REASONS else f"reason {code}"
+    return REASONS[code] if code <= 12 else f"reason {code}"

@@ -1,0 +1,79 @@
+"""A journal, live or read back, to journeys and verdicts: the same line for both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from calitrace.correlate.journey import Journey, Journeys
+from calitrace.correlate.verdict import Names, Verdict, judge
+from calitrace.decode import Decoder
+from calitrace.errors import Malformed
+from calitrace.model import Outcome, Probe, Topology
+
+if TYPE_CHECKING:
+    from collections import Counter
+
+    from calitrace.journal import Journal
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What a journal shows. *lost*: events lost in the ring; *notes*: what else the reader must know."""
+
+    topology: Topology
+    names: Names
+    journeys: list[Journey]
+    verdicts: list[Verdict]
+    lost: int
+    outside: int
+    malformed: Counter[str]
+    notes: tuple[str, ...]
+
+
+def analyse(journal: Journal, *, short_names: bool = False) -> Analysis:
+    """Decode, join and judge. *short_names*: without the prefix that all namespaces share.
+
+    Raises Malformed when the header or the probes are not what the schema says.
+    """
+    header = journal.header
+    try:
+        topology = Topology.from_map(header["topology"])
+        names = Names(dict(header["drop_reasons"]), journal.symbols, dict(header.get("rules", {})))
+        run_id, vxlan_port = int(header["run_id"]), int(header["vxlan_port"])
+        probes = [_probe(each) for each in journal.probes.get("probes", [])]
+    except (KeyError, TypeError, ValueError) as wrong:
+        raise Malformed(0, "a complete header", f"{type(wrong).__name__} {wrong}", "journal") from wrong
+    if short_names:
+        topology = topology.shortened()
+    decoder = Decoder(vxlan_port)
+    journeys = Journeys(run_id, probes, topology)
+    for event in decoder.iter_events(journal.events):
+        journeys.feed(event)
+    lost = sum(journal.totals.get("lost", {}).values())
+    found = list(journeys.journeys.values())
+    return Analysis(
+        topology,
+        names,
+        found,
+        [judge(each, topology, names, lost) for each in found],
+        lost,
+        journeys.outside,
+        decoder.malformed,
+        tuple(_notes(journal, decoder.malformed)),
+    )
+
+
+def _probe(plain: dict[str, Any]) -> Probe:
+    return Probe(**{**plain, "outcome": Outcome(plain["outcome"])})
+
+
+def _notes(journal: Journal, malformed: Counter[str]) -> list[str]:
+    notes = [f"warning: {each}" for each in journal.header.get("warnings", [])]
+    if journal.cut_at is not None:
+        notes.append(f"the journal was cut short at byte {journal.cut_at}: what follows is missing")
+    notes += [f"{number} frames of unknown kind {kind!r}" for kind, number in journal.unknown.items()]
+    notes += [f"{number} events not decoded: {what}" for what, number in malformed.items()]
+    lost = journal.totals.get("lost", {})
+    notes += [f"{number} {what} events lost" for what, number in lost.items() if number]
+    return notes

@@ -1,0 +1,98 @@
+"""Bytes of the ring buffer to events. Total: any bytes give an event or ``Malformed``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, cast
+
+from calitrace.errors import Malformed
+from calitrace.events import DROP, HEADER, HOP, LOG, NO_REASON, STATE, TEXT_BYTES, EventType, HopKind, Match
+from calitrace.model import Drop, Event, Hop, LogLine, StateCopy
+from calitrace.packet import dissect
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from calitrace.packet import Packet
+
+
+def decode(raw: bytes, vxlan_port: int = 4789) -> Event:
+    """One event. Raises Malformed (LayoutMismatch for a wrong size) on anything else."""
+    if len(raw) < HEADER.size:
+        raise Malformed(0, f"at least {HEADER.size} bytes", f"{len(raw)} bytes", HEADER.name)
+    ktime_ns, kind, cpu, netns = cast("tuple[int, int, int, int]", HEADER.unpack(raw[: HEADER.size]))
+    if kind == EventType.LOG:
+        return _log(raw)
+    if kind == EventType.DROP:
+        values = DROP.decode(raw)
+        reason = cast("int", values["skb_drop_reason"])
+        return Drop(
+            ktime_ns,
+            cpu,
+            netns,
+            *_packet(values, vxlan_port),
+            location=cast("int", values["location"]),
+            skb_drop_reason=None if reason == NO_REASON else reason,
+        )
+    if kind == EventType.HOP:
+        values = HOP.decode(raw)
+        try:
+            hop = HopKind(cast("int", values["kind"]))
+        except ValueError:
+            raise Malformed(HOP.offset("kind"), "a hop kind", str(values["kind"]), HOP.name) from None
+        return Hop(ktime_ns, cpu, netns, *_packet(values, vxlan_port), kind=hop, rc=cast("int", values["rc"]))
+    if kind == EventType.STATE:
+        values = STATE.decode(raw)
+        state = cast("bytes", values["state"])
+        return StateCopy(
+            ktime_ns,
+            cpu,
+            netns,
+            cast("int", values["skbaddr"]),
+            state[: cast("int", values["state_bytes"])],
+        )
+    raise Malformed(HEADER.offset("type"), "a known event type", str(kind), HEADER.name)
+
+
+def _packet(values: dict[str, int | bytes], vxlan_port: int) -> tuple[int, int, int, int, int, Match, Packet]:
+    length = min(cast("int", values["capture_bytes"]), len(cast("bytes", values["capture"])))
+    return (
+        cast("int", values["skbaddr"]),
+        cast("int", values["ifindex"]),
+        cast("int", values["skb_iif"]),
+        cast("int", values["mark"]),
+        cast("int", values["len_bytes"]),
+        Match(cast("int", values["match"])),
+        dissect(cast("bytes", values["capture"])[:length], vxlan_port),
+    )
+
+
+def _log(raw: bytes) -> LogLine:
+    ktime_ns, _, cpu, netns, pid, length, comm, text = cast(
+        "tuple[int, int, int, int, int, int, bytes, bytes]", LOG.unpack(raw)
+    )
+    return LogLine(
+        ktime_ns,
+        cpu,
+        netns,
+        pid,
+        comm.split(b"\0", 1)[0].decode(errors="replace"),
+        text[:length].split(b"\0", 1)[0].decode(errors="replace"),
+        length >= TEXT_BYTES - 1,
+    )
+
+
+class Decoder:
+    """Decodes a stream, and counts what it could not decode: ``malformed`` by the record and what was found."""
+
+    def __init__(self, vxlan_port: int = 4789) -> None:
+        self.vxlan_port = vxlan_port
+        self.malformed: Counter[str] = Counter()
+
+    def iter_events(self, records: Iterable[bytes]) -> Iterator[Event]:
+        """The events of *records*, in their order."""
+        for raw in records:
+            try:
+                yield decode(raw, self.vxlan_port)
+            except Malformed as wrong:
+                self.malformed[f"{wrong.record}: {wrong.actual}"] += 1

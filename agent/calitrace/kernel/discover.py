@@ -1,0 +1,205 @@
+"""What stands on this machine: namespaces, interfaces, tc programs, and whose state map each node uses.
+
+A namespace is a node when one of its interfaces carries a Calico program; a pod when it is the other end of a
+node's workload interface. The state map is found through the programs themselves (their map ids, and those of
+the programs in their tail-call maps), so it does not matter where, or whether, it is pinned.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calitrace.errors import EnvironmentUnfit, UsageError
+from calitrace.kernel import netns, syscall
+from calitrace.model import Link, Namespace, Role, Topology
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+HOOKS = {"ingress": 0xFFFFFFF2, "egress": 0xFFFFFFF3}
+_WORKLOAD_PREFIX = "cali"
+_CLSACT = "clsact"
+
+
+def topology(client: str = "") -> Topology:
+    """Look at every namespace that has a name. *client*: namespace from which probes will come, "" for ours."""
+    names = netns.names()
+    found: dict[int, Namespace] = {}
+    for inum, name in names.items():
+        try:
+            found[inum] = _look(inum, name)
+        except (UsageError, EnvironmentUnfit, OSError):
+            if name == "(host)":
+                raise
+            continue  # it was deleted while we looked
+    return _with_roles(found, netns.inum(client) if client else netns.own_inum())
+
+
+def _look(inum: int, name: str) -> Namespace:
+    from pyroute2 import IPRoute
+
+    if name == "(host)":
+        with IPRoute() as route:
+            return _namespace(route, inum, socket.gethostname())
+    with netns.inside(name), IPRoute() as route:
+        return _namespace(route, inum, name)
+
+
+def _namespace(route: Any, inum: int, name: str) -> Namespace:
+    addresses: dict[int, list[str]] = {}
+    for message in route.get_addr():
+        address = message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS")
+        addresses.setdefault(message["index"], []).append(address)
+    with_clsact = {q["index"] for q in route.get_qdiscs() if q.get_attr("TCA_KIND") == _CLSACT}
+    links: dict[int, Link] = {}
+    state: syscall.MapInfo | None = None
+    counters = 0
+    nsids = _peer_namespaces(route)
+    for message in route.get_links():
+        index = message["index"]
+        calico: dict[str, tuple[str, ...]] = {}
+        foreign: dict[str, tuple[str, ...]] = {}
+        programs = dict(_filters(route, index)) if index in with_clsact else {}
+        for hook in HOOKS:
+            ids = programs.get(hook, []) + _tcx(index, hook)
+            infos = [_program(each) for each in ids]
+            calico[hook] = tuple(i.name for i in infos if is_calico(i.name))
+            foreign[hook] = tuple(i.name for i in infos if not is_calico(i.name))
+            for info in infos:
+                if is_calico(info.name) and state is None:
+                    state, counters = _calico_maps(info)
+        links[index] = Link(
+            index,
+            message.get_attr("IFLA_IFNAME"),
+            tuple(addresses.get(index, ())),
+            {hook: names for hook, names in calico.items() if names},
+            {hook: names for hook, names in foreign.items() if names},
+            nsids.get(message.get_attr("IFLA_LINK_NETNSID"), 0),
+            message.get_attr("IFLA_LINK") or 0,
+        )
+    return Namespace(
+        inum,
+        name,
+        Role.NODE if any(link.calico for link in links.values()) else Role.OTHER,
+        links,
+        state.id if state else 0,
+        state.name if state else "",
+        state.value_size if state else 0,
+        counters,
+    )
+
+
+def is_calico(program: str) -> bool:
+    """Whether a tc program is Calico's, by name: ``cali_tc_preambl``, ``calico_from_hos``, ``calico_tc_main``."""
+    return program.startswith("cali")
+
+
+def _filters(route: Any, index: int) -> Iterator[tuple[str, list[int]]]:
+    """(hook, program ids) of the classic tc filters of an interface, in the order in which they run."""
+    for hook, parent in HOOKS.items():
+        found = []
+        for message in route.get_filters(index=index, parent=parent):
+            options = message.get_attr("TCA_OPTIONS")
+            identifier = options.get_attr("TCA_BPF_ID") if options is not None else None
+            if message.get_attr("TCA_KIND") == "bpf" and identifier:
+                found.append(identifier)
+        yield hook, found
+
+
+def _tcx(index: int, hook: str) -> list[int]:
+    """Program ids of the tcx links of an interface of this thread's namespace; none before Linux 6.6."""
+    try:
+        return syscall.attached_programs(index, hook)
+    except OSError:
+        return []
+
+
+def _program(identifier: int) -> syscall.ProgramInfo:
+    """A program by id. Raises OSError when it has gone."""
+    descriptor = syscall.program_fd(identifier)
+    try:
+        return syscall.program_info(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _calico_maps(program: syscall.ProgramInfo) -> tuple[syscall.MapInfo | None, int]:
+    """The state map that a program uses, and the number of counters in its counters map (0: not found).
+
+    Calico's preamble names the state map itself; the counters map belongs to the programs it tail-calls.
+    """
+    state = None
+    counters = 0
+    waiting, seen = [program], {program.id}
+    while waiting:
+        for identifier in waiting.pop().map_ids:
+            descriptor = syscall.map_fd(identifier)
+            try:
+                info = syscall.map_info(descriptor)
+                if "_state" in info.name and info.name.startswith("cali"):
+                    state = state or info
+                elif info.name.startswith("cali_counters"):
+                    counters = info.value_size // 8
+                elif info.type == syscall.MAP_TYPE_PROG_ARRAY and info.name.startswith("cali_progs"):
+                    for index in range(min(info.max_entries, 128)):
+                        value = syscall.map_lookup(descriptor, index.to_bytes(4, "little"), 4)
+                        identifier = int.from_bytes(value or b"", "little")
+                        if identifier and identifier not in seen:
+                            seen.add(identifier)
+                            waiting.append(_program(identifier))
+            finally:
+                os.close(descriptor)
+            if state and counters:
+                return state, counters
+    return state, counters
+
+
+def _peer_namespaces(route: Any) -> dict[int | None, int]:
+    """nsid of this namespace to inode number, for all namespaces that have a name."""
+    found: dict[int | None, int] = {}
+    for name in sorted(p.name for p in netns.RUN_NETNS.iterdir()) if netns.RUN_NETNS.is_dir() else []:
+        descriptor = os.open(netns.RUN_NETNS / name, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            answer = route.get_netnsid(fd=descriptor)
+            nsid = answer.get("nsid")
+            if nsid is not None and nsid not in (-1, 0xFFFFFFFF):
+                found[nsid] = os.fstat(descriptor).st_ino
+        finally:
+            os.close(descriptor)
+    return found
+
+
+def _with_roles(found: dict[int, Namespace], client: int) -> Topology:
+    """Pods are the other ends of workload interfaces; the client is where the probes come from."""
+    pods = {
+        link.peer_netns
+        for namespace in found.values()
+        if namespace.role is Role.NODE
+        for link in namespace.links.values()
+        if link.name.startswith(_WORKLOAD_PREFIX)
+    }
+    roles = {inum: Role.POD for inum in pods}
+    if client in found and found[client].role is Role.OTHER:
+        roles.setdefault(client, Role.CLIENT)
+    return Topology(
+        {
+            inum: replace(namespace, role=roles.get(inum, namespace.role))
+            if namespace.role is Role.OTHER
+            else namespace
+            for inum, namespace in found.items()
+        }
+    )
+
+
+def state_maps(found: Topology) -> dict[int, int]:
+    """Namespace inode number to id of the state map of each node."""
+    return {n.inum: n.state_map for n in found.namespaces.values() if n.state_map}
+
+
+def boot_id() -> str:
+    """The kernel's id of this boot: clocks of two journals compare only when it is the same."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

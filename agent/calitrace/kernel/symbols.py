@@ -1,0 +1,32 @@
+"""Kernel addresses to function names, from /proc/kallsyms."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from pathlib import Path
+
+KALLSYMS = Path("/proc/kallsyms")
+
+
+def resolve(addresses: set[int]) -> dict[int, str]:
+    """``function+0xoffset`` for each address; left out where the kernel hides its symbols (kptr_restrict)."""
+    if not addresses:
+        return {}
+    starts: list[int] = []
+    names: list[str] = []
+    with KALLSYMS.open() as lines:
+        for line in lines:
+            parts = line.split(None, 3)
+            if parts[1] in "tTwW":
+                starts.append(int(parts[0], 16))
+                names.append(parts[2])
+    order = sorted(range(len(starts)), key=starts.__getitem__)
+    ordered = [starts[i] for i in order]
+    if not ordered or ordered[-1] == 0:
+        return {}
+    found = {}
+    for address in addresses:
+        at = bisect_right(ordered, address) - 1
+        if at >= 0:
+            found[address] = f"{names[order[at]]}+{address - ordered[at]:#x}"
+    return found

@@ -1,0 +1,211 @@
+"""What happened, in the units of people: events, and the namespaces and interfaces they happened on."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from calitrace.errors import Malformed
+
+if TYPE_CHECKING:
+    from calitrace.events import HopKind, Match
+    from calitrace.packet import Packet
+
+
+@dataclass(frozen=True)
+class Event:
+    """*ktime_ns*: CLOCK_MONOTONIC. *netns*: inode number of the network namespace, 0 when unknown."""
+
+    ktime_ns: int
+    cpu: int
+    netns: int
+
+
+@dataclass(frozen=True)
+class PacketEvent(Event):
+    """Something happened to an sk_buff. *ifindex* is of its device, *skb_iif* of the one it came in by."""
+
+    skbaddr: int
+    ifindex: int
+    skb_iif: int
+    mark: int
+    len_bytes: int
+    match: Match
+    packet: Packet
+
+
+@dataclass(frozen=True)
+class Drop(PacketEvent):
+    """The kernel freed it undelivered. *skb_drop_reason* is None where the kernel tells none."""
+
+    location: int
+    skb_drop_reason: int | None
+
+
+@dataclass(frozen=True)
+class Hop(PacketEvent):
+    """It passed a tracepoint. *rc*: what the driver returned, for XMIT."""
+
+    kind: HopKind
+    rc: int
+
+
+@dataclass(frozen=True)
+class LogLine(Event):
+    """One line that a BPF program printed; *cut* when it filled our buffer."""
+
+    pid: int
+    comm: str
+    text: str
+    cut: bool
+
+
+@dataclass(frozen=True)
+class StateCopy(Event):
+    """Calico's per-CPU state at the drop of *skbaddr*, as bytes of the map's value size."""
+
+    skbaddr: int
+    raw: bytes
+
+
+class Role(str, Enum):
+    """What a network namespace is to us. Only NODE, POD and CLIENT are observed: the rest is the underlay."""
+
+    NODE = "node"
+    POD = "pod"
+    CLIENT = "client"
+    OTHER = "other"
+
+
+@dataclass(frozen=True)
+class Link:
+    """An interface. *calico*, *foreign*: names of the tc programs on it, by hook (``ingress``, ``egress``)."""
+
+    ifindex: int
+    name: str
+    addresses: tuple[str, ...] = ()
+    calico: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    foreign: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    peer_netns: int = 0
+    peer_ifindex: int = 0
+
+
+@dataclass(frozen=True)
+class Namespace:
+    """A network namespace and its interfaces by ifindex. *state_map*: id of its cali_state map, 0 for none."""
+
+    inum: int
+    name: str
+    role: Role
+    links: dict[int, Link]
+    state_map: int = 0
+    state_name: str = ""
+    state_bytes: int = 0
+    reasons: int = 0  # number of counters in its counters map: tells the release's numbering
+
+
+@dataclass(frozen=True)
+class Topology:
+    """All namespaces that were looked at, by inode number."""
+
+    namespaces: dict[int, Namespace]
+
+    def to_map(self) -> list[dict[str, Any]]:
+        """Plain values, for a journal."""
+        return [asdict(namespace) for namespace in self.namespaces.values()]
+
+    @classmethod
+    def from_map(cls, plain: list[dict[str, Any]]) -> Topology:
+        """The reverse of to_map(). Raises Malformed on anything else."""
+        try:
+            found = [
+                Namespace(
+                    **{
+                        **each,
+                        "role": Role(each["role"]),
+                        "links": {index: Link(**_tuples(link)) for index, link in each["links"].items()},
+                    }
+                )
+                for each in plain
+            ]
+        except (KeyError, TypeError, ValueError, AttributeError) as wrong:
+            raise Malformed(0, "a topology", f"{type(wrong).__name__} {wrong}", "journal header") from wrong
+        return cls({namespace.inum: namespace for namespace in found})
+
+    def shortened(self) -> Topology:
+        """The same with the prefix that all namespaces but the host's share (``calitrace-``) taken off."""
+        names = [n.name for n in self.namespaces.values() if n.role is not Role.OTHER]
+        prefix = _common_prefix(names)
+        prefix = prefix[: prefix.rfind("-") + 1] if len(names) > 1 else ""
+        return Topology(
+            {
+                inum: replace(n, name=n.name.removeprefix(prefix) or n.name)
+                for inum, n in self.namespaces.items()
+            }
+        )
+
+    def namespace(self, inum: int) -> Namespace | None:
+        """The namespace, or None when it was not there when we looked."""
+        return self.namespaces.get(inum)
+
+    def link(self, inum: int, ifindex: int) -> Link | None:
+        """The interface, or None."""
+        found = self.namespaces.get(inum)
+        return found.links.get(ifindex) if found else None
+
+    def observed(self, inum: int) -> bool:
+        """Whether events there belong to what we trace (a node, a pod or the client)."""
+        found = self.namespaces.get(inum)
+        return found is not None and found.role is not Role.OTHER
+
+    def owner(self, address: str) -> Namespace | None:
+        """The observed namespace that has *address* on an interface."""
+        for namespace in self.namespaces.values():
+            if namespace.role is not Role.OTHER and any(
+                address in link.addresses for link in namespace.links.values()
+            ):
+                return namespace
+        return None
+
+
+def _tuples(link: dict[str, Any]) -> dict[str, Any]:
+    """msgpack knows no tuples: put them back."""
+    hooks = {hook: {k: tuple(v) for k, v in link[hook].items()} for hook in ("calico", "foreign")}
+    return {**link, **hooks, "addresses": tuple(link["addresses"])}
+
+
+def _common_prefix(names: list[str]) -> str:
+    """The longest prefix that all *names* share."""
+    first, last = (min(names), max(names)) if names else ("", "")
+    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    return first[:length]
+
+
+class Outcome(str, Enum):
+    """What became of a probe, seen from the one who sent it."""
+
+    ANSWERED = "answered"
+    REFUSED = "refused"
+    UNANSWERED = "unanswered"
+    SEND_ERROR = "send_error"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A probe that was sent. *proto*: IP protocol number; *rtt_ns*: None when nothing came back.
+
+    *detail*: what refused it, or why it could not be sent.
+    """
+
+    number: int
+    proto: int
+    src: str
+    sport: int
+    dst: str
+    dport: int
+    sent_ns: int
+    size_bytes: int
+    outcome: Outcome
+    rtt_ns: int | None = None
+    detail: str = ""

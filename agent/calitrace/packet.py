@@ -1,0 +1,141 @@
+"""What the first bytes of a packet say: IP, TCP, UDP, ICMP, VXLAN, and the packets inside them.
+
+Total: any bytes give a ``Packet``; what cannot be read is simply not there. Sources: RFC 791, 8200, 9293, 768,
+792, 4443, 7348.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address, ip_address
+
+from calitrace import identity
+from calitrace.identity import Identity
+
+TCP, UDP, ICMP, ICMP6 = 6, 17, 1, 58
+PROTOCOLS = {ICMP: "icmp", TCP: "tcp", UDP: "udp", ICMP6: "icmp6"}
+FIN, SYN, RST, PSH, ACK = 0x01, 0x02, 0x04, 0x08, 0x10
+_FLAG_NAMES = ((SYN, "SYN"), (FIN, "FIN"), (RST, "RST"), (PSH, "PSH"), (ACK, "ACK"))
+_ICMP_ERRORS = {ICMP: (3, 11, 12), ICMP6: (1, 2, 3, 4)}
+_MAX_LAYERS = 3
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One IP packet. Ports are 0 where the protocol has none; *flags*, *seq*, *ack* are TCP's."""
+
+    src: IPv4Address | IPv6Address
+    dst: IPv4Address | IPv6Address
+    proto: int
+    sport: int = 0
+    dport: int = 0
+    flags: int = 0
+    seq: int = 0
+    ack: int = 0
+    icmp_type: int = -1
+    icmp_code: int = -1
+    identity: Identity | None = None
+    vni: int | None = None  # of the VXLAN header that it carries
+    ttl: int = 0
+
+    def __str__(self) -> str:
+        name = PROTOCOLS.get(self.proto, str(self.proto))
+        if self.proto in _ICMP_ERRORS:
+            return f"{name} {self.src} > {self.dst} type {self.icmp_type} code {self.icmp_code}"
+        ports = self.proto in (TCP, UDP)
+        src = f"{_bracket(self.src)}:{self.sport}" if ports else str(self.src)
+        dst = f"{_bracket(self.dst)}:{self.dport}" if ports else str(self.dst)
+        flags = f" {self.flag_names}" if self.proto == TCP else ""
+        return f"{name}{flags} {src} > {dst}"
+
+    @property
+    def flag_names(self) -> str:
+        """TCP flags in words, ``SYN,ACK``."""
+        return ",".join(name for bit, name in _FLAG_NAMES if self.flags & bit) or "-"
+
+    @property
+    def is_icmp_error(self) -> bool:
+        """Whether it reports on another packet, which is then the next layer."""
+        return self.icmp_type in _ICMP_ERRORS.get(self.proto, ())
+
+
+@dataclass(frozen=True)
+class Packet:
+    """*layers*: outermost first; a tunnel's payload and what an ICMP error quotes are layers of their own."""
+
+    layers: tuple[Layer, ...]
+
+    @property
+    def outer(self) -> Layer | None:
+        """What the wire sees."""
+        return self.layers[0] if self.layers else None
+
+    @property
+    def tunnel(self) -> Layer | None:
+        """The VXLAN packet around the rest, if there is one."""
+        return self.layers[0] if self.layers and self.layers[0].vni is not None else None
+
+    @property
+    def inner(self) -> Layer | None:
+        """The packet itself, out of its tunnel."""
+        found = self.layers[1:] if self.tunnel else self.layers
+        return found[0] if found else None
+
+    @property
+    def quoted(self) -> Layer | None:
+        """What an ICMP error is about."""
+        found = self.layers[1:] if self.tunnel else self.layers
+        return found[1] if len(found) > 1 else None
+
+
+def dissect(raw: bytes, vxlan_port: int = 4789) -> Packet:
+    """Read *raw*, which begins with an IP header. *vxlan_port*: UDP destination port taken for VXLAN."""
+    layers: list[Layer] = []
+    at = 0
+    while at is not None and len(layers) < _MAX_LAYERS:
+        layer, following = _layer(raw, at, vxlan_port)
+        if layer is None:
+            break
+        layers.append(layer)
+        if following is None:
+            break
+        at = following
+    return Packet(tuple(layers))
+
+
+def _layer(raw: bytes, at: int, vxlan_port: int) -> tuple[Layer | None, int | None]:
+    """The packet at *at* and where a packet inside it begins."""
+    version = raw[at] >> 4 if len(raw) > at else 0
+    if version == 4 and len(raw) >= at + 20:
+        size, proto, ttl = (raw[at] & 15) * 4, raw[at + 9], raw[at + 8]
+        src, dst = ip_address(raw[at + 12 : at + 16]), ip_address(raw[at + 16 : at + 20])
+        if (raw[at + 6] & 0x1F) << 8 | raw[at + 7]:  # a later fragment: no ports here
+            return Layer(src, dst, proto, ttl=ttl), None
+    elif version == 6 and len(raw) >= at + 40:
+        size, proto, ttl = 40, raw[at + 6], raw[at + 7]
+        src, dst = ip_address(raw[at + 8 : at + 24]), ip_address(raw[at + 24 : at + 40])
+    else:
+        return None, None
+    l4 = at + size
+    if proto == UDP and len(raw) >= l4 + 8:
+        sport, dport = struct.unpack_from("!HH", raw, l4)
+        if dport == vxlan_port and len(raw) >= l4 + 16 and raw[l4 + 8] & 0x08:
+            vni = int.from_bytes(raw[l4 + 12 : l4 + 15], "big")
+            return Layer(src, dst, proto, sport, dport, vni=vni, ttl=ttl), l4 + 30
+        found = identity.decode(raw[l4 + 8 : l4 + 8 + identity.SIZE])
+        return Layer(src, dst, proto, sport, dport, identity=found, ttl=ttl), None
+    if proto == TCP and len(raw) >= l4 + 8:  # an ICMP error may quote no more
+        sport, dport, seq = struct.unpack_from("!HHI", raw, l4)
+        ack, flags = (
+            (int.from_bytes(raw[l4 + 8 : l4 + 12], "big"), raw[l4 + 13]) if len(raw) >= l4 + 14 else (0, 0)
+        )
+        return Layer(src, dst, proto, sport, dport, flags, seq, ack, ttl=ttl), None
+    if proto in _ICMP_ERRORS and len(raw) >= l4 + 2:
+        layer = Layer(src, dst, proto, icmp_type=raw[l4], icmp_code=raw[l4 + 1], ttl=ttl)
+        return layer, l4 + 8 if layer.is_icmp_error else None
+    return Layer(src, dst, proto, ttl=ttl), None
+
+
+def _bracket(address: IPv4Address | IPv6Address) -> str:
+    return f"[{address}]" if address.version == 6 else str(address)
