@@ -65,9 +65,7 @@ class Btf:
     def __init__(self, raw: bytes) -> None:
         if len(raw) < 24:
             raise Malformed(0, "a 24-byte BTF header", f"{len(raw)} bytes", "BTF")
-        magic, version, _flags, hdr_len, type_off, type_len, str_off, str_len = struct.unpack_from(
-            "<HBBIIIII", raw
-        )
+        magic, version, _flags, hdr_len, type_off, type_len, str_off, str_len = struct.unpack_from("<HBBIIIII", raw)
         if magic != MAGIC or version != 1:
             raise Malformed(0, f"magic {MAGIC:#x} version 1", f"magic {magic:#x} version {version}", "BTF")
         start, strings = hdr_len + type_off, hdr_len + str_off
@@ -179,9 +177,7 @@ class Btf:
             raise Malformed(0, "a struct or union", f"kind {kind}", "BTF type")
         found = []
         for item in range(vlen):
-            name, member_type, offset = struct.unpack_from(
-                "<III", self._raw, self._offsets[type_id] + 12 + 12 * item
-            )
+            name, member_type, offset = struct.unpack_from("<III", self._raw, self._offsets[type_id] + 12 + 12 * item)
             bits = offset >> 24 if kind_flag else 0
             found.append(
                 Member(

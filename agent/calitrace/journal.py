@@ -92,9 +92,7 @@ def read(stream: BinaryIO) -> Journal:
 
 
 def _take(journal: Journal | None, item: object, at: int) -> Journal:
-    if not (
-        isinstance(item, list) and len(item) == 2 and isinstance(item[0], str) and isinstance(item[1], dict)
-    ):
+    if not (isinstance(item, list) and len(item) == 2 and isinstance(item[0], str) and isinstance(item[1], dict)):
         raise Malformed(at, "a frame [kind, map]", type(item).__name__, "journal")
     kind, body = item
     if journal is None:

@@ -139,10 +139,7 @@ class Topology:
         prefix = _common_prefix(names)
         prefix = prefix[: prefix.rfind("-") + 1] if len(names) > 1 else ""
         return Topology(
-            {
-                inum: replace(n, name=n.name.removeprefix(prefix) or n.name)
-                for inum, n in self.namespaces.items()
-            }
+            {inum: replace(n, name=n.name.removeprefix(prefix) or n.name) for inum, n in self.namespaces.items()}
         )
 
     def namespace(self, inum: int) -> Namespace | None:
@@ -162,9 +159,7 @@ class Topology:
     def owner(self, address: str) -> Namespace | None:
         """The observed namespace that has *address* on an interface."""
         for namespace in self.namespaces.values():
-            if namespace.role is not Role.OTHER and any(
-                address in link.addresses for link in namespace.links.values()
-            ):
+            if namespace.role is not Role.OTHER and any(address in link.addresses for link in namespace.links.values()):
                 return namespace
         return None
 

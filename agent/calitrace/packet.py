@@ -127,9 +127,7 @@ def _layer(raw: bytes, at: int, vxlan_port: int) -> tuple[Layer | None, int | No
         return Layer(src, dst, proto, sport, dport, identity=found, ttl=ttl), None
     if proto == TCP and len(raw) >= l4 + 8:  # an ICMP error may quote no more
         sport, dport, seq = struct.unpack_from("!HHI", raw, l4)
-        ack, flags = (
-            (int.from_bytes(raw[l4 + 8 : l4 + 12], "big"), raw[l4 + 13]) if len(raw) >= l4 + 14 else (0, 0)
-        )
+        ack, flags = (int.from_bytes(raw[l4 + 8 : l4 + 12], "big"), raw[l4 + 13]) if len(raw) >= l4 + 14 else (0, 0)
         return Layer(src, dst, proto, sport, dport, flags, seq, ack, ttl=ttl), None
     if proto in _ICMP_ERRORS and len(raw) >= l4 + 2:
         layer = Layer(src, dst, proto, icmp_type=raw[l4], icmp_code=raw[l4 + 1], ttl=ttl)

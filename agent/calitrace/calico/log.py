@@ -156,9 +156,7 @@ class Assembler:
             done.append(self._open.pop(cpu))
             current = None
         if current is None:
-            current = self._open[cpu] = Passage(
-                line.interface, line.direction, cpu, ktime_ns, line.hex_reason
-            )
+            current = self._open[cpu] = Passage(line.interface, line.direction, cpu, ktime_ns, line.hex_reason)
         if current.add(line.message, ktime_ns):
             done.append(self._open.pop(cpu))
         return done

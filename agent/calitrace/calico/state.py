@@ -112,8 +112,7 @@ def decode(raw: bytes, table: Layout) -> CalicoState:
     if len(raw) != table.size:
         raise LayoutMismatch(0, f"{table.size} bytes", f"{len(raw)} bytes", table.map_name)
     src, dst, pre_nat, post_nat = (
-        IPv4Address(raw[at : at + 4])
-        for at in range(table.addresses, table.addresses + 4 * table.stride, table.stride)
+        IPv4Address(raw[at : at + 4]) for at in range(table.addresses, table.addresses + 4 * table.stride, table.stride)
     )
     sport, dport, pre_dport, post_dport = struct.unpack_from("<HHHH", raw, table.ports)
     rule_ids: tuple[int, ...] = ()

@@ -162,6 +162,5 @@ def _concerns(passage: Passage, event: PacketEvent) -> bool:
     if not pairs:
         return True  # a bypass: it ends before the ports are read
     return any(
-        (layer.sport, layer.dport) in pairs or (layer.dport, layer.sport) in pairs
-        for layer in event.packet.layers
+        (layer.sport, layer.dport) in pairs or (layer.dport, layer.sport) in pairs for layer in event.packet.layers
     ) or bool(event.packet.quoted)

@@ -116,9 +116,7 @@ class Collectors:
         types = self._types or headers.kernel_btf()
         text = "".join(loader.bpf_source(name).replace("#pragma once", "") for name in self.plan.sources())
         with self._stack:
-            self._bpf = loader.compile_bpf(
-                text, defines=self.plan.defines(has_drop_reason(types)), types=types
-            )
+            self._bpf = loader.compile_bpf(text, defines=self.plan.defines(has_drop_reason(types)), types=types)
             self._stack.callback(self._bpf.cleanup)
             for _, function in self.plan.attachments():
                 self._descriptors[function] = loader.load_raw_tracepoint(self._bpf, function)
@@ -170,10 +168,7 @@ class Collectors:
 
     def drop_counts(self) -> dict[tuple[int, int], int]:
         """(location address, skb_drop_reason) to number of drops of the whole kernel, summed over CPUs."""
-        return {
-            (key.location, key.skb_drop_reason): sum(values)
-            for key, values in self._bpf["drop_counts"].items()
-        }
+        return {(key.location, key.skb_drop_reason): sum(values) for key, values in self._bpf["drop_counts"].items()}
 
     def programs(self) -> dict[str, syscall.ProgramInfo]:
         """Function name to kernel information about it: run time and count, recursion misses."""

@@ -182,7 +182,7 @@ def _with_roles(found: dict[int, Namespace], client: int) -> Topology:
         for link in namespace.links.values()
         if link.name.startswith(_WORKLOAD_PREFIX)
     }
-    roles = {inum: Role.POD for inum in pods}
+    roles = dict.fromkeys(pods, Role.POD)
     if client in found and found[client].role is Role.OTHER:
         roles.setdefault(client, Role.CLIENT)
     return Topology(

@@ -66,9 +66,7 @@ def iter_story(analysis: Analysis, number: int, *, verbose: bool = False) -> Ite
 
 def _minor(step: Step) -> bool:
     event = step.event
-    return isinstance(event, Hop) and (
-        event.kind is HopKind.CONSUME or (event.kind is HopKind.XMIT and event.rc == 0)
-    )
+    return isinstance(event, Hop) and (event.kind is HopKind.CONSUME or (event.kind is HopKind.XMIT and event.rc == 0))
 
 
 def _line(analysis: Analysis, journey: Journey, step: Step, width: int, what: str) -> str:
@@ -130,9 +128,7 @@ def _verdict(verdict: Verdict, members: int, total: int) -> Iterator[str]:
         rows.append(("confidence", verdict.confidence.value))
     rows += [("evidence" if first == 0 else "", each) for first, each in enumerate(verdict.evidence)]
     for name, text in rows:
-        yield from textwrap.wrap(
-            f"  {name:10}  {text}", WIDTH, subsequent_indent=" " * 14, break_long_words=False
-        )
+        yield from textwrap.wrap(f"  {name:10}  {text}", WIDTH, subsequent_indent=" " * 14, break_long_words=False)
 
 
 def summary(analysis: Analysis) -> str:

@@ -1,0 +1,187 @@
+"""A recording: collectors, a thread that empties their ring, and the journal that it fills.
+
+Live is record and report joined: the journal is always written, into memory when no file is named, and the
+verdicts are made from it.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import socket
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from calitrace import __version__, journal
+from calitrace.calico import policy
+from calitrace.errors import UsageError
+from calitrace.events import Stat
+from calitrace.kernel import discover, headers, symbols
+from calitrace.kernel.collectors import Collectors, Plan
+from calitrace.model import Drop
+from calitrace.decode import Decoder
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from calitrace.model import Probe
+
+_POLL_MS = 50
+_QUIET_POLLS = 3  # this many polls without an event end the settling
+_SETTLE_MS = 2000  # but it never takes longer
+
+
+class Recording:
+    """A context manager: on entry the collectors are attached and reading, on exit they are gone.
+
+    *path*: the journal file, or None for memory. *client*: namespace of the probes, "" for ours.
+    Raises UsageError when the file exists, EnvironmentUnfit when the kernel refuses.
+    """
+
+    def __init__(self, plan: Plan, *, path: Path | None, client: str, policy_dirs: Iterable[Path] = ()) -> None:
+        self._path = path
+        self._client = client
+        self._policy_dirs = tuple(policy_dirs)
+        self._types = headers.kernel_btf()
+        self.topology = discover.topology(client)
+        sizes = {n.state_bytes for n in self.topology.namespaces.values() if n.state_map}
+        self._warnings: list[str] = []
+        if len(sizes) > 1:
+            self._warnings.append("nodes with different releases of Calico: only one state layout is read")
+        self._state_bytes = max(sizes, default=plan.state_bytes)
+        self._plan = plan if not sizes else _with_state(plan, self._state_bytes)
+        self._collectors = Collectors(self._plan, self._types)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._read, name="calitrace-ring", daemon=True)
+        self._failure: BaseException | None = None
+        self._locations: set[int] = set()
+        self._idle_polls = 0
+
+    def __enter__(self) -> Recording:
+        self._stream: BinaryIO = io.BytesIO() if self._path is None else _create(self._path)
+        try:
+            self._collectors.__enter__()
+            wanted = discover.state_maps(self.topology)
+            self._collectors.watch_state(
+                {
+                    netns: identifier
+                    for netns, identifier in wanted.items()
+                    if self.topology.namespaces[netns].state_bytes == self._state_bytes
+                }
+            )
+            self._writer = journal.Writer(self._stream, self._header())
+        except BaseException:
+            self._collectors.__exit__()
+            self._stream.close()
+            raise
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._collectors.__exit__()
+        if self._path is not None:
+            self._stream.close()
+
+    def _header(self) -> dict[str, Any]:
+        reasons = self._types.enum("skb_drop_reason") if self._types else None
+        rules: dict[int, str] = {}
+        for directory in self._policy_dirs:
+            for file in sorted(directory.glob("*.json")):
+                rules.update(policy.rule_names(file.read_bytes()))
+        return {
+            "version": __version__,
+            "node": socket.gethostname(),
+            "boot_id": discover.boot_id(),
+            "kernel": os.uname().release,
+            "mono_ns": time.monotonic_ns(),
+            "wall_ns": time.time_ns(),
+            "run_id": self._plan.run_id,
+            "vxlan_port": self._plan.vxlan_port,
+            "client": self._client,
+            "drop_reasons": reasons or {},
+            "rules": rules,
+            "topology": self.topology.to_map(),
+            "warnings": self._warnings,
+        }
+
+    def _read(self) -> None:
+        decoder = Decoder(self._plan.vxlan_port)
+        try:
+            while not self._stop.is_set():
+                records = self._collectors.poll(_POLL_MS)
+                self._idle_polls = 0 if records else self._idle_polls + 1
+                self._writer.events(records)
+                self._locations.update(e.location for e in decoder.iter_events(records) if isinstance(e, Drop))
+        except BaseException as failure:  # handed to the thread that waits for us
+            self._failure = failure
+
+    def settle(self) -> None:
+        """Wait until the kernel has nothing more to tell of our packets; bounded."""
+        self._idle_polls = 0
+        deadline = time.monotonic() + _SETTLE_MS / 1000
+        while self._idle_polls < _QUIET_POLLS and time.monotonic() < deadline and self._thread.is_alive():
+            self._stop.wait(_POLL_MS / 1000)
+
+    def finish(self, probes: Iterable[Probe]) -> journal.Journal:
+        """Write what was sent and the totals, end the journal, and read it back."""
+        self.settle()
+        self._stop.set()
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+        self._writer.events(self._collectors.drain())
+        self._writer.write(journal.PROBES, {"probes": [_plain(probe) for probe in probes]})
+        self._writer.write(journal.SYMBOLS, symbols.resolve(self._locations))
+        self._writer.write(journal.TOTALS, self._totals())
+        self._writer.write(journal.END, {"mono_ns": time.monotonic_ns()})
+        if self._path is None:
+            self._stream.seek(0)
+            return journal.read(self._stream)
+        self._stream.close()
+        with self._path.open("rb") as stream:
+            return journal.read(stream)
+
+    def _totals(self) -> dict[str, Any]:
+        stats = self._collectors.stats()
+        programs = self._collectors.programs().values()
+        return {
+            "stats": {stat.name.lower(): value for stat, value in stats.items()},
+            "lost": {
+                "drop": stats[Stat.DROP_LOST],
+                "hop": stats[Stat.HOP_LOST],
+                "log": stats[Stat.LOG_LOST] + stats[Stat.LOG_OVERWRITTEN],
+                "state": stats[Stat.STATE_LOST],
+                "nested": sum(program.recursion_misses for program in programs),
+            },
+        }
+
+
+def _with_state(plan: Plan, size: int) -> Plan:
+    from dataclasses import replace
+
+    return replace(plan, state_bytes=size)
+
+
+def _create(path: Path) -> BinaryIO:
+    try:
+        return path.open("xb")
+    except FileExistsError:
+        raise UsageError(f"{path} exists already", "name another file, or remove it") from None
+    except OSError as failure:
+        raise UsageError(f"cannot write {path}: {failure.strerror}") from failure
+
+
+def _plain(probe: Probe) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {**asdict(probe), "outcome": probe.outcome.value}
+
+
+def say(text: str) -> None:
+    """Talk, as opposed to data: stderr."""
+    sys.stderr.write(text + "\n")
