@@ -109,7 +109,7 @@ def _take(journal: Journal | None, item: object, at: int) -> Journal:
     elif kind == PROBES:
         journal.probes = body
     elif kind == SYMBOLS:
-        journal.symbols.update(body)
+        journal.symbols.update(body.get("names", {}))
     elif kind == TOTALS:
         journal.totals = body
     elif kind == END:

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from calitrace import __version__, journal
 from calitrace.calico import policy
+from calitrace.decode import Decoder
 from calitrace.errors import UsageError
 from calitrace.events import Stat
 from calitrace.kernel import discover, headers, symbols
 from calitrace.kernel.collectors import Collectors, Plan
 from calitrace.model import Drop
-from calitrace.decode import Decoder
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -136,7 +136,7 @@ class Recording:
             raise self._failure
         self._writer.events(self._collectors.drain())
         self._writer.write(journal.PROBES, {"probes": [_plain(probe) for probe in probes]})
-        self._writer.write(journal.SYMBOLS, symbols.resolve(self._locations))
+        self._writer.write(journal.SYMBOLS, {"names": symbols.resolve(self._locations)})
         self._writer.write(journal.TOTALS, self._totals())
         self._writer.write(journal.END, {"mono_ns": time.monotonic_ns()})
         if self._path is None:
