@@ -120,7 +120,7 @@ class Collectors:
             self._stack.callback(self._bpf.cleanup)
             for _, function in self.plan.attachments():
                 self._descriptors[function] = loader.load_raw_tracepoint(self._bpf, function)
-            self._bpf["events"].open_ring_buffer(self._keep)
+            self._bpf[b"events"].open_ring_buffer(self._keep)
             for tracepoint, function in self.plan.attachments():
                 loader.attach_raw_tracepoint(self._bpf, tracepoint, function)
             self._stack = self._stack.pop_all()
@@ -142,7 +142,7 @@ class Collectors:
         for netns, identifier in maps.items():
             descriptor = syscall.map_fd(identifier)
             try:
-                self._bpf["states"][ctypes.c_uint32(netns)] = ctypes.c_int(descriptor)
+                self._bpf[b"states"][ctypes.c_uint32(netns)] = ctypes.c_int(descriptor)
             except Exception as failure:
                 raise EnvironmentUnfit(
                     f"cannot watch Calico's state map {identifier} of namespace {netns}: {failure}"
@@ -163,12 +163,12 @@ class Collectors:
 
     def stats(self) -> dict[Stat, int]:
         """The exact totals, summed over CPUs."""
-        table = self._bpf["stats"]
+        table = self._bpf[b"stats"]
         return {stat: sum(table[ctypes.c_int(int(stat))]) for stat in Stat}
 
     def drop_counts(self) -> dict[tuple[int, int], int]:
         """(location address, skb_drop_reason) to number of drops of the whole kernel, summed over CPUs."""
-        return {(key.location, key.skb_drop_reason): sum(values) for key, values in self._bpf["drop_counts"].items()}
+        return {(key.location, key.skb_drop_reason): sum(values) for key, values in self._bpf[b"drop_counts"].items()}
 
     def programs(self) -> dict[str, syscall.ProgramInfo]:
         """Function name to kernel information about it: run time and count, recursion misses."""

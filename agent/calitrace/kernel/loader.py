@@ -83,7 +83,7 @@ def compile_bpf(
             prelude, source = _REAL_HEADERS, _environment("BCC_KERNEL_SOURCE", None)
         with source, captured_stderr() as log:
             try:
-                return BPF(text=prelude + text, cflags=cflags)
+                return BPF(text=(prelude + text).encode(), cflags=cflags)
             except Exception as failure:  # BCC raises bare Exception; clang's words went to stderr
                 cause = str(failure) or "clang failed"
     raise CompileFailed(f"cannot compile our BPF programs: {cause}", log.text)
@@ -142,7 +142,7 @@ def load_raw_tracepoint(bpf: Any, function: str) -> int:
     """
     with captured_stderr() as log:
         try:
-            return int(bpf.load_func(function, bpf.RAW_TRACEPOINT).fd)
+            return int(bpf.load_func(function.encode(), bpf.RAW_TRACEPOINT).fd)
         except Exception as failure:
             cause = f"the kernel refuses BPF program {function}: {failure}"
     raise CompileFailed(cause, log.text)
@@ -152,7 +152,7 @@ def attach_raw_tracepoint(bpf: Any, tracepoint: str, function: str) -> None:
     """Attach a loaded program. Raises EnvironmentUnfit when this kernel has no such tracepoint."""
     with captured_stderr() as log:
         try:
-            bpf.attach_raw_tracepoint(tracepoint, function)
+            bpf.attach_raw_tracepoint(tracepoint.encode(), function.encode())
             return
         except Exception as failure:
             cause = f"cannot attach to raw tracepoint {tracepoint}: {failure}"

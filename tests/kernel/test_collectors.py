@@ -1,0 +1,198 @@
+"""The collectors on a real kernel: real packets across a veth, exact counts."""
+
+from __future__ import annotations
+
+import ctypes
+import socket
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from calitrace import identity
+from calitrace.decode import Decoder
+from calitrace.events import HopKind, Match, Stat
+from calitrace.identity import Identity
+from calitrace.kernel import headers, netns, syscall
+from calitrace.kernel.collectors import Collectors, Plan
+from calitrace.model import Drop, Event, Hop, LogLine, StateCopy
+from tests.kernel.conftest import compile_tc
+
+if TYPE_CHECKING:
+    from tests.kernel.conftest import Pair
+
+pytestmark = pytest.mark.root
+
+RUN_ID = 0x5EED1234
+SHOT_WITH_LOG = """
+BPF_PERCPU_ARRAY(cali_state, struct { u8 bytes[512]; }, 2);
+int cali_deny(struct __sk_buff *skb) {
+    bpf_trace_printk("left0----------E: New packet at ifindex=%d; mark=%x\\n", skb->ifindex, skb->mark);
+    bpf_trace_printk("left0----------E: Final result=DENY (11). Program execution time: 7ns\\n");
+    return 2;
+}
+"""
+
+
+def send_udp(pair: Pair, count: int, *, run_id: int = RUN_ID, port: int = 9) -> None:
+    """Send *count* identified datagrams from left to right."""
+    with netns.inside(pair.left), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        for number in range(count):
+            payload = identity.encode(Identity(run_id, 0, number))
+            try:
+                sender.sendto(payload, (pair.right_ip, port))
+            except ConnectionRefusedError:  # the ICMP error for an earlier one
+                sender.sendto(payload, (pair.right_ip, port))
+
+
+def collect(collectors: Collectors, quiet: int = 3) -> list[Event]:
+    """All events until *quiet* polls bring none."""
+    decoder = Decoder()
+    found: list[Event] = []
+    empty = 0
+    while empty < quiet:
+        records = collectors.poll(50)
+        empty = 0 if records else empty + 1
+        found += decoder.iter_events(records)
+    assert not decoder.malformed
+    return found
+
+
+def number_of(event: Hop | Drop) -> int:
+    """The probe number that a packet carries."""
+    layer = event.packet.quoted or event.packet.inner
+    assert layer is not None
+    assert layer.identity is not None
+    return layer.identity.sequence
+
+
+def test_every_hop_of_a_datagram_in_order(pair: Pair) -> None:
+    with netns.inside(pair.right), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
+        server.bind((pair.right_ip, 9))
+        with Collectors(Plan(run_id=RUN_ID, log="")) as collectors:
+            send_udp(pair, 1)
+            assert server.recv(64) == identity.encode(Identity(RUN_ID, 0, 0))
+            events = collect(collectors)
+            stats = collectors.stats()
+    hops = [(e.kind, e.netns) for e in events if isinstance(e, Hop)]
+    left, right = netns.inum(pair.left), netns.inum(pair.right)
+    assert hops[0] == (HopKind.QUEUE, left)
+    # The receiving CPU may be faster than the sender's return from the driver.
+    assert sorted(hops[1:3]) == sorted([(HopKind.XMIT, left), (HopKind.RECEIVE, right)])
+    assert not [e for e in events if isinstance(e, Drop)]
+    assert stats[Stat.HOP_MATCHED] == len(hops)
+    assert stats[Stat.HOP_LOST] == 0
+
+
+def test_packets_of_another_run_are_not_taken(pair: Pair) -> None:
+    with Collectors(Plan(run_id=RUN_ID, log="")) as collectors:
+        send_udp(pair, 23, run_id=RUN_ID ^ 1)
+        assert collect(collectors) == []
+        assert collectors.stats()[Stat.HOP_SEEN] >= 23
+
+
+def test_endpoint_matches_replies_without_identity(pair: Pair) -> None:
+    with (
+        netns.inside(pair.right),
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server,
+    ):
+        server.bind((pair.right_ip, 9))
+        with netns.inside(pair.left), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+            client.bind((pair.left_ip, 0))
+            port = client.getsockname()[1]
+            with Collectors(Plan(run_id=RUN_ID, log="", client=(pair.left_ip, port, port))) as collectors:
+                client.sendto(b"plain", (pair.right_ip, 9))
+                _, address = server.recvfrom(64)
+                server.sendto(b"answer", address)
+                assert client.recv(64) == b"answer"
+                hops = [e for e in collect(collectors) if isinstance(e, Hop)]
+    assert {h.match for h in hops} == {Match.ENDPOINT}
+    assert [h.netns for h in hops if h.kind is HopKind.RECEIVE] == [netns.inum(pair.right), netns.inum(pair.left)]
+
+
+def test_a_tc_drop_comes_with_its_log_and_state(pair: Pair) -> None:
+    bpf = compile_tc(SHOT_WITH_LOG)
+    pair.attach(bpf, "cali_deny", pair.left, "left0", "egress")
+    marker = bytes(range(256)) * 2
+    state = bpf[b"cali_state"]
+    value = state.Leaf * len(list(state[state.Key(0)]))
+    filled = value()
+    for each in filled:
+        ctypes.memmove(ctypes.byref(each), marker, len(marker))
+    state[state.Key(0)] = filled
+    identifier = syscall.map_info(state.map_fd).id
+
+    with Collectors(Plan(run_id=RUN_ID)) as collectors:
+        collectors.watch_state({netns.inum(pair.left): identifier})
+        send_udp(pair, 23)
+        events = collect(collectors)
+        stats = collectors.stats()
+
+    reasons = headers.kernel_btf()
+    assert reasons is not None
+    names = reasons.enum("skb_drop_reason") or {}
+    drops = [e for e in events if isinstance(e, Drop)]
+    assert [number_of(drop) for drop in drops] == list(range(23))
+    assert {names[drop.skb_drop_reason or 0] for drop in drops} == {"SKB_DROP_REASON_TC_EGRESS"}
+    for drop in drops:
+        at = events.index(drop)
+        before = [e.text.rstrip("\n") for e in events[at - 2 : at] if isinstance(e, LogLine)]
+        assert before[1] == "left0----------E: Final result=DENY (11). Program execution time: 7ns"
+        assert before[0].startswith("left0----------E: New packet at ifindex=")
+        after = events[at + 1]
+        assert isinstance(after, StateCopy)
+        assert (after.skbaddr, after.raw) == (drop.skbaddr, marker)
+    assert stats[Stat.DROP_MATCHED] == stats[Stat.STATE_SENT] == 23
+    assert (stats[Stat.DROP_LOST], stats[Stat.STATE_LOST], stats[Stat.LOG_LOST]) == (0, 0, 0)
+
+
+def test_lost_events_are_counted_exactly(pair: Pair) -> None:
+    bpf = compile_tc("int cali_shot(struct __sk_buff *skb) { return 2; }")
+    pair.attach(bpf, "cali_shot", pair.right, "right0", "ingress")
+    page = 4096
+    with Collectors(Plan(run_id=RUN_ID, hop=False, log="", ring_bytes=page)) as collectors:
+        send_udp(pair, 997)
+        stats = collectors.stats()
+        kept = len(collectors.drain())
+    assert stats[Stat.DROP_MATCHED] == 997
+    assert 0 < kept < 997
+    assert kept + stats[Stat.DROP_LOST] == 997
+
+
+def test_drops_are_counted_by_reason_and_place(pair: Pair) -> None:
+    with Collectors(Plan(run_id=RUN_ID, hop=False, log="", drop_count_only=True)) as collectors:
+        send_udp(pair, 97)
+        counts = collectors.drop_counts()
+        stats = collectors.stats()
+        run_count = collectors.programs()["collect_drop"]
+    types = headers.kernel_btf()
+    assert types is not None
+    names = types.enum("skb_drop_reason") or {}
+    no_socket = sum(n for (_, reason), n in counts.items() if names.get(reason, "").endswith("NO_SOCKET"))
+    assert no_socket >= 97
+    assert sum(counts.values()) == stats[Stat.DROP_SEEN]
+    assert run_count.recursion_misses == 0
+
+
+def test_nothing_is_left_after_kill(pair: Pair) -> None:
+    code = (
+        "import sys; from calitrace.kernel.collectors import *\n"
+        "with Collectors(Plan(run_id=1)) as c:\n"
+        "    print(*(p.id for p in c.programs().values()), flush=True); sys.stdin.read()\n"
+    )
+    agent = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert agent.stdout is not None
+    mine = {int(word) for word in agent.stdout.readline().split()}
+    assert mine <= set(syscall.program_ids())
+    agent.kill()
+    agent.wait()
+    left: Any = mine
+    for _ in range(1000):  # the kernel frees programs after a grace period
+        left = mine & set(syscall.program_ids())
+        if not left:
+            break
+        subprocess.run(["true"], check=True)
+    assert not left
