@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import socket
 import subprocess
 import sys
@@ -115,13 +114,9 @@ def test_a_tc_drop_comes_with_its_log_and_state(pair: Pair) -> None:
     bpf = compile_tc(SHOT_WITH_LOG)
     pair.attach(bpf, "cali_deny", pair.left, "left0", "egress")
     marker = bytes(range(256)) * 2
-    state = bpf[b"cali_state"]
-    value = state.Leaf * len(list(state[state.Key(0)]))
-    filled = value()
-    for each in filled:
-        ctypes.memmove(ctypes.byref(each), marker, len(marker))
-    state[state.Key(0)] = filled
-    identifier = syscall.map_info(state.map_fd).id
+    descriptor = bpf[b"cali_state"].map_fd
+    syscall.map_update(descriptor, bytes(4), marker * syscall.possible_cpus())
+    identifier = syscall.map_info(descriptor).id
 
     with Collectors(Plan(run_id=RUN_ID)) as collectors:
         collectors.watch_state({netns.inum(pair.left): identifier})

@@ -11,12 +11,9 @@ import errno
 import os
 import platform
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from calitrace.errors import EnvironmentUnfit
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 _NR_BPF = {"x86_64": 321, "aarch64": 280}
 _OBJ_GET = 7
@@ -270,6 +267,12 @@ def attached_programs(ifindex: int, hook: str) -> list[int]:
     attr.u32[6] = len(ids)
     _call(_PROG_QUERY, attr)
     return list(ids[: attr.u32[6]])
+
+
+def possible_cpus() -> int:
+    """How many values an entry of a per-CPU map has, each padded to 8 bytes."""
+    last = Path("/sys/devices/system/cpu/possible").read_text().strip().replace(",", "-").split("-")[-1]
+    return int(last) + 1
 
 
 def enable_stats() -> int:
