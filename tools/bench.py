@@ -1,0 +1,265 @@
+"""What the collectors cost, from the kernel's own run-time statistics, beside bpftrace on the same flood.
+
+Prints a table and writes build/bench.json, a list of {name, value, unit, peer, ratio, aim, met}. Needs root. The
+flood runs inside network namespaces of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pyroute2 import IPRoute
+from pyroute2 import netns as pyroute_netns
+
+from calitrace import identity
+from calitrace.identity import Identity
+from calitrace.kernel import loader, netns, syscall
+from calitrace.kernel.collectors import Collectors, Plan
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT = Path(__file__).resolve().parent.parent
+OUTPUT = ROOT / "build" / "bench.json"
+RUN_ID = 0xBE7C4
+FLOOD = 50_000
+ROUNDS = 5
+ONE_LINER = 'BEGIN { printf("ready\\n"); } tracepoint:skb:kfree_skb { @[args->reason] = count(); }'
+TRACEFS = Path("/sys/kernel/tracing")
+# Every packet that comes in is dropped and, where the mark asks for it, says so in a line like Calico's.
+SHOT = """
+int cali_shot(struct __sk_buff *skb) {
+    return 2;
+}
+int cali_shot_log(struct __sk_buff *skb) {
+    bpf_trace_printk("right0---------I: New packet at ifindex=%d; mark=%x\\n", skb->ifindex, skb->mark);
+    return 2;
+}
+"""
+
+
+@dataclass
+class Result:
+    """One row. *peer*: what *value* is compared with, in the same unit; *ratio*: value / peer."""
+
+    name: str
+    value: float
+    unit: str
+    peer: float | None
+    ratio: float | None
+    aim: str
+    met: bool | None
+
+
+def row(name: str, value: float, unit: str, *, peer: float | None = None, at_most: float, of_peer: bool = False) -> Result:
+    """A result whose aim is at most *at_most*, of the peer when *of_peer*."""
+    ratio = value / peer if peer else None
+    judged = ratio if of_peer else value
+    aim = f"<= {at_most:g}{' x peer' if of_peer else ' ' + unit}"
+    return Result(name, round(value, 3), unit, peer and round(peer, 1), ratio and round(ratio, 3), aim,
+                  None if judged is None else judged <= at_most)  # fmt: skip
+
+
+@contextmanager
+def pair() -> Iterator[tuple[str, str]]:
+    """Two namespaces joined by a veth: what left sends to 192.0.2.2 arrives at right."""
+    names = (f"ct-bench-left-{os.getpid()}", f"ct-bench-right-{os.getpid()}")
+    with ExitStack() as stack:
+        for name in names:
+            pyroute_netns.create(name)
+            stack.callback(pyroute_netns.remove, name)
+        with netns.inside(names[0]), IPRoute() as route:
+            route.link("add", ifname="left0", kind="veth",
+                       peer={"ifname": "right0", "net_ns_fd": str(netns.path(names[1]))})  # fmt: skip
+            index = route.link_lookup(ifname="left0")[0]
+            route.addr("add", index=index, address="192.0.2.1", prefixlen=24)
+            route.link("set", index=index, state="up")
+        with netns.inside(names[1]), IPRoute() as route:
+            index = route.link_lookup(ifname="right0")[0]
+            route.link("set", index=index, state="up")
+            mac = route.get_links(index)[0].get_attr("IFLA_ADDRESS")
+        with netns.inside(names[0]), IPRoute() as route:
+            index = route.link_lookup(ifname="left0")[0]
+            route.neigh("add", dst="192.0.2.2", lladdr=mac, ifindex=index, state="permanent")
+        yield names
+
+
+def attach(bpf: Any, function: str, namespace: str) -> None:
+    """Put a classifier on right0's ingress, in place of the one that is there."""
+    program = bpf.load_func(function.encode(), bpf.SCHED_CLS)
+    with netns.inside(namespace), IPRoute() as route:
+        index = route.link_lookup(ifname="right0")[0]
+        if any(q.get_attr("TCA_KIND") == "clsact" for q in route.get_qdiscs(index=index)):
+            route.tc("del", "clsact", index)
+        route.tc("add", "clsact", index)
+        route.tc("add-filter", "bpf", index, fd=program.fd, name=function, parent=0xFFFFFFF2, classid=1,
+                 direct_action=True)  # fmt: skip
+
+
+def flood(namespace: str, count: int, payload: bytes) -> None:
+    """Send *count* datagrams as fast as one sender can."""
+    with netns.inside(namespace), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        sender.connect(("192.0.2.2", 9))
+        for _ in range(count):
+            sender.send(payload)
+
+
+@contextmanager
+def bpftrace() -> Iterator[int]:
+    """bpftrace's one-liner, attached; yields its program's id."""
+    if not shutil.which("bpftrace"):
+        raise SystemExit("error: bpftrace is not there\nhint: apt-get install bpftrace")
+    mounted = (TRACEFS / "events").exists()
+    if not mounted:
+        subprocess.run(["mount", "-t", "tracefs", "tracefs", str(TRACEFS)], check=True)
+    before = set(syscall.program_ids())
+    peer = subprocess.Popen(["bpftrace", "-e", ONE_LINER], stdout=subprocess.PIPE, text=True)
+    try:
+        assert peer.stdout is not None
+        for line in peer.stdout:
+            if line.startswith("ready"):
+                break
+        fresh = [i for i in syscall.program_ids() if i not in before]
+        yield next(i for i in fresh if info(i).name.startswith("kfree_skb"))
+    finally:
+        peer.terminate()
+        peer.communicate()
+        if not mounted:
+            subprocess.run(["umount", str(TRACEFS)], check=True)
+
+
+def info(identifier: int) -> syscall.ProgramInfo:
+    """A program by id."""
+    descriptor = syscall.program_fd(identifier)
+    try:
+        return syscall.program_info(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def cost(before: syscall.ProgramInfo, after: syscall.ProgramInfo) -> float:
+    """Nanoseconds a run between two looks at a program."""
+    return (after.run_time_ns - before.run_time_ns) / max(after.run_count - before.run_count, 1)
+
+
+def measure(plan: Plan, left: str, payload: bytes, peer: int | None = None) -> dict[str, list[float]]:
+    """Nanoseconds an event of each program of a plan, and of the peer's on the same flood, for each round."""
+    found: dict[str, list[float]] = {}
+    with Collectors(plan) as collectors:
+        for _ in range(ROUNDS):
+            before = dict(collectors.programs())
+            peer_before = info(peer) if peer else None
+            flood(left, FLOOD, payload)
+            for name, after in collectors.programs().items():
+                found.setdefault(name, []).append(cost(before[name], after))
+            if peer and peer_before:
+                found.setdefault("peer", []).append(cost(peer_before, info(peer)))
+            collectors.drain()
+    return found
+
+
+def collectors_cost() -> Iterator[Result]:
+    """ns per event of each collector."""
+    mine, other = identity.encode(Identity(RUN_ID, 0, 1)), bytes(identity.SIZE)
+    statistics_on = syscall.enable_stats()
+    with pair() as (left, right), bpftrace() as peer:
+        shots = loader.compile_bpf(SHOT)
+        attach(shots, "cali_shot", right)
+        count = measure(Plan(run_id=RUN_ID, hop=False, log="", drop_count_only=True), left, mine, peer)
+        pairs = list(zip(count["collect_drop"], count["peer"], strict=True))
+        ours, theirs = min(pairs, key=lambda both: both[0] / both[1])
+        ratio_median = statistics.median(a / b for a, b in pairs)
+        ours = theirs * ratio_median
+        yield row("drop: count", ours, "ns", peer=theirs, at_most=0.75, of_peer=True)
+        event = measure(Plan(run_id=RUN_ID, hop=False, log=""), left, mine, peer)
+        theirs = statistics.median(event["peer"])
+        yield row("drop: event sent", statistics.median(event["collect_drop"]), "ns", peer=theirs, at_most=450)
+        skipped = measure(Plan(run_id=RUN_ID, hop=False, log=""), left, other, peer)
+        theirs = statistics.median(skipped["peer"])
+        yield row("drop: not ours", statistics.median(skipped["collect_drop"]), "ns", peer=theirs, at_most=450)
+        hops = measure(Plan(run_id=RUN_ID, drop=False, log=""), left, mine)
+        for name in ("receive", "queue", "xmit"):
+            yield row(f"hop {name}: event sent", statistics.median(hops[f"collect_{name}"]), "ns", at_most=450)
+        hops = measure(Plan(run_id=RUN_ID, drop=False, log=""), left, other)
+        for name in ("receive", "queue", "xmit"):
+            yield row(f"hop {name}: not ours", statistics.median(hops[f"collect_{name}"]), "ns", at_most=450)
+        attach(shots, "cali_shot_log", right)
+        lines = measure(Plan(run_id=RUN_ID, drop=False, hop=False, log="flight"), left, other)
+        yield row("log: line recorded", statistics.median(lines["collect_log"]), "ns", at_most=450)
+        lines = measure(Plan(run_id=RUN_ID, drop=False, hop=False, log="stream"), left, other)
+        yield row("log: line sent", statistics.median(lines["collect_log"]), "ns", at_most=450)
+    os.close(statistics_on)
+
+
+FIRST_EVENT = """
+import os, socket, sys, time
+from calitrace import identity
+from calitrace.decode import decode
+from calitrace.kernel.collectors import Collectors, Plan
+with Collectors(Plan(run_id=7)) as collectors:
+    sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sender.sendto(identity.encode(identity.Identity(7, 0, 1)), ("127.0.0.1", 9))
+    records = collectors.poll(10)
+    while not records:
+        records = collectors.poll(10)
+    decode(records[0])
+    now = time.monotonic()
+    pages = int(open("/proc/self/statm").read().split()[1])
+    print(now, pages * os.sysconf("SC_PAGE_SIZE") / 1e6)
+"""
+
+
+def start_up() -> Iterator[Result]:
+    """Process start to first decoded event; memory then; and --help."""
+    took, memory = [], []
+    for _ in range(ROUNDS):
+        started = time.monotonic()
+        done = subprocess.run([sys.executable, "-c", FIRST_EVENT], check=True, capture_output=True, text=True)
+        ended, resident = (float(word) for word in done.stdout.split())
+        took.append(ended - started)
+        memory.append(resident)
+    yield row("start to first event", statistics.median(took), "s", at_most=0.6)
+    yield row("resident memory", statistics.median(memory), "MB", at_most=250)
+    program = Path(sys.executable).parent / "calitrace"
+    helped, bare = [], []
+    for _ in range(2 * ROUNDS):
+        started = time.monotonic()
+        subprocess.run([program, "--help"], check=True, capture_output=True)
+        helped.append(time.monotonic() - started)
+        started = time.monotonic()
+        subprocess.run([sys.executable, "-c", "pass"], check=True)
+        bare.append(time.monotonic() - started)
+    yield row("--help", statistics.median(helped), "s", peer=statistics.median(bare), at_most=0.15)
+
+
+def main() -> int:
+    """Exit status 0 also where an aim is missed: the table says so."""
+    if os.geteuid():
+        sys.stderr.write("error: the benchmark loads BPF programs\nhint: run it as root\n")
+        return 3
+    results = []
+    print(f"{'what':28} {'value':>9} {'unit':4} {'peer':>9} {'ratio':>6}  {'aim':14} met")
+    for result in (*start_up(), *collectors_cost()):
+        results.append(asdict(result))
+        peer = "-" if result.peer is None else f"{result.peer:.3g}"
+        ratio = "-" if result.ratio is None else f"{result.ratio:.2f}"
+        print(f"{result.name:28} {result.value:9.3f} {result.unit:4} {peer:>9} {ratio:>6}  {result.aim:14} "
+              f"{'yes' if result.met else 'NO'}", flush=True)  # fmt: skip
+    OUTPUT.parent.mkdir(exist_ok=True)
+    OUTPUT.write_text(json.dumps(results, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
