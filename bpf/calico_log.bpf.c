@@ -76,6 +76,7 @@ static __always_inline void recorder_flush(void)
 		count(STAT_LOG_OVERWRITTEN, end - at - RECORDER_LINES);
 		at = end - RECORDER_LINES;
 	}
+#pragma clang loop unroll(disable)
 	for (int i = 0; i < RECORDER_LINES; i++) {
 		struct log_event *e;
 

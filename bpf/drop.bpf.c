@@ -14,10 +14,10 @@ struct drop_key {
 };
 struct drop_scratch {
 	struct drop_event event;
-	struct window window;
+	u8 slack[SLACK_BYTES];
 };
 struct calico_state {
-	u8 bytes[STATE_VALUE_BYTES];
+	u64 words[STATE_VALUE_BYTES / 8];
 };
 BPF_TABLE("percpu_hash", struct drop_key, u64, drop_counts, 4096);
 BPF_PERCPU_ARRAY(drop_scratches, struct drop_scratch, 1);
@@ -45,7 +45,7 @@ static __always_inline void send_state(const struct drop_event *drop)
 	e->skbaddr = drop->skbaddr;
 	e->state_bytes = STATE_VALUE_BYTES;
 	e->pad = 0;
-	__builtin_memcpy(e->state, state->bytes, STATE_VALUE_BYTES);
+	bpf_probe_read_kernel(e->state, STATE_VALUE_BYTES, state);
 	if (events.ringbuf_output(e, sizeof(*e), BPF_RB_NO_WAKEUP))
 		count(STAT_STATE_LOST, 1);
 	else
@@ -57,6 +57,7 @@ int collect_drop(struct bpf_raw_tracepoint_args *ctx)
 	struct drop_key key = {.location = ctx->args[1]};
 	u32 zero = 0, bytes;
 	struct drop_scratch *s;
+	struct window *window;
 	u64 *total, one = 1;
 
 #ifdef HAVE_DROP_REASON
@@ -74,12 +75,13 @@ int collect_drop(struct bpf_raw_tracepoint_args *ctx)
 	s = drop_scratches.lookup(&zero);
 	if (!s)
 		return 0;
-	bytes = capture((struct packet_event *)&s->event, &s->window, (struct sk_buff *)ctx->args[0], 0);
+	window = (struct window *)s->event.capture;
+	bytes = capture((struct packet_event *)&s->event, window, (struct sk_buff *)ctx->args[0], 0);
 #ifndef DROP_ALL
 	if (!bytes)
 		return 0;
 #endif
-	s->event.match = bytes ? match_packet(&s->window, bytes) : 0;
+	s->event.match = bytes ? match_packet(window, bytes) : 0;
 #ifndef DROP_ALL
 	if (!s->event.match)
 		return 0;
@@ -90,7 +92,6 @@ int collect_drop(struct bpf_raw_tracepoint_args *ctx)
 	s->event.cpu = bpf_get_smp_processor_id();
 	s->event.location = key.location;
 	s->event.skb_drop_reason = key.skb_drop_reason;
-	__builtin_memcpy(s->event.capture, s->window.bytes, CAPTURE_BYTES);
 #ifdef WITH_LOG
 	recorder_flush();
 #endif

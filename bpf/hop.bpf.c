@@ -9,7 +9,7 @@
  */
 struct hop_scratch {
 	struct hop_event event;
-	struct window window;
+	u8 slack[SLACK_BYTES];
 };
 BPF_PERCPU_ARRAY(hop_scratches, struct hop_scratch, 5); /* one per kind: softirq may interrupt a task's hop */
 /* At net_dev_xmit the driver may have freed the packet: what QUEUE saw is kept by address until then. */
@@ -18,15 +18,17 @@ BPF_TABLE("lru_hash", u64, struct hop_event, queued, 1024);
 static __always_inline int hop(struct sk_buff *skb, u32 kind)
 {
 	struct hop_scratch *s = hop_scratches.lookup(&kind);
+	struct window *window;
 	u32 bytes;
 
 	if (!s)
 		return 0;
 	count(STAT_HOP_SEEN, 1);
-	bytes = capture((struct packet_event *)&s->event, &s->window, skb, kind == HOP_RECEIVE);
+	window = (struct window *)s->event.capture;
+	bytes = capture((struct packet_event *)&s->event, window, skb, kind == HOP_RECEIVE);
 	if (!bytes)
 		return 0;
-	s->event.match = match_packet(&s->window, bytes);
+	s->event.match = match_packet(window, bytes);
 	if (!s->event.match)
 		return 0;
 	count(STAT_HOP_MATCHED, 1);
@@ -35,7 +37,6 @@ static __always_inline int hop(struct sk_buff *skb, u32 kind)
 	s->event.cpu = bpf_get_smp_processor_id();
 	s->event.kind = kind;
 	s->event.rc = 0;
-	__builtin_memcpy(s->event.capture, s->window.bytes, CAPTURE_BYTES);
 #ifdef WITH_LOG
 	if (kind == HOP_RECEIVE)
 		recorder_restart();
@@ -68,22 +69,19 @@ int collect_consume(struct bpf_raw_tracepoint_args *ctx)
 int collect_xmit(struct bpf_raw_tracepoint_args *ctx)
 {
 	u64 skbaddr = ctx->args[0];
-	u32 kind = HOP_XMIT;
-	struct hop_event *was = queued.lookup(&skbaddr);
-	struct hop_scratch *s = hop_scratches.lookup(&kind);
+	struct hop_event *e = queued.lookup(&skbaddr);
 
 	count(STAT_HOP_SEEN, 1);
-	if (!was || !s)
+	if (!e)
 		return 0;
-	__builtin_memcpy(&s->event, was, sizeof(s->event));
-	queued.delete(&skbaddr);
 	count(STAT_HOP_MATCHED, 1);
-	s->event.ktime_ns = bpf_ktime_get_ns();
-	s->event.cpu = bpf_get_smp_processor_id();
-	s->event.kind = HOP_XMIT;
-	s->event.rc = ctx->args[1];
-	describe_device((struct net_device *)ctx->args[2], &s->event.ifindex, &s->event.netns);
-	if (events.ringbuf_output(&s->event, sizeof(s->event), wakeup(sizeof(s->event))))
+	e->ktime_ns = bpf_ktime_get_ns();
+	e->cpu = bpf_get_smp_processor_id();
+	e->kind = HOP_XMIT;
+	e->rc = ctx->args[1];
+	describe_device((struct net_device *)ctx->args[2], &e->ifindex, &e->netns);
+	if (events.ringbuf_output(e, sizeof(*e), wakeup(sizeof(*e))))
 		count(STAT_HOP_LOST, 1);
+	queued.delete(&skbaddr);
 	return 0;
 }

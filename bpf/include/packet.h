@@ -9,9 +9,13 @@ BPF_RINGBUF_OUTPUT(events, RING_PAGES);
 BPF_PERCPU_ARRAY(stats, u64, STATS);
 BPF_PERCPU_ARRAY(unannounced, u64, 1);
 
-/* A capture with room behind it, so that a header that begins in its last byte can be read without a check. */
+/*
+ * The capture, which is the last member of an event, with room behind it: a header that begins in its last byte
+ * can then be read without a check.
+ */
+#define SLACK_BYTES 64
 struct window {
-	u8 bytes[CAPTURE_BYTES + 64];
+	u8 bytes[CAPTURE_BYTES + SLACK_BYTES];
 };
 
 static __always_inline void count(u32 which, u64 by)
@@ -73,7 +77,7 @@ static __always_inline u32 capture(struct packet_event *e, struct window *w, str
 	struct sk_buff skb;
 	u8 *l3;
 	s64 linear;
-	u32 ihl, l4, bytes;
+	u32 l4, bytes;
 
 	if (bpf_probe_read_kernel(&skb, sizeof(skb), p))
 		return 0;
@@ -187,7 +191,7 @@ static __always_inline u32 match_packet(const struct window *w, u32 bytes)
 {
 	u32 at = 0, through = 0, how = 0, found;
 
-#pragma unroll
+#pragma clang loop unroll(disable)
 	for (int layer = 0; layer < 3; layer++) {
 		u32 next;
 
