@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from calitrace.correlate.journey import Direction, Step
 from calitrace.correlate.verdict import Confidence, Kind, Verdict, tuple_of
 from calitrace.events import HopKind
-from calitrace.model import Drop, Hop
+from calitrace.model import Drop, Role
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -54,7 +54,7 @@ def iter_story(analysis: Analysis, number: int, *, verbose: bool = False) -> Ite
     for step in journey.steps:
         for passage in step.passages:
             yield from _passage(analysis, journey, step, passage, width, verbose)
-        if not verbose and _minor(step):
+        if not verbose and _minor(analysis, step):
             continue
         what = _what(analysis, step)
         shown = _packet(step)
@@ -64,9 +64,17 @@ def iter_story(analysis: Analysis, number: int, *, verbose: bool = False) -> Ite
         yield _line(analysis, journey, step, width, what)
 
 
-def _minor(step: Step) -> bool:
+def _minor(analysis: Analysis, step: Step) -> bool:
+    """What only -v shows: hand-overs to the driver, normal ends, and the end of a reply that the probe has heard.
+
+    The probe listens on a raw socket: to the kernel its reply has no socket.
+    """
     event = step.event
-    return isinstance(event, Hop) and (event.kind is HopKind.CONSUME or (event.kind is HopKind.XMIT and event.rc == 0))
+    if isinstance(event, Drop):
+        namespace = analysis.topology.namespace(event.netns)
+        at_client = namespace is not None and namespace.role is Role.CLIENT
+        return at_client and step.direction is Direction.REPLY and analysis.names.drop_reason(event) == "NO_SOCKET"
+    return event.kind is HopKind.CONSUME or (event.kind is HopKind.XMIT and event.rc == 0)
 
 
 def _line(analysis: Analysis, journey: Journey, step: Step, width: int, what: str) -> str:
