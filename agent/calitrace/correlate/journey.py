@@ -135,15 +135,17 @@ class Journeys:
         return probe, Direction.REQUEST, False
 
     def _probe_of(self, layer: Layer, ktime_ns: int) -> Probe | None:
-        for number in self._numbers(layer):
-            journey = self.journeys.get(number)
-            if journey and layer.proto == journey.probe.proto:
-                return journey.probe
+        named = [self.journeys[n].probe for n in self._numbers(layer) if n in self.journeys]
+        named = [probe for probe in named if probe.proto == layer.proto]
+        for probe in named:
+            if probe.sport in (layer.sport, layer.dport):
+                return probe
         for port in (layer.sport, layer.dport):
             users = [p for p in self._by_port.get((layer.proto, port), ()) if p.sent_ns <= ktime_ns]
             if users:
                 return users[-1]
-        return None
+        # Calico may have changed the source port (a collision): the number alone must do.
+        return named[0] if named else None
 
     def _numbers(self, layer: Layer) -> Iterator[int]:
         """The probe numbers that a packet may carry."""

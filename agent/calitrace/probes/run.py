@@ -276,9 +276,11 @@ class ProbeRun:
         if layer.identity is not None:
             return layer.identity.sequence if layer.identity.run_id == self.run_id else None
         if layer.proto == TCP:
-            for sequence in (layer.ack - 1, layer.seq):
+            # A RST acknowledges the data in a SYN too, a SYN-ACK does not.
+            for sequence in (layer.ack - 1, layer.ack - 1 - self.settings.size, layer.seq):
                 number = identity.tcp_number(sequence & 0xFFFFFFFF, self.run_id)
-                if number is not None:
+                probe = self.probes.get(number) if number is not None else None
+                if probe is not None and probe.sport in (layer.sport, layer.dport):
                     return number
             return None
         return self._by_port.get(layer.sport if str(layer.src) == self.src else layer.dport)
