@@ -157,3 +157,26 @@ def test_traced_probe_names_the_drop(pair: Pair, tmp_path: Path) -> None:
     assert probes[0]["place"] == {"namespace": pair.left, "interface": "left0", "hook": "tc egress"}
     assert probes[0]["skb_drop_reason"] == "TC_EGRESS"
     assert summary["events_lost"] == 0
+
+
+def test_a_journal_survives_kill(pair: Pair, tmp_path: Path) -> None:
+    journal = tmp_path / "killed.calitrace"
+    with servers(pair):
+        run = subprocess.Popen(
+            [PROGRAM, "probe", "nodeport", f"{pair.right_ip}:8080", "--from", pair.left, "-c", "1000", "--trace", "-v"]
+            + ["-w", str(journal)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert run.stderr is not None
+        for _ in range(3):
+            assert "answered" in run.stderr.readline()
+        run.kill()
+        run.communicate()
+    report = subprocess.run(
+        [PROGRAM, "report", "-r", str(journal), "-o", "json"], capture_output=True, text=True, check=True
+    )
+    *probes, summary = [json.loads(line) for line in report.stdout.splitlines()]
+    assert [p["outcome"] for p in probes[:3]] == ["answered"] * 3
+    assert "cut short" in summary["notes"][0]

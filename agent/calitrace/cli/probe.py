@@ -165,11 +165,12 @@ def _traced(run: ProbeRun, path: Path | None, vxlan_port: int, output: str, verb
     with Recording(plan, path=path, client=run.settings.namespace, policy_dirs=directories) as recording:
 
         def done(probe: Probe) -> None:
+            recording.probe(probe)
             if verbose:
                 say(results.probe_line(probe))
 
-        probes = run.run(done)
-        journal = recording.finish(probes)
+        run.run(done, recording.probe)
+        journal = recording.finish()
     if path is not None:
         say(f"recorded {len(journal.events)} events in {path}")
     if run.own_losses():

@@ -41,7 +41,7 @@ def analyse(journal: Journal, *, short_names: bool = False) -> Analysis:
         topology = Topology.from_map(header["topology"])
         names = Names(dict(header["drop_reasons"]), journal.symbols, dict(header.get("rules", {})))
         run_id, vxlan_port = int(header["run_id"]), int(header["vxlan_port"])
-        probes = [_probe(each) for each in journal.probes.get("probes", [])]
+        probes = [_probe(each) for _, each in sorted(journal.probes.items())]
     except (KeyError, TypeError, ValueError) as wrong:
         raise Malformed(0, "a complete header", f"{type(wrong).__name__} {wrong}", "journal") from wrong
     if short_names:

@@ -172,10 +172,15 @@ class ProbeRun:
             return
         raise EnvironmentUnfit(f"no {wanted} free consecutive ports at {self.src}", "probe with a smaller -c")
 
-    def run(self, on_done: Callable[[Probe], None] = lambda probe: None) -> list[Probe]:
-        """Send all, wait for answers; *on_done* is called with each probe whose outcome is known, in that order.
+    def run(
+        self,
+        on_done: Callable[[Probe], None] = lambda probe: None,
+        on_sent: Callable[[Probe], None] = lambda probe: None,
+    ) -> list[Probe]:
+        """Send all, wait for answers.
 
-        Returns all probes that were sent, by number.
+        *on_sent* is called with each probe as it leaves, *on_done* when its outcome is known. Returns all probes
+        that were sent, by number.
         """
         self._on_done = on_done
         gap = 1 / self.settings.rate
@@ -188,7 +193,7 @@ class ProbeRun:
             while not self._stopped:
                 now = time.monotonic()
                 if sent < self.settings.count and now >= start + sent * gap:
-                    self._send(sent)
+                    self._send(sent, on_sent)
                     sent += 1
                     last = time.monotonic()
                     continue
@@ -204,7 +209,7 @@ class ProbeRun:
         """Packets that our own sockets dropped because we were slow: never losses of the network."""
         return sum(_socket_drops(each) for each in self._hear)
 
-    def _send(self, number: int) -> None:
+    def _send(self, number: int, on_sent: Callable[[Probe], None]) -> None:
         settings = self.settings
         sport = self.ports[0] + number % (self.ports[1] - self.ports[0] + 1)
         packet = self._template.request(number, sport)
@@ -229,6 +234,7 @@ class ProbeRun:
             return
         self.probes[number] = probe
         self._open.add(number)
+        on_sent(probe)
 
     def _receive(self, source: socket.socket) -> None:
         """Take all that one socket has."""
