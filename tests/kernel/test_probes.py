@@ -163,7 +163,20 @@ def test_a_journal_survives_kill(pair: Pair, tmp_path: Path) -> None:
     journal = tmp_path / "killed.calitrace"
     with servers(pair):
         run = subprocess.Popen(
-            [PROGRAM, "probe", "nodeport", f"{pair.right_ip}:8080", "--from", pair.left, "-c", "1000", "--trace", "-v", "-w", str(journal)],
+            [
+                PROGRAM,
+                "probe",
+                "nodeport",
+                f"{pair.right_ip}:8080",
+                "--from",
+                pair.left,
+                "-c",
+                "1000",
+                "--trace",
+                "-v",
+                "-w",
+                str(journal),
+            ],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
