@@ -33,4 +33,4 @@ def mount_bpffs(mount_point: Path) -> None:
 
 def unmount(mount_point: Path) -> bool:
     """Unmount, if nobody uses it; returns whether it is gone."""
-    return _libc.umount2(os.fsencode(mount_point), 0) == 0
+    return int(_libc.umount2(os.fsencode(mount_point), 0)) == 0

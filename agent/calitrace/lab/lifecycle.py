@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     Progress = Callable[[str], None]
 
 _LEAST_MTU, _MOST_MTU = 576 + VXLAN_OVERHEAD, 9000
+_KERNELS_OWN = {"maps.debug", "progs.debug"}  # CONFIG_BPF_PRELOAD puts them into every new bpffs
 
 
 class Interrupted(Error):
@@ -90,7 +91,6 @@ def up(lab: Lab, *, mtu: int = UNDERLAY_MTU, progress: Progress) -> None:
         try:
             _make(lab, made, signals.check, progress)
         except BaseException:
-            progress("rolling back")
             _remove(lab, made)
             raise
 
@@ -157,7 +157,7 @@ def _remove(lab: Lab, made: State) -> None:
     if made.directory:
         shutil.rmtree(made.directory, ignore_errors=True)
     for mount_point in made.mounted:
-        if mounts.filesystem(Path(mount_point)) == "bpf" and not any(Path(mount_point).iterdir()):
+        if mounts.filesystem(Path(mount_point)) == "bpf" and _is_unused(Path(mount_point)):
             mounts.unmount(Path(mount_point))
     state.forget(lab)
 
@@ -168,3 +168,7 @@ def _remove_pins(directory: Path) -> None:
     parent = directory.parent
     if parent.exists() and not any(parent.iterdir()):
         parent.rmdir()
+
+
+def _is_unused(bpffs: Path) -> bool:
+    return {entry.name for entry in bpffs.iterdir()} <= _KERNELS_OWN

@@ -57,9 +57,7 @@ def create_namespace(name: str) -> None:
         )
     made.create(name)
     if not namespace_exists(name):
-        raise EnvironmentUnfit(
-            f"cannot create network namespace {name}", "run as root or with CAP_SYS_ADMIN"
-        )
+        raise EnvironmentUnfit(f"cannot create network namespace {name}", "run as root or with CAP_SYS_ADMIN")
 
 
 def remove_namespace(name: str) -> None:

@@ -50,7 +50,7 @@ async def _http(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
         for _ in range(_MOST_HEADERS):
             if await reader.readline() in (b"\r\n", b"\n", b""):
                 break
-        method, path = (request + [b"", b""])[:2]
+        method, path = [*request, b"", b""][:2]
         status, answer = b"404 Not Found", b"try /10MB\n"
         if method not in (b"GET", b"HEAD"):
             status, answer = b"405 Method Not Allowed", b"GET or HEAD\n"

@@ -1,0 +1,189 @@
+"""The lab comes, goes, and leaves nothing, whatever happens to it on the way."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import COMMAND, calitrace, left_behind
+
+from calitrace.lab import network, processes, state
+from calitrace.lab.topology import Lab
+
+pytestmark = pytest.mark.root
+
+STRIKE = """
+import os, sys
+from calitrace.cli.main import run
+from calitrace.lab import state
+when, number, fatal = sys.argv.pop(1), int(sys.argv.pop(1)), int(sys.argv.pop(1))
+save, calls = state.save, 0
+def struck(lab, record):
+    global calls
+    calls += 1
+    if calls == number and when == "before":
+        os.kill(os.getpid(), fatal)
+    save(lab, record)
+    if calls == number and when == "after":
+        os.kill(os.getpid(), fatal)
+state.save = struck
+run()
+"""
+
+
+def struck_up(lab: Lab, when: str, number: int, fatal: int) -> subprocess.CompletedProcess[str]:
+    """Run `up` and hit it with a signal before or after the record is written for the *number*-th time."""
+    words = [sys.executable, "-c", STRIKE, when, str(number), str(fatal), "lab", "--name", lab.name, "up"]
+    return subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_up_status_exec_down(spare: Lab) -> None:
+    started = calitrace("lab", "--name", spare.name, "up")
+    assert (started.returncode, started.stdout) == (0, "")
+
+    shown = calitrace("lab", "--name", spare.name, "status", "-o", "json")
+    seen = json.loads(shown.stdout)
+    assert (shown.returncode, seen["state"], seen["missing"], seen["fault"]) == (0, "up", [], "")
+    assert "10.10.0.1:30080" in [service["address"] for service in seen["services"]]
+
+    text = calitrace("lab", "--name", spare.name, "status").stdout
+    assert max(map(len, text.splitlines())) <= 80
+
+    inside = calitrace("lab", "--name", spare.name, "exec", "pod-b", "--", "sh", "-c", "readlink /proc/self/ns/net; exit 7")
+    assert inside.returncode == 7
+    assert inside.stdout.strip() == f"net:[{os.stat(f'/run/netns/{spare.name}-pod-b').st_ino}]"
+
+    ended = calitrace("lab", "--name", spare.name, "down")
+    assert (ended.returncode, left_behind(spare)) == (0, [])
+
+
+def test_down_on_nothing_says_so(spare: Lab) -> None:
+    ended = calitrace("lab", "--name", spare.name, "down")
+    assert ended.returncode == 0
+    assert "there is no lab" in ended.stderr
+
+
+def test_a_second_up_is_refused_and_harms_nothing(spare: Lab) -> None:
+    calitrace("lab", "--name", spare.name, "up")
+    second = calitrace("lab", "--name", spare.name, "up")
+    assert second.returncode == 3
+    assert second.stderr.splitlines() == [
+        f"error: lab {spare.name} is up already",
+        f"hint: use it, or remove it with `calitrace lab --name {spare.name} down`",
+    ]
+    assert json.loads(calitrace("lab", "--name", spare.name, "status", "-o", "json").stdout)["state"] == "up"
+
+
+def test_two_ups_at_once_make_one_lab(spare: Lab) -> None:
+    words = [*COMMAND, "lab", "--name", spare.name, "up"]
+    both = [subprocess.Popen(words, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=120)[1] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 3]
+    loser = said[[process.returncode for process in both].index(3)]
+    assert [line.split(":")[0] for line in loser.splitlines()] == ["error", "hint"]
+
+
+def test_the_lock_keeps_others_out(spare: Lab) -> None:
+    with state.locked(spare):
+        assert calitrace("lab", "--name", spare.name, "down").returncode == 3
+    spare.lock_file.parent.mkdir(exist_ok=True)
+    with spare.lock_file.open("w") as abandoned:
+        fcntl.flock(abandoned, fcntl.LOCK_EX)
+    assert calitrace("lab", "--name", spare.name, "down").returncode == 0
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("number", range(1, 12))
+def test_killed_up_leaves_only_what_down_removes(spare: Lab, when: str, number: int) -> None:
+    assert struck_up(spare, when, number, signal.SIGKILL).returncode == -signal.SIGKILL
+    assert calitrace("lab", "--name", spare.name, "status").returncode in (0, 1)
+    assert calitrace("lab", "--name", spare.name, "down").returncode == 0
+    assert left_behind(spare) == []
+
+
+@pytest.mark.parametrize("fatal", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [1, 5, 9, 11])
+def test_interrupted_up_rolls_back_by_itself(spare: Lab, fatal: signal.Signals, number: int) -> None:
+    ended = struck_up(spare, "after", number, fatal)
+    assert ended.returncode == -fatal
+    assert f"error: interrupted by {fatal.name}" in ended.stderr
+    assert left_behind(spare) == []
+
+
+def test_a_killed_up_is_seen_as_incomplete(spare: Lab) -> None:
+    struck_up(spare, "after", 9, signal.SIGKILL)
+    shown = calitrace("lab", "--name", spare.name, "status")
+    assert shown.returncode == 1
+    assert "incomplete" in shown.stdout
+    refused = calitrace("lab", "--name", spare.name, "fault", "rpf")
+    assert (refused.returncode, "is incomplete" in refused.stderr) == (3, True)
+
+
+def test_failed_up_rolls_back(spare: Lab) -> None:
+    namesake = spare.namespace("pod-b")
+    network.create_namespace(namesake)
+    try:
+        refused = calitrace("lab", "--name", spare.name, "up")
+        assert refused.returncode == 3
+        assert refused.stderr.startswith(f"error: there is a network namespace {namesake} that no lab made")
+        assert left_behind(spare)[0] == namesake
+    finally:
+        network.remove_namespace(namesake)
+
+
+def test_down_spares_a_process_that_took_over_the_pid(spare: Lab) -> None:
+    with subprocess.Popen(["sleep", "60"]) as bystander:
+        try:
+            processes.end(state.Server("pod-a", bystander.pid, processes.start_ticks(bystander.pid) + 1))
+            assert bystander.poll() is None
+        finally:
+            bystander.terminate()
+
+
+def test_down_names_a_process_that_keeps_a_namespace(spare: Lab) -> None:
+    calitrace("lab", "--name", spare.name, "up")
+    words = [*COMMAND, "lab", "--name", spare.name, "exec", "client", "--", "cat"]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as guest:
+        assert guest.stdin is not None
+        assert guest.stdout is not None
+        guest.stdin.write("hello\n")
+        guest.stdin.flush()
+        assert guest.stdout.readline() == "hello\n"  # it runs: exec has taken place
+        ended = calitrace("lab", "--name", spare.name, "down")
+        assert f"process {guest.pid} (cat) still runs in {spare.name}-client" in ended.stderr
+        assert guest.poll() is None
+        guest.stdin.close()
+
+
+def test_several_labs_side_by_side(spare: Lab) -> None:
+    other = Lab(f"{spare.name}-b")
+    try:
+        assert calitrace("lab", "--name", spare.name, "up").returncode == 0
+        assert calitrace("lab", "--name", other.name, "up", "--mtu", "1400").returncode == 0
+        assert calitrace("lab", "--name", other.name, "down").returncode == 0
+        assert json.loads(calitrace("lab", "--name", spare.name, "status", "-o", "json").stdout)["state"] == "up"
+    finally:
+        calitrace("lab", "--name", other.name, "down")
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        (("status",), 0),
+        (("heal",), 3),
+        (("fault", "rpf"), 3),
+        (("exec", "client", "--", "true"), 3),
+        (("fault", "nonsense"), 2),
+        (("exec", "nowhere", "--", "true"), 2),
+        (("up", "--mtu", "100"), 2),
+    ],
+)
+def test_commands_without_a_lab(spare: Lab, words: tuple[str, ...], status: int) -> None:
+    ended = calitrace("lab", "--name", spare.name, *words)
+    assert ended.returncode == status
+    assert "Traceback" not in ended.stderr
