@@ -42,12 +42,14 @@ class _Signals:
     """Notes SIGINT and SIGTERM while something must not stop half-way."""
 
     received = 0
+    obeyed = False
 
     def note(self, number: int, _frame: FrameType | None) -> None:
         self.received = self.received or number
 
     def check(self) -> None:
         if self.received:
+            self.obeyed = True
             raise Interrupted(self.received)
 
 
@@ -60,6 +62,8 @@ def _noted_signals() -> Iterator[_Signals]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        if noted.received and not noted.obeyed:
+            os.kill(os.getpid(), noted.received)
 
 
 def up(lab: Lab, *, mtu: int = UNDERLAY_MTU, progress: Progress) -> None:
@@ -119,6 +123,7 @@ def _make(lab: Lab, made: State, checkpoint: Callable[[], None], progress: Progr
         checkpoint()
     made.phase = COMPLETE
     state.save(lab, made)
+    checkpoint()
 
 
 def _record(lab: Lab, made: State, server: state.Server) -> None:

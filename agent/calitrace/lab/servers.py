@@ -11,6 +11,7 @@ import hashlib
 import signal
 import socket
 import sys
+from typing import cast
 
 from calitrace.lab.topology import ECHO_PORT, HTTP_PORT, UDP_PORT
 
@@ -26,8 +27,7 @@ def body() -> bytes:
 
 class _UdpEcho(asyncio.DatagramProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.DatagramTransport)
-        self._transport = transport
+        self._transport = cast("asyncio.DatagramTransport", transport)
 
     def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
         self._transport.sendto(data, addr)
