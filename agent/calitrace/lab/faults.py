@@ -23,8 +23,6 @@ FAULTS = {
     "no-backend": "service 30080 loses its endpoints",
     "rpf": "node-a checks sources strictly and routes the client elsewhere",
 }
-_CLSACT = 0xFFFF0000
-_INGRESS = 0xFFFFFFF2
 
 
 def loaded(lab: Lab) -> State:
@@ -92,7 +90,7 @@ def _block_vxlan(lab: Lab) -> None:
                 index,
                 fd=function.fd,
                 name="fabric_vxlan",
-                parent=_INGRESS,
+                parent=network.HOOKS["ingress"],
                 direct_action=True,
             )
 

@@ -14,6 +14,7 @@ import socket
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,7 @@ _SIOCETHTOOL = 0x8946
 # ETHTOOL_SRXCSUM, STXCSUM, SSG, STSO, SGSO, SGRO of include/uapi/linux/ethtool.h
 _OFFLOADS = (0x15, 0x17, 0x19, 0x1F, 0x24, 0x2C)
 _SCOPE_LINK = 253
+HOOKS = {"ingress": 0xFFFFFFF2, "egress": 0xFFFFFFF3}
 _PERMANENT = 0x80
 
 
@@ -167,10 +169,26 @@ def divert_client_route(lab: Lab, node: Node, *, diverted: bool) -> None:
                 raise
 
 
-def link_index(lab: Lab, part: str, interface: str) -> int:
-    """The ifindex of an interface of the lab."""
+@dataclass(frozen=True)
+class Attachment:
+    """A BPF program on a tc hook, under the name given to its filter."""
+
+    part: str
+    interface: str
+    hook: str
+    program: str
+
+
+def iter_attached(lab: Lab, part: str) -> Iterator[Attachment]:
+    """The tc programs in one of the lab's namespaces. Needs root."""
     with inside(lab.namespace(part)) as route:
-        return _index(route, interface)
+        for link in route.get_links():
+            for hook, parent in HOOKS.items():
+                for found in route.get_filters(index=link["index"], parent=parent):
+                    options = found.get_attr("TCA_OPTIONS")
+                    name = options.get_attr("TCA_BPF_NAME") if options is not None else None
+                    if name:
+                        yield Attachment(part, link.get_attr("IFLA_IFNAME"), hook, name)
 
 
 def _index(route: Any, interface: str) -> int:

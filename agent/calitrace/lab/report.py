@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import asdict
 from typing import Any
 
 from calitrace.lab import network, processes, state
@@ -16,6 +18,7 @@ def inspect(lab: Lab) -> dict[str, Any]:
         missing += [f"namespace {each}" for each in lab.namespaces if not network.namespace_exists(each)]
         alive = {server.pod: processes.is_running(server) for server in record.servers}
         missing += [f"server in {node.pod}" for node in NODES if not alive.get(node.pod)]
+    attached = _attached(lab)
     whole = record is not None and record.phase == state.COMPLETE and not missing
     return {
         "name": lab.name,
@@ -51,11 +54,24 @@ def inspect(lab: Lab) -> dict[str, Any]:
             }
             for service in SERVICES
         ],
+        "attached": [asdict(each) for each in attached],
         "servers": [
             {"pod": server.pod, "pid": server.pid, "running": alive[server.pod]}
             for server in (record.servers if record else ())
         ],
     }
+
+
+def _attached(lab: Lab) -> list[network.Attachment]:
+    if os.geteuid() != 0:
+        return []  # entering a namespace takes root; the record does not
+    parts = (FABRIC, *(node.name for node in NODES))
+    return [
+        each
+        for part in parts
+        if network.namespace_exists(lab.namespace(part))
+        for each in network.iter_attached(lab, part)
+    ]
 
 
 def lines(seen: dict[str, Any]) -> list[str]:
@@ -75,5 +91,10 @@ def lines(seen: dict[str, Any]) -> list[str]:
     shown += [
         f"{each['proto']:5} {each['address']:17} {each['backend'] or '-':17} {each['id']}  {each['purpose']}"
         for each in seen["services"]
+    ]
+    if seen["attached"]:
+        shown += ["", f"{'PROGRAM':24} {'HOOK':8} {'NODE':8} INTERFACE"]
+    shown += [
+        f"{each['program']:24} {each['hook']:8} {each['part']:8} {each['interface']}" for each in seen["attached"]
     ]
     return shown
