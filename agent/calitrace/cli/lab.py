@@ -87,6 +87,7 @@ def execute(lab: Lab, node: str, words: tuple[str, ...]) -> None:
     if not words:
         raise UsageError("no command to run", f"try `calitrace lab exec {node} -- ip addr`")
     with netns.inside(lab.namespace(node)):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, and exec would pass that on
         try:
             os.execvp(words[0], words)
         except OSError as wrong:
