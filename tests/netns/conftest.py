@@ -38,6 +38,11 @@ def calitrace(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*COMMAND, *words], capture_output=True, text=True, check=False, timeout=120)
 
 
+def on(lab: Lab, command: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run a ``calitrace lab`` command on this lab."""
+    return calitrace("lab", command, "--name", lab.name, *words)
+
+
 def left_behind(lab: Lab) -> list[str]:
     """Whatever of this lab is still on the machine."""
     found = [str(path) for path in (lab.directory, lab.state_file, lab.lock_file, lab.pins) if path.exists()]

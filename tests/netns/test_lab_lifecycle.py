@@ -13,7 +13,7 @@ import pytest
 from calitrace.kernel import netns
 from calitrace.lab import network, processes, state
 from calitrace.lab.topology import Lab
-from tests.netns.conftest import COMMAND, calitrace, left_behind
+from tests.netns.conftest import COMMAND, calitrace, left_behind, on
 
 pytestmark = pytest.mark.root
 
@@ -38,51 +38,51 @@ run()
 
 def struck_up(lab: Lab, when: str, number: int, fatal: int) -> subprocess.CompletedProcess[str]:
     """Run `up` and hit it with a signal before or after the record is written for the *number*-th time."""
-    words = [sys.executable, "-c", STRIKE, when, str(number), str(fatal), "lab", "--name", lab.name, "up"]
+    words = [sys.executable, "-c", STRIKE, when, str(number), str(fatal), "lab", "up", "--name", lab.name]
     return subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
 
 
 def test_up_status_exec_down(spare: Lab) -> None:
-    started = calitrace("lab", "--name", spare.name, "up")
+    started = on(spare, "up")
     assert (started.returncode, started.stdout) == (0, "")
 
-    shown = calitrace("lab", "--name", spare.name, "status", "-o", "json")
+    shown = on(spare, "status", "-o", "json")
     seen = json.loads(shown.stdout)
     assert (shown.returncode, seen["state"], seen["missing"], seen["fault"]) == (0, "up", [], "")
     assert "10.10.0.1:30080" in [service["address"] for service in seen["services"]]
 
-    text = calitrace("lab", "--name", spare.name, "status").stdout
+    text = on(spare, "status").stdout
     assert max(map(len, text.splitlines())) <= 80
 
     inside = calitrace(
-        "lab", "--name", spare.name, "exec", "pod-b", "--", "sh", "-c", "readlink /proc/self/ns/net; exit 7"
+        "lab", "exec", "--name", spare.name, "pod-b", "--", "sh", "-c", "readlink /proc/self/ns/net; exit 7"
     )
     assert inside.returncode == 7
     assert inside.stdout.strip() == f"net:[{netns.inum(spare.namespace('pod-b'))}]"
 
-    ended = calitrace("lab", "--name", spare.name, "down")
+    ended = on(spare, "down")
     assert (ended.returncode, left_behind(spare)) == (0, [])
 
 
 def test_down_on_nothing_says_so(spare: Lab) -> None:
-    ended = calitrace("lab", "--name", spare.name, "down")
+    ended = on(spare, "down")
     assert ended.returncode == 0
     assert "there is no lab" in ended.stderr
 
 
 def test_a_second_up_is_refused_and_harms_nothing(spare: Lab) -> None:
-    calitrace("lab", "--name", spare.name, "up")
-    second = calitrace("lab", "--name", spare.name, "up")
+    on(spare, "up")
+    second = on(spare, "up")
     assert second.returncode == 3
     assert second.stderr.splitlines() == [
         f"error: lab {spare.name} is up already",
-        f"hint: use it, or remove it with `calitrace lab --name {spare.name} down`",
+        f"hint: use it, or remove it with `calitrace lab down --name {spare.name}`",
     ]
-    assert json.loads(calitrace("lab", "--name", spare.name, "status", "-o", "json").stdout)["state"] == "up"
+    assert json.loads(on(spare, "status", "-o", "json").stdout)["state"] == "up"
 
 
 def test_two_ups_at_once_make_one_lab(spare: Lab) -> None:
-    words = [*COMMAND, "lab", "--name", spare.name, "up"]
+    words = [*COMMAND, "lab", "up", "--name", spare.name]
     both = [subprocess.Popen(words, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     said = [process.communicate(timeout=120)[1] for process in both]
     assert sorted(process.returncode for process in both) == [0, 3]
@@ -92,19 +92,19 @@ def test_two_ups_at_once_make_one_lab(spare: Lab) -> None:
 
 def test_the_lock_keeps_others_out(spare: Lab) -> None:
     with state.locked(spare):
-        assert calitrace("lab", "--name", spare.name, "down").returncode == 3
+        assert on(spare, "down").returncode == 3
     spare.lock_file.parent.mkdir(exist_ok=True)
     with spare.lock_file.open("w") as abandoned:
         fcntl.flock(abandoned, fcntl.LOCK_EX)
-    assert calitrace("lab", "--name", spare.name, "down").returncode == 0
+    assert on(spare, "down").returncode == 0
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("number", range(1, 11))
 def test_killed_up_leaves_only_what_down_removes(spare: Lab, when: str, number: int) -> None:
     assert struck_up(spare, when, number, signal.SIGKILL).returncode == -signal.SIGKILL
-    assert calitrace("lab", "--name", spare.name, "status").returncode in (0, 1)
-    assert calitrace("lab", "--name", spare.name, "down").returncode == 0
+    assert on(spare, "status").returncode in (0, 1)
+    assert on(spare, "down").returncode == 0
     assert left_behind(spare) == []
 
 
@@ -119,10 +119,10 @@ def test_interrupted_up_rolls_back_by_itself(spare: Lab, fatal: signal.Signals, 
 
 def test_a_killed_up_is_seen_as_incomplete(spare: Lab) -> None:
     struck_up(spare, "after", 9, signal.SIGKILL)
-    shown = calitrace("lab", "--name", spare.name, "status")
+    shown = on(spare, "status")
     assert shown.returncode == 1
     assert "incomplete" in shown.stdout
-    refused = calitrace("lab", "--name", spare.name, "fault", "rpf")
+    refused = on(spare, "fault", "rpf")
     assert (refused.returncode, "is incomplete" in refused.stderr) == (3, True)
 
 
@@ -130,7 +130,7 @@ def test_failed_up_rolls_back(spare: Lab) -> None:
     namesake = spare.namespace("pod-b")
     network.create_namespace(namesake)
     try:
-        refused = calitrace("lab", "--name", spare.name, "up")
+        refused = on(spare, "up")
         assert refused.returncode == 3
         assert refused.stderr.startswith(f"error: there is a network namespace {namesake} that no lab made")
         assert left_behind(spare)[0] == namesake
@@ -148,15 +148,15 @@ def test_down_spares_a_process_that_took_over_the_pid(spare: Lab) -> None:
 
 
 def test_down_names_a_process_that_keeps_a_namespace(spare: Lab) -> None:
-    calitrace("lab", "--name", spare.name, "up")
-    words = [*COMMAND, "lab", "--name", spare.name, "exec", "client", "--", "cat"]
+    on(spare, "up")
+    words = [*COMMAND, "lab", "exec", "--name", spare.name, "client", "--", "cat"]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as guest:
         assert guest.stdin is not None
         assert guest.stdout is not None
         guest.stdin.write("hello\n")
         guest.stdin.flush()
         assert guest.stdout.readline() == "hello\n"  # it runs: exec has taken place
-        ended = calitrace("lab", "--name", spare.name, "down")
+        ended = on(spare, "down")
         assert f"process {guest.pid} (cat) still runs in {spare.name}-client" in ended.stderr
         assert guest.poll() is None
         guest.stdin.close()
@@ -166,7 +166,7 @@ def test_down_names_a_process_that_keeps_a_namespace(spare: Lab) -> None:
 def test_bpffs_is_mounted_when_missing_and_unmounted_when_unused(spare: Lab, foreign_pin: bool) -> None:
     # In a mount namespace of its own: the machine's bpffs stays as it is.
     script = f"""
-        lab() {{ "$@" lab --name {spare.name} $step 2>/dev/null || exit 9; }}
+        lab() {{ "$@" lab $step --name {spare.name} 2>/dev/null || exit 9; }}
         while grep -q ' /sys/fs/bpf bpf ' /proc/mounts; do umount /sys/fs/bpf || exit 8; done
         step=up lab "$@"
         grep -c ' /sys/fs/bpf bpf ' /proc/mounts
@@ -181,20 +181,20 @@ def test_bpffs_is_mounted_when_missing_and_unmounted_when_unused(spare: Lab, for
 
 
 def test_exec_leaves_sigpipe_as_the_shell_had_it(spare: Lab) -> None:
-    calitrace("lab", "--name", spare.name, "up")
-    inside = calitrace("lab", "--name", spare.name, "exec", "client", "--", "grep", "SigIgn", "/proc/self/status")
+    on(spare, "up")
+    inside = on(spare, "exec", "client", "--", "grep", "SigIgn", "/proc/self/status")
     assert int(inside.stdout.split()[1], 16) >> (signal.SIGPIPE - 1) & 1 == 0
 
 
 def test_several_labs_side_by_side(spare: Lab) -> None:
     other = Lab(f"{spare.name}-b")
     try:
-        assert calitrace("lab", "--name", spare.name, "up").returncode == 0
-        assert calitrace("lab", "--name", other.name, "up", "--mtu", "1400").returncode == 0
-        assert calitrace("lab", "--name", other.name, "down").returncode == 0
-        assert json.loads(calitrace("lab", "--name", spare.name, "status", "-o", "json").stdout)["state"] == "up"
+        assert on(spare, "up").returncode == 0
+        assert on(other, "up", "--mtu", "1400").returncode == 0
+        assert on(other, "down").returncode == 0
+        assert json.loads(on(spare, "status", "-o", "json").stdout)["state"] == "up"
     finally:
-        calitrace("lab", "--name", other.name, "down")
+        on(other, "down")
 
 
 @pytest.mark.parametrize(
@@ -210,6 +210,6 @@ def test_several_labs_side_by_side(spare: Lab) -> None:
     ],
 )
 def test_commands_without_a_lab(spare: Lab, words: tuple[str, ...], status: int) -> None:
-    ended = calitrace("lab", "--name", spare.name, *words)
+    ended = on(spare, *words)
     assert ended.returncode == status
     assert "Traceback" not in ended.stderr

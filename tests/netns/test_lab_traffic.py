@@ -11,7 +11,7 @@ import pytest
 from calitrace.lab import faults
 from calitrace.lab.servers import body
 from calitrace.lab.topology import NODES, Lab, Node
-from tests.netns.conftest import LOST_S, calitrace, http_get, tcp, tcp_echo, udp_echo
+from tests.netns.conftest import LOST_S, http_get, on, tcp, tcp_echo, udp_echo
 
 pytestmark = pytest.mark.root
 NODE = "10.10.0.1"
@@ -106,12 +106,11 @@ def test_rpf_cuts_the_client_off(broken: Lab) -> None:
 
 
 def test_one_fault_at_a_time(broken: Lab) -> None:
-    words = ("lab", "--name", broken.name)
-    assert calitrace(*words, "fault", "rpf").returncode == 0
-    assert calitrace(*words, "fault", "rpf").returncode == 0
-    refused = calitrace(*words, "fault", "no-backend")
+    assert on(broken, "fault", "rpf").returncode == 0
+    assert on(broken, "fault", "rpf").returncode == 0
+    refused = on(broken, "fault", "no-backend")
     assert refused.returncode == 3
     assert refused.stderr.startswith("error: fault rpf is in already")
-    assert json.loads(calitrace(*words, "status", "-o", "json").stdout)["fault"] == "rpf"
-    assert calitrace(*words, "heal").stderr == "healed: rpf\n"
-    assert calitrace(*words, "heal").stderr == "no fault was in\n"
+    assert json.loads(on(broken, "status", "-o", "json").stdout)["fault"] == "rpf"
+    assert on(broken, "heal").stderr == "healed: rpf\n"
+    assert on(broken, "heal").stderr == "no fault was in\n"

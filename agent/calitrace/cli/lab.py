@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +14,9 @@ from calitrace.errors import Exit, UsageError
 from calitrace.kernel import netns
 from calitrace.lab import faults, lifecycle, report
 from calitrace.lab.topology import DEFAULT_NAME, PARTS, UNDERLAY_MTU, Lab
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 EPILOG = """\b
 Examples:
@@ -27,21 +32,29 @@ def _say(text: str) -> None:
     click.echo(text, err=True)
 
 
+def _for_lab(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --name, and hand the lab it names to the command."""
+
+    @click.option("--name", default=DEFAULT_NAME, show_default=True, help="Which lab; several can be up.")
+    @functools.wraps(function)
+    def wrapped(name: str, **options: Any) -> Any:
+        return function(Lab(name), **options)
+
+    return wrapped
+
+
 @click.group(epilog=EPILOG)
-@click.option("--name", default=DEFAULT_NAME, show_default=True, help="Which lab; several can be up.")
-@click.pass_context
-def command(ctx: click.Context, name: str) -> None:
+def command() -> None:
     """Two Calico-like nodes, their pods and a client outside, on this machine.
 
     Every packet crosses real network namespaces and BPF programs that keep Calico's maps, marks and log
     lines. All of it is the lab's own: `down` removes it, also after a crash.
     """
-    ctx.obj = Lab(name)
 
 
-@command.command(epilog="\b\nExamples:\n  calitrace lab up\n  calitrace lab --name second up --mtu 1400\n")
+@command.command(epilog="\b\nExamples:\n  calitrace lab up\n  calitrace lab up --name second --mtu 1400\n")
 @click.option("--mtu", default=UNDERLAY_MTU, show_default=True, help="Of the underlay; pods get 50 less.")
-@click.pass_obj
+@_for_lab
 def up(lab: Lab, mtu: int) -> None:
     """Make the lab; undo everything if that fails."""
     try:
@@ -56,7 +69,7 @@ def up(lab: Lab, mtu: int) -> None:
 
 @command.command(epilog="\b\nExamples:\n  calitrace lab status\n  calitrace lab status -o json | jq .services\n")
 @click.option("-o", "--output", type=click.Choice(["text", "json"]), default="text", show_default=True)
-@click.pass_obj
+@_for_lab
 def status(lab: Lab, output: str) -> int:
     """Show what there is. Exit status 1 when a lab is there but incomplete."""
     seen = report.inspect(lab)
@@ -76,7 +89,7 @@ def status(lab: Lab, output: str) -> int:
 )
 @click.argument("node", metavar="NODE", type=click.Choice(PARTS))
 @click.argument("words", metavar="-- CMD...", nargs=-1, required=True, type=click.UNPROCESSED)
-@click.pass_obj
+@_for_lab
 def execute(lab: Lab, node: str, words: tuple[str, ...]) -> None:
     """Run a command in client, fabric, node-a, node-b, pod-a or pod-b.
 
@@ -101,7 +114,7 @@ _FAULTS = "\b\nFaults:\n" + "".join(f"  {name:14} {text}\n" for name, text in fa
 
 @command.command(epilog=_FAULTS + "\nExample: calitrace lab fault vxlan-blocked")
 @click.argument("fault_name", metavar="NAME", type=click.Choice(list(faults.FAULTS)))
-@click.pass_obj
+@_for_lab
 def fault(lab: Lab, fault_name: str) -> None:
     """Break the lab in one known way, one at a time."""
     faults.inject(lab, fault_name)
@@ -109,7 +122,7 @@ def fault(lab: Lab, fault_name: str) -> None:
 
 
 @command.command(epilog="Example: calitrace lab heal")
-@click.pass_obj
+@_for_lab
 def heal(lab: Lab) -> None:
     """Undo every fault."""
     was = faults.heal(lab)
@@ -117,7 +130,7 @@ def heal(lab: Lab) -> None:
 
 
 @command.command(epilog="Example: calitrace lab down")
-@click.pass_obj
+@_for_lab
 def down(lab: Lab) -> None:
     """Remove the lab, whole or half-made."""
     removed = lifecycle.down(lab, progress=_say)

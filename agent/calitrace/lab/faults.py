@@ -30,11 +30,11 @@ def loaded(lab: Lab) -> State:
     found = state.load(lab)
     option = "" if lab.name == "calitrace" else f" --name {lab.name}"
     if found is None:
-        raise EnvironmentUnfit(f"there is no lab {lab.name}", f"start it with `calitrace lab{option} up`")
+        raise EnvironmentUnfit(f"there is no lab {lab.name}", f"start it with `calitrace lab up{option}`")
     if found.phase != state.COMPLETE:
         raise EnvironmentUnfit(
             f"lab {lab.name} is incomplete ({found.phase})",
-            f"remove it with `calitrace lab{option} down` and start it again",
+            f"remove it with `calitrace lab down{option}` and start it again",
         )
     return found
 
@@ -50,7 +50,7 @@ def inject(lab: Lab, name: str) -> None:
         if found.fault:
             raise EnvironmentUnfit(
                 f"fault {found.fault} is in already; the lab takes one at a time",
-                "undo it with `calitrace lab heal`",
+                "undo it with `calitrace lab heal{option}`",
             )
         found.fault = name
         state.save(lab, found)

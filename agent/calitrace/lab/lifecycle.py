@@ -83,7 +83,7 @@ def up(lab: Lab, *, mtu: int = UNDERLAY_MTU, progress: Progress) -> None:
             option = "" if lab.name == "calitrace" else f" --name {lab.name}"
             raise EnvironmentUnfit(
                 f"lab {lab.name} {how} already",
-                f"use it, or remove it with `calitrace lab{option} down`",
+                f"use it, or remove it with `calitrace lab down{option}`",
             )
         for namespace in lab.namespaces:
             if network.namespace_exists(namespace):
