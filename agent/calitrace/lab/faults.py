@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from calitrace.errors import EnvironmentUnfit, UsageError
+from calitrace.kernel import tc
 from calitrace.lab import network, policy, state
 from calitrace.lab.topology import FABRIC, NODE_A, NODES, VXLAN_PORT, Lab
 
@@ -90,7 +91,7 @@ def _block_vxlan(lab: Lab) -> None:
                 index,
                 fd=function.fd,
                 name="fabric_vxlan",
-                parent=network.HOOKS["ingress"],
+                parent=tc.HOOKS["ingress"],
                 direct_action=True,
             )
 

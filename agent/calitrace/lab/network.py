@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calitrace.errors import EnvironmentUnfit
-from calitrace.kernel import netns
+from calitrace.kernel import netns, tc
 from calitrace.lab.topology import (
     ATTACHED,
     BRIDGE,
@@ -41,7 +41,6 @@ _SIOCETHTOOL = 0x8946
 # ETHTOOL_SRXCSUM, STXCSUM, SSG, STSO, SGSO, SGRO of include/uapi/linux/ethtool.h
 _OFFLOADS = (0x15, 0x17, 0x19, 0x1F, 0x24, 0x2C)
 _SCOPE_LINK = 253
-HOOKS = {"ingress": 0xFFFFFFF2, "egress": 0xFFFFFFF3}
 _PERMANENT = 0x80
 
 
@@ -171,24 +170,22 @@ def divert_client_route(lab: Lab, node: Node, *, diverted: bool) -> None:
 
 @dataclass(frozen=True)
 class Attachment:
-    """A BPF program on a tc hook, under the name given to its filter."""
+    """A BPF program on a tc hook, under the name given to its filter. *id*: the kernel's."""
 
     part: str
     interface: str
     hook: str
     program: str
+    id: int
 
 
 def iter_attached(lab: Lab, part: str) -> Iterator[Attachment]:
     """The tc programs in one of the lab's namespaces. Needs root."""
     with inside(lab.namespace(part)) as route:
         for link in route.get_links():
-            for hook, parent in HOOKS.items():
-                for found in route.get_filters(index=link["index"], parent=parent):
-                    options = found.get_attr("TCA_OPTIONS")
-                    name = options.get_attr("TCA_BPF_NAME") if options is not None else None
-                    if name:
-                        yield Attachment(part, link.get_attr("IFLA_IFNAME"), hook, name)
+            interface = link.get_attr("IFLA_IFNAME")
+            for hook, name, identifier in tc.iter_programs(route, link["index"]):
+                yield Attachment(part, interface, hook, name, identifier)
 
 
 def _index(route: Any, interface: str) -> int:

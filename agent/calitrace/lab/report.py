@@ -93,8 +93,9 @@ def lines(seen: dict[str, Any]) -> list[str]:
         for each in seen["services"]
     ]
     if seen["attached"]:
-        shown += ["", f"{'PROGRAM':24} {'HOOK':8} {'NODE':8} INTERFACE"]
+        shown += ["", f"{'PROGRAM':24} {'HOOK':8} {'NODE':8} {'INTERFACE':16} ID"]
     shown += [
-        f"{each['program']:24} {each['hook']:8} {each['part']:8} {each['interface']}" for each in seen["attached"]
+        f"{each['program']:24} {each['hook']:8} {each['part']:8} {each['interface']:16} {each['id']}"
+        for each in seen["attached"]
     ]
     return shown
