@@ -7,10 +7,11 @@ import json
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
-from calitrace.kernel import netns
+from calitrace.kernel import netns, syscall
 from calitrace.lab import network, processes, state
 from calitrace.lab.topology import Lab
 from tests.netns.conftest import COMMAND, calitrace, left_behind, on
@@ -64,6 +65,19 @@ def test_up_status_exec_down(spare: Lab) -> None:
     assert (ended.returncode, left_behind(spare)) == (0, [])
 
 
+def test_down_takes_the_programs_with_it(spare: Lab) -> None:
+    on(spare, "up")
+    on(spare, "fault", "vxlan-blocked")
+    attached = json.loads(on(spare, "status", "-o", "json").stdout)["attached"]
+    ours = {each["id"] for each in attached}
+    assert ours <= set(syscall.program_ids())
+    assert {each["interface"] for each in attached if each["part"] == "fabric"} == {"node-a", "node-b"}
+    on(spare, "down")
+    deadline = time.monotonic() + 1
+    while ours & set(syscall.program_ids()):
+        assert time.monotonic() < deadline
+
+
 def test_down_on_nothing_says_so(spare: Lab) -> None:
     ended = on(spare, "down")
     assert ended.returncode == 0
@@ -104,6 +118,17 @@ def test_the_lock_keeps_others_out(spare: Lab) -> None:
 def test_killed_up_leaves_only_what_down_removes(spare: Lab, when: str, number: int) -> None:
     assert struck_up(spare, when, number, signal.SIGKILL).returncode == -signal.SIGKILL
     assert on(spare, "status").returncode in (0, 1)
+    assert on(spare, "down").returncode == 0
+    assert left_behind(spare) == []
+
+
+@pytest.mark.parametrize("delay_ms", [0, 15, 40, 80, 120, 170, 230, 300, 500])
+def test_up_killed_at_any_moment_leaves_only_what_down_removes(spare: Lab, delay_ms: int) -> None:
+    with subprocess.Popen([*COMMAND, "lab", "up", "--name", spare.name], stderr=subprocess.DEVNULL) as process:
+        while not spare.state_file.exists():
+            assert process.poll() is None
+        time.sleep(delay_ms / 1000)
+        process.kill()
     assert on(spare, "down").returncode == 0
     assert left_behind(spare) == []
 
