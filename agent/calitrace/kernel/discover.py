@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calitrace.errors import EnvironmentUnfit, UsageError
-from calitrace.kernel import netns, syscall
+from calitrace.kernel import netns, syscall, tc
 from calitrace.model import Link, Namespace, Role, Topology
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-HOOKS = {"ingress": 0xFFFFFFF2, "egress": 0xFFFFFFF3}
 _WORKLOAD_PREFIX = "cali"
 _CLSACT = "clsact"
 
@@ -64,7 +63,7 @@ def _namespace(route: Any, inum: int, name: str) -> Namespace:
         calico: dict[str, tuple[str, ...]] = {}
         foreign: dict[str, tuple[str, ...]] = {}
         programs = dict(_filters(route, index)) if index in with_clsact else {}
-        for hook in HOOKS:
+        for hook in tc.HOOKS:
             ids = programs.get(hook, []) + _tcx(index, hook)
             infos = [_program(each) for each in ids]
             calico[hook] = tuple(i.name for i in infos if is_calico(i.name))
@@ -100,14 +99,10 @@ def is_calico(program: str) -> bool:
 
 def _filters(route: Any, index: int) -> Iterator[tuple[str, list[int]]]:
     """(hook, program ids) of the classic tc filters of an interface, in the order in which they run."""
-    for hook, parent in HOOKS.items():
-        found = []
-        for message in route.get_filters(index=index, parent=parent):
-            options = message.get_attr("TCA_OPTIONS")
-            identifier = options.get_attr("TCA_BPF_ID") if options is not None else None
-            if message.get_attr("TCA_KIND") == "bpf" and identifier:
-                found.append(identifier)
-        yield hook, found
+    found: dict[str, list[int]] = {hook: [] for hook in tc.HOOKS}
+    for hook, _, identifier in tc.iter_programs(route, index):
+        found[hook].append(identifier)
+    yield from found.items()
 
 
 def _tcx(index: int, hook: str) -> list[int]:
