@@ -89,7 +89,7 @@ def options(command: click.Command, path: str) -> list[str]:
     parts = []
     for parameter in command.get_params(context):
         record = parameter.get_help_record(context)
-        if record and parameter.name != "help":
+        if record and record[1] and "--help" not in parameter.opts:
             parts.append(f".TP\n.B {roff(record[0])}\n{roff(' '.join(record[1].split()))}")
     if isinstance(command, click.Group):
         for name in command.list_commands(context):
