@@ -23,16 +23,6 @@ LOST_S = 1.5
 _numbers = itertools.count()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if os.geteuid() == 0:
-        return
-    if "root" in os.environ.get("CALITRACE_REQUIRE", "").split(","):
-        return
-    for item in items:
-        if item.get_closest_marker("root"):
-            item.add_marker(pytest.mark.skip(reason="needs root"))
-
-
 def calitrace(*words: str) -> subprocess.CompletedProcess[str]:
     """Run the command to its end."""
     return subprocess.run([*COMMAND, *words], capture_output=True, text=True, check=False, timeout=120)

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from calitrace.lab import faults
+from calitrace.calico.policy import rule_names
+from calitrace.lab import deployment, faults, policy
 from calitrace.lab.servers import body
 from calitrace.lab.topology import NODES, Lab, Node
 from tests.netns.conftest import LOST_S, http_get, on, tcp, tcp_echo, udp_echo
@@ -114,3 +115,22 @@ def test_one_fault_at_a_time(broken: Lab) -> None:
     assert json.loads(on(broken, "status", "-o", "json").stdout)["fault"] == "rpf"
     assert on(broken, "heal").stderr == "healed: rpf\n"
     assert on(broken, "heal").stderr == "no fault was in\n"
+
+
+def test_log_level_changes_under_traffic_and_keeps_connections(lab: Lab) -> None:
+    with tcp(lab, "client", NODE, REMOTE) as connection:
+        for level in ("debug", "off"):
+            assert on(lab, "log-level", level).returncode == 0
+            assert json.loads(on(lab, "status", "-o", "json").stdout)["log_level"] == level
+            connection.sendall(level.encode())
+            assert connection.recv(100) == level.encode()
+
+
+def test_a_denied_flow_names_its_rule(broken: Lab) -> None:
+    faults.inject(broken, "policy-deny")
+    node_b = deployment.on_node(broken, NODES[1], faults.loaded(broken))
+    before = node_b.rule_hits(policy.DENY_INGRESS.id)
+    assert is_lost(broken, REMOTE)
+    assert node_b.rule_hits(policy.DENY_INGRESS.id) > before
+    file = broken.policy_directory("node-b") / f"{NODES[1].workload}_ingress_v4.json"
+    assert rule_names(file.read_bytes())[policy.DENY_INGRESS.id] == "default.deny-lab-clients rule 0 (deny)"

@@ -129,6 +129,15 @@ def heal(lab: Lab) -> None:
     _say(f"healed: {was}" if was else "no fault was in")
 
 
+@command.command("log-level", epilog="Example: calitrace lab log-level debug")
+@click.argument("level", metavar="debug|off", type=click.Choice(["debug", "off"]))
+@_for_lab
+def log_level(lab: Lab, level: str) -> None:
+    """Switch the debug log of the nodes' programs (bpfLogLevel)."""
+    faults.set_log_level(lab, level)
+    _say(f"log level {level}")
+
+
 @command.command(epilog="Example: calitrace lab down")
 @_for_lab
 def down(lab: Lab) -> None:

@@ -6,12 +6,13 @@ which is in, so that an interrupted fault leaves nothing.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from calitrace.errors import EnvironmentUnfit, UsageError
 from calitrace.kernel import tc
-from calitrace.lab import network, policy, state
-from calitrace.lab.topology import FABRIC, NODE_A, NODES, VXLAN_PORT, Lab
+from calitrace.lab import deployment, network, policy, state
+from calitrace.lab.topology import FABRIC, NODE_A, NODE_B, NODES, SERVICES, VXLAN_PORT, Lab
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,9 +57,9 @@ def inject(lab: Lab, name: str) -> None:
         found.fault = name
         state.save(lab, found)
         try:
-            _INJECT[name](lab)
+            _INJECT[name](lab, found)
         except BaseException:
-            _HEAL[name](lab)
+            _HEAL[name](lab, found)
             found.fault = ""
             state.save(lab, found)
             raise
@@ -69,19 +70,30 @@ def heal(lab: Lab) -> str:
     with state.locked(lab):
         found = loaded(lab)
         for undo in _HEAL.values():
-            undo(lab)
+            undo(lab, found)
         was, found.fault = found.fault, ""
         state.save(lab, found)
         return was
 
 
-def _block_vxlan(lab: Lab) -> None:
+def set_log_level(lab: Lab, level: str) -> None:
+    """Load the programs that print Calico's debug lines (``debug``), or those that do not (``off``)."""
+    with state.locked(lab):
+        found = loaded(lab)
+        if found.log_level != level:
+            found.log_level = level
+            state.save(lab, found)
+            for node in NODES:
+                deployment.load(lab, node, found)
+
+
+def _block_vxlan(lab: Lab, _record: State) -> None:
     from bcc import BPF
 
     from calitrace.kernel.loader import bpf_source, compile_bpf
 
     program = compile_bpf(bpf_source("lab/fabric.bpf.c"), defines={"VXLAN_PORT": str(VXLAN_PORT)})
-    function = program.load_func("fabric_vxlan", BPF.SCHED_CLS)
+    function = program.load_func(b"fabric_vxlan", BPF.SCHED_CLS)
     with network.inside(lab.namespace(FABRIC)) as route:
         for index in _node_ports(route):
             route.tc("add", "clsact", index)
@@ -96,7 +108,7 @@ def _block_vxlan(lab: Lab) -> None:
             )
 
 
-def _unblock_vxlan(lab: Lab) -> None:
+def _unblock_vxlan(lab: Lab, _record: State) -> None:
     from pyroute2.netlink.exceptions import NetlinkError
 
     with network.inside(lab.namespace(FABRIC)) as route:
@@ -112,37 +124,42 @@ def _node_ports(route: Any) -> list[int]:
     return [int(route.link_lookup(ifname=node.name)[0]) for node in NODES]
 
 
-def _deny(lab: Lab) -> None:
+def _deny(lab: Lab, record: State) -> None:
     policy.write_debug_files(lab, denied=True)
+    deployment.set_policy(lab, NODE_B, record, policy.DENY_INGRESS)
 
 
-def _allow(lab: Lab) -> None:
+def _allow(lab: Lab, record: State) -> None:
+    deployment.set_policy(lab, NODE_B, record, policy.ALLOW_INGRESS)
     policy.write_debug_files(lab, denied=False)
 
 
-def _remove_backend(lab: Lab) -> None:
-    raise NotImplementedError
+def _remove_backend(lab: Lab, record: State) -> None:
+    deployment.set_endpoints(lab, SERVICES[0], record, present=False)
 
 
-def _restore_backend(lab: Lab) -> None:
-    return
+def _restore_backend(lab: Lab, record: State) -> None:
+    deployment.set_endpoints(lab, SERVICES[0], record, present=True)
 
 
-def _divert(lab: Lab) -> None:
+def _divert(lab: Lab, record: State) -> None:
     network.divert_client_route(lab, NODE_A, diverted=True)
+    deployment.load(lab, NODE_A, record)
 
 
-def _restore_route(lab: Lab) -> None:
+def _restore_route(lab: Lab, record: State) -> None:
     network.divert_client_route(lab, NODE_A, diverted=False)
+    if record.fault == deployment.RPF_FAULT:
+        deployment.load(lab, NODE_A, replace(record, fault=""))
 
 
-_INJECT: dict[str, Callable[[Lab], None]] = {
+_INJECT: dict[str, Callable[[Lab, State], None]] = {
     "vxlan-blocked": _block_vxlan,
     "policy-deny": _deny,
     "no-backend": _remove_backend,
     "rpf": _divert,
 }
-_HEAL: dict[str, Callable[[Lab], None]] = {
+_HEAL: dict[str, Callable[[Lab, State], None]] = {
     "vxlan-blocked": _unblock_vxlan,
     "policy-deny": _allow,
     "no-backend": _restore_backend,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from calitrace.errors import EnvironmentUnfit, Error, UsageError
 from calitrace.kernel import mounts
-from calitrace.lab import network, policy, processes, state
+from calitrace.lab import deployment, network, policy, processes, state
 from calitrace.lab.state import COMPLETE, MAKING, REMOVING, State
 from calitrace.lab.topology import BPFFS, NODES, UNDERLAY_MTU, VXLAN_OVERHEAD, Lab
 
@@ -117,6 +117,12 @@ def _make(lab: Lab, made: State, checkpoint: Callable[[], None], progress: Progr
     for node in NODES:
         lab.policy_directory(node.name).mkdir(parents=True, exist_ok=True)
     policy.write_debug_files(lab, denied=False)
+    progress("the dataplane's programs and maps")
+    made.pins = str(lab.pins)
+    state.save(lab, made)
+    for node in NODES:
+        deployment.deploy(lab, node, made)
+        checkpoint()
     progress("servers in the pods")
     for node in NODES:
         processes.start(lab, node.pod, lambda server: _record(lab, made, server))

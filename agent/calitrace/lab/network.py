@@ -108,7 +108,7 @@ def build(lab: Lab, mtu: int, checkpoint: Callable[[], None]) -> None:
         for leg in ATTACHED:
             peer = {"ifname": leg.interface, "net_ns_fd": lab.namespace(leg.name), "address": leg.mac}
             route.link("add", ifname=leg.name, kind="veth", peer=peer)
-            _up(route, leg.name, mtu=mtu, master=_index(route, BRIDGE))
+            _up(route, leg.name, mtu=mtu, master=index_of(route, BRIDGE))
     checkpoint()
     for leg in ATTACHED:
         with inside(lab.namespace(leg.name)) as route:
@@ -116,7 +116,7 @@ def build(lab: Lab, mtu: int, checkpoint: Callable[[], None]) -> None:
                 _forwarding()
             _up(route, leg.interface, mtu=mtu)
             _plain_frames(leg.interface)
-            index = _index(route, leg.interface)
+            index = index_of(route, leg.interface)
             route.addr("add", index=index, address=leg.address, prefixlen=PREFIX)
             for other in ATTACHED:
                 if other is not leg:
@@ -139,13 +139,13 @@ def _add_pod(lab: Lab, route: Any, node: Node, mtu: int) -> None:
     _sysctl(f"ipv4/neigh/{node.workload}/proxy_delay", "0")
     _up(route, node.workload, mtu=mtu)
     _plain_frames(node.workload)
-    index = _index(route, node.workload)
+    index = index_of(route, node.workload)
     route.route("add", dst=f"{node.pod_address}/32", oif=index, scope=_SCOPE_LINK)
     _neighbour(route, index, node.pod_address, node.pod_mac)
     with inside(pod) as within:
         _up(within, "eth0", mtu=mtu)
         _plain_frames("eth0")
-        index = _index(within, "eth0")
+        index = index_of(within, "eth0")
         within.addr("add", index=index, address=node.pod_address, prefixlen=32)
         within.route("add", dst=f"{GATEWAY}/32", oif=index, scope=_SCOPE_LINK)
         _neighbour(within, index, GATEWAY, GATEWAY_MAC)
@@ -157,7 +157,7 @@ def divert_client_route(lab: Lab, node: Node, *, diverted: bool) -> None:
     from pyroute2.netlink.exceptions import NetlinkError
 
     with inside(lab.namespace(node.name)) as route:
-        target = {"dst": f"{OUTSIDE.address}/32", "oif": _index(route, node.workload), "scope": _SCOPE_LINK}
+        target = {"dst": f"{OUTSIDE.address}/32", "oif": index_of(route, node.workload), "scope": _SCOPE_LINK}
         if diverted:
             route.route("replace", **target)
             return
@@ -188,12 +188,13 @@ def iter_attached(lab: Lab, part: str) -> Iterator[Attachment]:
                 yield Attachment(part, interface, hook, name, identifier)
 
 
-def _index(route: Any, interface: str) -> int:
+def index_of(route: Any, interface: str) -> int:
+    """The ifindex of an interface in the namespace of *route*."""
     return int(route.link_lookup(ifname=interface)[0])
 
 
 def _up(route: Any, interface: str, **settings: Any) -> None:
-    route.link("set", index=_index(route, interface), state="up", **settings)
+    route.link("set", index=index_of(route, interface), state="up", **settings)
 
 
 def _neighbour(route: Any, index: int, address: str, mac: str) -> None:

@@ -19,6 +19,15 @@ def inspect(lab: Lab) -> dict[str, Any]:
         alive = {server.pod: processes.is_running(server) for server in record.servers}
         missing += [f"server in {node.pod}" for node in NODES if not alive.get(node.pod)]
     attached = _attached(lab)
+    if record is not None and os.geteuid() == 0:
+        hooked = {(each.part, each.interface, each.hook) for each in attached}
+        missing += [
+            f"program at {node.name} {interface} {hook}"
+            for node in NODES
+            for interface in (node.interface, node.workload)
+            for hook in ("ingress", "egress")
+            if (node.name, interface, hook) not in hooked
+        ]
     whole = record is not None and record.phase == state.COMPLETE and not missing
     return {
         "name": lab.name,
