@@ -15,18 +15,22 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = str(Path(sys.executable).parent / "calitrace")
-OUTPUT = ROOT / "build" / "demo"
+OUTPUT = Path("build/demo")  # below ROOT, where everything is run
 LAB = "demo"
 TARGET = "10.10.0.1:30080"
 
 
 @dataclass(frozen=True)
 class Scene:
-    """*expected*: what the JSON verdict of every probe must contain; dotted keys reach inside."""
+    """*expected*: what the JSON verdict of every probe must say; dotted keys reach inside.
+
+    *says*: words that its cause must contain.
+    """
 
     title: str
     fault: str
     expected: dict[str, str]
+    says: str = ""
 
 
 SCENES = (
@@ -52,6 +56,7 @@ SCENES = (
             "place.hook": "tc egress",
             "calico_reason": "DROPPED_BY_POLICY",
         },
+        "denied by policy: default.deny-lab-clients rule 0",
     ),
     Scene(
         "the service has lost its endpoints",
@@ -68,6 +73,7 @@ SCENES = (
             "place.interface": "ens192",
             "place.hook": "tc ingress",
         },
+        "the reverse path check of the source failed",
     ),
 )
 
@@ -76,7 +82,7 @@ def calitrace(*arguments: str, quiet: bool = False) -> str:
     """Run the program; returns its stdout, which is also shown unless *quiet*."""
     if not quiet:
         print(f"$ calitrace {' '.join(arguments)}", flush=True)
-    done = subprocess.run([PROGRAM, *arguments], stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run([PROGRAM, *arguments], stdout=subprocess.PIPE, text=True, check=False, cwd=ROOT)
     if not quiet:
         print(done.stdout, flush=True)
     if done.returncode > 1:
@@ -105,17 +111,22 @@ def differences(scene: Scene, journal: Path) -> list[str]:
         for probe in probes
         for key, wanted in scene.expected.items()
         if value(probe, key) != wanted
+    ] + [
+        f"probe {probe['number']}: cause is {probe['cause']!r}, without {scene.says!r}"
+        for probe in probes
+        if scene.says not in probe["cause"]
     ]
 
 
 def main() -> int:
     """Bring the lab up, play all scenes, take it down."""
-    shutil.rmtree(OUTPUT, ignore_errors=True)
-    OUTPUT.mkdir(parents=True)
+    shutil.rmtree(ROOT / OUTPUT, ignore_errors=True)
+    (ROOT / OUTPUT).mkdir(parents=True)
     wrong: list[str] = []
     calitrace("lab", "down", "--name", LAB, quiet=True)
     calitrace("lab", "up", "--name", LAB)
     try:
+        calitrace("lab", "log-level", "debug", "--name", LAB)
         for number, scene in enumerate(SCENES, 1):
             print(f"--- {number} of {len(SCENES)}: {scene.title}\n", flush=True)
             if scene.fault:
@@ -131,7 +142,7 @@ def main() -> int:
         calitrace("lab", "down", "--name", LAB)
     for each in wrong:
         sys.stderr.write(f"error: {each}\n")
-    print(f"{len(SCENES)} scenes, {len(wrong)} differences; journals in {OUTPUT.relative_to(ROOT)}/")
+    print(f"{len(SCENES)} scenes, {len(wrong)} differences; journals in {OUTPUT}/")
     return 1 if wrong else 0
 
 

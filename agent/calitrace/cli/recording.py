@@ -160,7 +160,7 @@ class Recording:
             "lost": {
                 "drop": stats[Stat.DROP_LOST],
                 "hop": stats[Stat.HOP_LOST],
-                "log": stats[Stat.LOG_LOST] + stats[Stat.LOG_OVERWRITTEN],
+                "log": stats[Stat.LOG_LOST],
                 "state": stats[Stat.STATE_LOST],
                 "nested": sum(program.recursion_misses for program in programs),
             },

@@ -106,7 +106,7 @@ class Names:
 
     def rule(self, rule_id: int) -> str:
         """A rule by name, or its id."""
-        return self.rules.get(rule_id) or f"{rule_id:#018x}"
+        return self.rules.get(rule_id) or f"rule {rule_id:#018x}"
 
 
 _TC_REASONS = {"TC_INGRESS": "ingress", "TC_EGRESS": "egress"}
@@ -337,7 +337,7 @@ class _Judge:
         named = tuple(self.names.rule(rule) for rule in rules)
         text = f"dropped by Calico: {cause or 'cause not recorded'}"
         if named:
-            text += f", rule {', '.join(named)}"
+            text += f": {', '.join(named)}"
         return Verdict(
             Kind.DROPPED,
             Confidence.PROVEN if said else Confidence.LIKELY,
