@@ -403,9 +403,7 @@ def test_conntrack_entries_are_calicos(lab: Lab) -> None:
         sport = made.getsockname()[1]
         made.sendall(b"x")
         for node, tun_ip, flags in ((lab.a, NODE_B, 0x8104), (lab.b, NODE_A, 0x8140)):
-            key = struct.pack(
-                "<I4s4sHH", 6, socket.inet_aton(POD_B), socket.inet_aton(CLIENT), 8080, sport
-            )
+            key = struct.pack("<I4s4sHH", 6, socket.inet_aton(POD_B), socket.inet_aton(CLIENT), 8080, sport)
             descriptor = syscall.object_get(node.dataplane.pin_dir / "cali_v4_ct4")
             raw = syscall.map_lookup(descriptor, key, 88)
             os.close(descriptor)
@@ -481,7 +479,7 @@ def record(lab: Lab) -> Iterator[Callable[[Callable[[], object]], list[tuple[str
     for node in (lab.a, lab.b):
         node.reload(log_debug=True)
     root = Path(tempfile.mkdtemp())
-    subprocess.run(["mount", "-t", "tracefs", "tracefs", root], check=True)  # noqa: S603, S607
+    subprocess.run(["mount", "-t", "tracefs", "tracefs", root], check=True)
     instance = root / "instances" / lab.prefix
     instance.mkdir()
     (instance / "buffer_size_kb").write_text("8192")
@@ -498,7 +496,7 @@ def record(lab: Lab) -> Iterator[Callable[[Callable[[], object]], list[tuple[str
         yield run
     finally:
         instance.rmdir()
-        subprocess.run(["umount", root], check=True)  # noqa: S603, S607
+        subprocess.run(["umount", root], check=True)
         root.rmdir()
         for node in (lab.a, lab.b):
             node.reload(log_debug=False)

@@ -51,7 +51,9 @@ def analyse(journal: Journal, *, short_names: bool = False) -> Analysis:
     for event in decoder.iter_events(journal.events):
         journeys.feed(event)
     lost = sum(journal.totals.get("lost", {}).values())
-    found = list(journeys.journeys.values())
+    numbers = {name: number for number, name in names.drop_reasons.items()}
+    otherhost = numbers.get("SKB_DROP_REASON_OTHERHOST")
+    found = [each.without_flooded(otherhost) for each in journeys.journeys.values()]
     return Analysis(
         topology,
         names,

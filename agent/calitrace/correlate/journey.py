@@ -65,6 +65,25 @@ class Journey:
         """The steps in one direction."""
         return [step for step in self.steps if step.direction is direction]
 
+    def without_flooded(self, otherhost: int | None) -> Journey:
+        """The journey without the copies that a switch flooded to hosts which then found them not to be theirs.
+
+        *otherhost*: this kernel's number of SKB_DROP_REASON_OTHERHOST.
+        """
+        ended = {
+            (step.event.netns, step.event.skbaddr): step.event.ktime_ns
+            for step in self.steps
+            if isinstance(step.event, Drop) and step.event.skb_drop_reason == otherhost is not None
+        }
+        return Journey(
+            self.probe,
+            [
+                step
+                for step in self.steps
+                if step.event.ktime_ns > ended.get((step.event.netns, step.event.skbaddr), -1)
+            ],
+        )
+
 
 class Journeys:
     """Joins a stream of events, in ring-buffer order, to the journeys of known probes."""

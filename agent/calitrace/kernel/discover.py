@@ -169,7 +169,11 @@ def _peer_namespaces(route: Any) -> dict[int | None, int]:
 
 
 def _with_roles(found: dict[int, Namespace], client: int) -> Topology:
-    """Pods are the other ends of workload interfaces; the client is where the probes come from."""
+    """Pods are the other ends of workload interfaces; the client is where the probes come from.
+
+    What no chain of veths joins to the client is another network on the same machine (a second lab): OTHER.
+    """
+    near = _joined(found, client)
     pods = {
         link.peer_netns
         for namespace in found.values()
@@ -177,17 +181,33 @@ def _with_roles(found: dict[int, Namespace], client: int) -> Topology:
         for link in namespace.links.values()
         if link.name.startswith(_WORKLOAD_PREFIX)
     }
-    roles = dict.fromkeys(pods, Role.POD)
-    if client in found and found[client].role is Role.OTHER:
-        roles.setdefault(client, Role.CLIENT)
-    return Topology(
-        {
-            inum: replace(namespace, role=roles.get(inum, namespace.role))
-            if namespace.role is Role.OTHER
-            else namespace
-            for inum, namespace in found.items()
-        }
-    )
+
+    def role(namespace: Namespace) -> Role:
+        if namespace.inum not in near:
+            return Role.OTHER
+        if namespace.role is Role.NODE:
+            return Role.NODE
+        if namespace.inum in pods:
+            return Role.POD
+        return Role.CLIENT if namespace.inum == client else Role.OTHER
+
+    return Topology({inum: replace(each, role=role(each)) for inum, each in found.items()})
+
+
+def _joined(found: dict[int, Namespace], start: int) -> set[int]:
+    """The namespaces that veths join to *start*, directly or through others."""
+    neighbours: dict[int, set[int]] = {}
+    for namespace in found.values():
+        for link in namespace.links.values():
+            if link.peer_netns:
+                neighbours.setdefault(namespace.inum, set()).add(link.peer_netns)
+                neighbours.setdefault(link.peer_netns, set()).add(namespace.inum)
+    joined, waiting = {start}, [start]
+    while waiting:
+        fresh = neighbours.get(waiting.pop(), set()) - joined
+        joined |= fresh
+        waiting += fresh
+    return joined
 
 
 def state_maps(found: Topology) -> dict[int, int]:

@@ -52,6 +52,8 @@ def iter_story(analysis: Analysis, number: int, *, verbose: bool = False) -> Ite
     yield f"{'ms':>9}  {'where':{width}}  {'interface':15}  what"
     before = ""
     for step in journey.steps:
+        if step.direction is Direction.CLOSE and not verbose:
+            continue
         for passage in step.passages:
             yield from _passage(analysis, journey, step, passage, width, verbose)
         if not verbose and _minor(analysis, step):
@@ -110,8 +112,8 @@ def _passage(
     when = (passage.ended_ns - journey.probe.sent_ns) / 1e6
     tag = f"{passage.interface}-{passage.direction}"
     verdict = passage.verdict or "no final line"
-    cause = passage.cause() if passage.verdict != "ALLOW" else ""
-    text = f"Calico {verdict}{': ' + cause if cause else ''}"
+    why = passage.cause() if passage.verdict != "ALLOW" else ", ".join(passage.decisions())
+    text = f"Calico {verdict}{': ' + why if why else ''}"
     yield f"{when:9.3f}  {namespace.name if namespace else '?':{width}}  {tag:15}  {text}"
     if verbose:
         for line in passage.lines:
