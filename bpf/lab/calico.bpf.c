@@ -27,6 +27,8 @@
 #define ACT_SHOT 2
 #define ACT_REDIRECT 7
 
+#define PACKET_OTHERHOST 3
+
 #define TCP 6
 #define UDP 17
 #define ICMP 1
@@ -651,7 +653,8 @@ INLINE s16 ct_find(struct packet *p, int to_wep)
 	}
 	if ((src->bits & dst->bits & LEG_APPROVED))
 		st->ct_result.flags |= CT_RES_CONFIRMED;
-	if (!from_opener && !src->ifindex) {
+	/* Calico leaves the interface of a tunnelled UDP reply open. */
+	if (!from_opener && !src->ifindex && (p->wep || p->ip.protocol == TCP)) {
 		LOG(p, "CT: First response packet? ifindex=%d", p->ifindex);
 		if (p->wep && !wep_rpf(p)) {
 			LOG(p, "CT: CT RPF failed invalidating ifindex");
@@ -1118,6 +1121,8 @@ int cali_from_hep(struct __sk_buff *skb)
 	u32 flags, tun_ip;
 	int rc;
 
+	if (skb->pkt_type == PACKET_OTHERHOST) /* the fabric floods what it has not learnt */
+		return ACT_UNSPEC;
 	LOG_UNTAGGED("No metadata is shared by XDP");
 	rc = start(&p, skb, HOOK_INGRESS, 1);
 	if (rc)

@@ -462,7 +462,13 @@ def _runs(text: str, roles: dict[str, str]) -> list[tuple[str, ...]]:
             started.discard(cpu)
         if cpu in current:
             current[cpu].append(_kind(tagged[3]))
+    if runs and not _ended(runs[-1]):
+        runs.pop()  # the recording stopped in its middle
     return [tuple(run) for run in runs if "ARP: allowing packet" not in run]
+
+
+def _ended(run: list[str]) -> bool:
+    return run[-1].startswith("Final result=") or run[-1] == "DENY due to policy"
 
 
 def _calicos(scenario: str) -> list[tuple[str, ...]]:
@@ -522,7 +528,9 @@ def test_tcp_log_is_calicos(lab: Lab, record: Recorder, scenario: str, port: int
 
 
 def test_udp_log_is_calicos(lab: Lab, record: Recorder) -> None:
-    assert record(lambda: lab.ask_udp(30053, b"hi")) == _calicos("S04")
+    expected, actual = _calicos("S04"), record(lambda: lab.ask_udp(30053, b"hi"))
+    for one, other in zip(actual, expected, strict=True):
+        assert one == other
 
 
 @pytest.mark.parametrize(

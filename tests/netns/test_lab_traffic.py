@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import errno
 import json
+import socket
 from collections.abc import Iterator
 
 import pytest
 
 from calitrace.calico.policy import rule_names
+from calitrace.kernel import netns
 from calitrace.lab import deployment, faults, policy
 from calitrace.lab.servers import body
 from calitrace.lab.topology import NODES, Lab, Node
-from tests.netns.conftest import LOST_S, http_get, on, tcp, tcp_echo, udp_echo
+from tests.netns.conftest import LOST_S, REACHES_S, http_get, on, tcp, tcp_echo, udp_echo
 
 pytestmark = pytest.mark.root
 NODE = "10.10.0.1"
@@ -134,3 +136,20 @@ def test_a_denied_flow_names_its_rule(broken: Lab) -> None:
     assert node_b.rule_hits(policy.DENY_INGRESS.id) > before
     file = broken.policy_directory("node-b") / f"{NODES[1].workload}_ingress_v4.json"
     assert rule_names(file.read_bytes())[policy.DENY_INGRESS.id] == "default.deny-lab-clients rule 0 (deny)"
+
+
+def test_a_node_sees_no_frame_that_is_for_the_other(lab: Lab) -> None:
+    every_protocol = 3  # ETH_P_ALL taps come before tc ingress; the others after
+    with netns.inside(lab.namespace("node-b")):
+        tap = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(every_protocol))
+    with tap:
+        tap.bind((NODES[1].interface, every_protocol))
+        tap.settimeout(REACHES_S)
+        assert tcp_echo(lab, "client", NODE, LOCAL, PAYLOAD) == PAYLOAD
+        assert udp_echo(lab, "client", NODE, UDP_REMOTE, b"last") == b"last"
+        frames: list[bytes] = []
+        while not frames or b"last" not in frames[-1]:
+            frame, (_, _, kind, *_) = tap.recvfrom(2048)
+            if kind != socket.PACKET_OUTGOING:
+                frames.append(frame)
+    assert {frame[:6].hex(":") for frame in frames} == {NODES[1].mac}

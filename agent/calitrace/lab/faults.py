@@ -6,6 +6,7 @@ which is in, so that an interrupted fault leaves nothing.
 
 from __future__ import annotations
 
+import errno
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -116,7 +117,7 @@ def _unblock_vxlan(lab: Lab, _record: State) -> None:
             try:
                 route.tc("del", "clsact", index)
             except NetlinkError as gone:
-                if gone.code not in (2, 22):  # ENOENT, EINVAL: it was not there
+                if gone.code not in (errno.ENOENT, errno.EINVAL):  # it was not there
                     raise
 
 

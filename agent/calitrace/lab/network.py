@@ -8,6 +8,7 @@ The neighbours are more than convenience: a BPF redirect to an unresolved one co
 from __future__ import annotations
 
 import array
+import errno
 import fcntl
 import os
 import socket
@@ -41,7 +42,8 @@ _SIOCETHTOOL = 0x8946
 # ETHTOOL_SRXCSUM, STXCSUM, SSG, STSO, SGSO, SGRO of include/uapi/linux/ethtool.h
 _OFFLOADS = (0x15, 0x17, 0x19, 0x1F, 0x24, 0x2C)
 _SCOPE_LINK = 253
-_PERMANENT = 0x80
+_PERMANENT, _NOARP = 0x80, 0x40
+_NTF_MASTER = 0x04
 
 
 def namespace_exists(name: str) -> bool:
@@ -78,7 +80,7 @@ def remove_namespace(name: str) -> None:
                     try:
                         links.link("del", index=link["index"])
                     except NetlinkError as gone:
-                        if gone.code != 19:  # ENODEV: it went with its peer
+                        if gone.code != errno.ENODEV:  # it went with its peer
                             raise
         made.remove(name)
     else:
@@ -109,6 +111,10 @@ def build(lab: Lab, mtu: int, checkpoint: Callable[[], None]) -> None:
             peer = {"ifname": leg.interface, "net_ns_fd": lab.namespace(leg.name), "address": leg.mac}
             route.link("add", ifname=leg.name, kind="veth", peer=peer)
             _up(route, leg.name, mtu=mtu, master=index_of(route, BRIDGE))
+            # Told where everyone is, it floods nothing: no node sees a frame that is for the other.
+            port = index_of(route, leg.name)
+            route.brport("set", index=port, unicast_flood=0, learning=0)
+            route.fdb("add", ifindex=port, lladdr=leg.mac, flags=_NTF_MASTER, state=_NOARP)
     checkpoint()
     for leg in ATTACHED:
         with inside(lab.namespace(leg.name)) as route:
@@ -157,15 +163,19 @@ def divert_client_route(lab: Lab, node: Node, *, diverted: bool) -> None:
     from pyroute2.netlink.exceptions import NetlinkError
 
     with inside(lab.namespace(node.name)) as route:
-        target = {"dst": f"{OUTSIDE.address}/32", "oif": index_of(route, node.workload), "scope": _SCOPE_LINK}
+        index = index_of(route, node.workload)
+        target = {"dst": f"{OUTSIDE.address}/32", "oif": index, "scope": _SCOPE_LINK}
         if diverted:
             route.route("replace", **target)
+            # Without a neighbour the lookup would fail for want of one, not for the interface.
+            _neighbour(route, index, OUTSIDE.address, node.pod_mac)
             return
-        try:
-            route.route("del", **target)
-        except NetlinkError as gone:
-            if gone.code != 3:  # ESRCH: it was not there
-                raise
+        for thing, what in ((route.route, target), (route.neigh, {"dst": OUTSIDE.address, "ifindex": index})):
+            try:
+                thing("del", **what)
+            except NetlinkError as gone:
+                if gone.code not in (errno.ENOENT, errno.ESRCH):
+                    raise
 
 
 @dataclass(frozen=True)
