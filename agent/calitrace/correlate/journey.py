@@ -131,7 +131,7 @@ class Journeys:
         if not self._topology.observed(event.netns):
             self.outside += 1
             return
-        step = Step(event, direction, error, [p for p in passages if _concerns(p, event)])
+        step = Step(event, direction, error, [p for p in passages if _concerns(p, probe, event)])
         self.journeys[probe.number].steps.append(step)
         self._last_step[event.cpu] = step
 
@@ -177,11 +177,14 @@ class Journeys:
                     yield number
 
 
-def _concerns(passage: Passage, event: PacketEvent) -> bool:
-    """Whether a passage is about this packet: its lines name a port pair of one of the packet's layers."""
+def _concerns(passage: Passage, probe: Probe, event: PacketEvent) -> bool:
+    """Whether a passage is about this packet: its lines name the client's port, or a layer's pair of ports.
+
+    The programs print ports before they translate them, the event shows them after; only the client's stays.
+    """
     pairs = passage.ports()
     if not pairs:
         return True  # a bypass: it ends before the ports are read
-    return any(
-        (layer.sport, layer.dport) in pairs or (layer.dport, layer.sport) in pairs for layer in event.packet.layers
-    ) or bool(event.packet.quoted)
+    return any(probe.sport in pair for pair in pairs) or any(
+        (layer.sport, layer.dport) in pairs for layer in event.packet.layers
+    )

@@ -35,7 +35,10 @@ def topology(client: str = "") -> Topology:
             if name == "(host)":
                 raise
             continue  # it was deleted while we looked
-    return _with_roles(found, netns.inum(client) if client else netns.own_inum())
+    start = netns.inum(client) if client else netns.own_inum()
+    if start not in found:
+        raise EnvironmentUnfit(f"namespace {client} changed while we looked at it", "try again")
+    return _with_roles(found, start)
 
 
 def _look(inum: int, name: str) -> Namespace:
@@ -156,15 +159,17 @@ def _calico_maps(program: syscall.ProgramInfo) -> tuple[syscall.MapInfo | None, 
 def _peer_namespaces(route: Any) -> dict[int | None, int]:
     """nsid of this namespace to inode number, for all namespaces that have a name."""
     found: dict[int | None, int] = {}
-    for name in sorted(p.name for p in netns.RUN_NETNS.iterdir()) if netns.RUN_NETNS.is_dir() else []:
-        descriptor = os.open(netns.RUN_NETNS / name, os.O_RDONLY | os.O_CLOEXEC)
+    for inum, name in netns.names().items():
         try:
-            answer = route.get_netnsid(fd=descriptor)
-            nsid = answer.get("nsid")
-            if nsid is not None and nsid not in (-1, 0xFFFFFFFF):
-                found[nsid] = os.fstat(descriptor).st_ino
+            descriptor = os.open(netns.path(name), os.O_RDONLY | os.O_CLOEXEC)
+        except (UsageError, OSError):
+            continue  # ours, which has no name, or one that was deleted while we looked
+        try:
+            nsid = route.get_netnsid(fd=descriptor).get("nsid")
         finally:
             os.close(descriptor)
+        if nsid is not None and nsid not in (-1, 0xFFFFFFFF):
+            found[nsid] = inum
     return found
 
 
@@ -211,8 +216,8 @@ def _joined(found: dict[int, Namespace], start: int) -> set[int]:
 
 
 def state_maps(found: Topology) -> dict[int, int]:
-    """Namespace inode number to id of the state map of each node."""
-    return {n.inum: n.state_map for n in found.namespaces.values() if n.state_map}
+    """Namespace inode number to id of the state map of each node that is observed."""
+    return {n.inum: n.state_map for n in found.namespaces.values() if n.state_map and n.role is Role.NODE}
 
 
 def boot_id() -> str:
