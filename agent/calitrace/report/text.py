@@ -49,7 +49,7 @@ def iter_story(analysis: Analysis, number: int, *, verbose: bool = False) -> Ite
     yield f"probe {journey.probe.number}  {tuple_of(journey)}  {verdict.kind.value}"
     names = [n.name for n in analysis.topology.namespaces.values() if analysis.topology.observed(n.inum)]
     width = min(max((len(name) for name in names), default=4), 20)
-    yield f"{'ms':>9}  {'where':{width}}  {'interface':15}  what"
+    yield f"{'ms':>9}  {'where':{width}}  {'interface':17}  what"
     before = ""
     for step in journey.steps:
         if step.direction is Direction.CLOSE and not verbose:
@@ -84,7 +84,7 @@ def _line(analysis: Analysis, journey: Journey, step: Step, width: int, what: st
     link = analysis.topology.link(step.event.netns, step.event.ifindex)
     when = (step.event.ktime_ns - journey.probe.sent_ns) / 1e6
     interface = link.name if link else "-"
-    return f"{when:9.3f}  {namespace.name if namespace else '?':{width}}  {interface:15}  {what}"
+    return f"{when:9.3f}  {namespace.name if namespace else '?':{width}}  {interface:17}  {what}"
 
 
 def _what(analysis: Analysis, step: Step) -> str:
@@ -114,10 +114,10 @@ def _passage(
     verdict = passage.verdict or "no final line"
     why = passage.cause() if passage.verdict != "ALLOW" else ", ".join(passage.decisions())
     text = f"Calico {verdict}{': ' + why if why else ''}"
-    yield f"{when:9.3f}  {namespace.name if namespace else '?':{width}}  {tag:15}  {text}"
+    yield f"{when:9.3f}  {namespace.name if namespace else '?':{width}}  {tag:17}  {text}"
     if verbose:
         for line in passage.lines:
-            yield f"{'':{9 + width + 21}}{line}"
+            yield f"{'':{9 + width + 23}}{line}"
 
 
 def _verdict(verdict: Verdict, members: int, total: int) -> Iterator[str]:
