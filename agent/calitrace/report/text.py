@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from calitrace.correlate.journey import Journey
 
 WIDTH = 80
+_BELOW = " " * 13
 _HOPS = {HopKind.RECEIVE: "in", HopKind.QUEUE: "out", HopKind.XMIT: "sent", HopKind.CONSUME: "end"}
 
 
@@ -61,9 +62,19 @@ def iter_story(analysis: Analysis, number: int, *, verbose: bool = False) -> Ite
         what = _what(analysis, step)
         shown = _packet(step)
         if shown != before:
-            what += f"  {shown}"
             before = shown
-        yield _line(analysis, journey, step, width, what)
+            yield from _fitting(_line(analysis, journey, step, width, what), shown)
+        else:
+            yield _line(analysis, journey, step, width, what)
+
+
+def _fitting(line: str, text: str) -> Iterator[str]:
+    """*line* and *text* beside each other, or below where they do not fit."""
+    if len(line) + 2 + len(text) <= WIDTH:
+        yield f"{line}  {text}"
+    else:
+        yield line
+        yield from textwrap.wrap(text, WIDTH, initial_indent=_BELOW, subsequent_indent=_BELOW)
 
 
 def _minor(analysis: Analysis, step: Step) -> bool:
@@ -113,11 +124,14 @@ def _passage(
     tag = f"{passage.interface}-{passage.direction}"
     verdict = passage.verdict or "no final line"
     why = passage.cause() if passage.verdict != "ALLOW" else ", ".join(passage.decisions())
-    text = f"Calico {verdict}{': ' + why if why else ''}"
-    yield f"{when:9.3f}  {namespace.name if namespace else '?':{width}}  {tag:17}  {text}"
+    head = f"{when:9.3f}  {namespace.name if namespace else '?':{width}}  {tag:17}  Calico {verdict}"
+    if why:
+        yield from _fitting(f"{head}:", why)
+    else:
+        yield head
     if verbose:
         for line in passage.lines:
-            yield f"{'':{9 + width + 23}}{line}"
+            yield f"{_BELOW}{line}"
 
 
 def _verdict(verdict: Verdict, members: int, total: int) -> Iterator[str]:

@@ -1,0 +1,109 @@
+"""Builders for tests: raw packets and raw events, as the kernel side would send them."""
+
+from __future__ import annotations
+
+import struct
+from ipaddress import IPv4Address
+
+from calitrace import identity
+from calitrace.events import CAPTURE_BYTES, DROP, HOP, LOG, STATE, EventType, HopKind
+from calitrace.packet import TCP, UDP
+
+RUN_ID = 0x12345678
+CLIENT, NODE_A, NODE_B, POD = "10.10.0.100", "10.10.0.1", "10.10.0.2", "10.65.1.2"
+SPORT, NODEPORT, TARGET_PORT = 40001, 30080, 8080
+
+
+def ip(src: str, dst: str, proto: int, payload: bytes) -> bytes:
+    """An IPv4 packet without checksum."""
+    head = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(payload), 1, 0x4000, 64, proto, 0)
+    return head + IPv4Address(src).packed + IPv4Address(dst).packed + payload
+
+
+def tcp(src: str, sport: int, dst: str, dport: int, flags: int, seq: int = 0, ack: int = 0) -> bytes:
+    """A TCP segment in IPv4."""
+    return ip(src, dst, TCP, struct.pack("!HHIIBBHHH", sport, dport, seq, ack, 0x50, flags, 1000, 0, 0))
+
+
+def udp(src: str, sport: int, dst: str, dport: int, payload: bytes = b"") -> bytes:
+    """A UDP datagram in IPv4."""
+    return ip(src, dst, UDP, struct.pack("!HHHH", sport, dport, 8 + len(payload), 0) + payload)
+
+
+def vxlan(src: str, dst: str, inner: bytes, vni: int = 0xCA11C0) -> bytes:
+    """*inner* in VXLAN."""
+    head = struct.pack("!BBHI", 8, 0, 0, vni << 8) + bytes(12) + b"\x08\x00"
+    return udp(src, 50000, dst, 4789, head + inner)
+
+
+def icmp_error(src: str, dst: str, quoted: bytes, kind: int = 3, code: int = 3) -> bytes:
+    """An ICMP error that quotes a packet."""
+    return ip(src, dst, 1, struct.pack("!BBHI", kind, code, 0, 0) + quoted)
+
+
+def syn(number: int = 0, dst: str = NODE_A, dport: int = NODEPORT) -> bytes:
+    """Probe *number*."""
+    return tcp(CLIENT, SPORT + number, dst, dport, 0x02, identity.tcp_sequence(RUN_ID, number))
+
+
+def syn_ack(number: int = 0, src: str = NODE_A, sport: int = NODEPORT) -> bytes:
+    """The answer to probe *number*."""
+    ack = identity.tcp_sequence(RUN_ID, number) + 1
+    return tcp(src, sport, CLIENT, SPORT + number, 0x12, 99, ack)
+
+
+class Recorder:
+    """Collects raw events; each is a microsecond after the one before. *cpu* is 0 throughout."""
+
+    def __init__(self) -> None:
+        self.records: list[bytes] = []
+        self.now_ns = 1_000_000
+
+    def _common(self, kind: EventType, netns: int) -> dict[str, int | bytes]:
+        self.now_ns += 1000
+        return {"ktime_ns": self.now_ns, "type": int(kind), "cpu": 0, "netns": netns}
+
+    def hop(self, kind: HopKind, netns: int, ifindex: int, raw: bytes, skb: int = 0xAA, rc: int = 0) -> None:
+        """A packet passes."""
+        fields = self._common(EventType.HOP, netns)
+        self.records.append(HOP.encode(**fields, kind=int(kind), rc=rc, ifindex=ifindex, skbaddr=skb, **_packet(raw)))
+
+    def drop(self, netns: int, ifindex: int, raw: bytes, reason: int, skb: int = 0xAA, location: int = 0) -> None:
+        """A packet is dropped."""
+        fields = self._common(EventType.DROP, netns)
+        self.records.append(
+            DROP.encode(
+                **fields, ifindex=ifindex, skbaddr=skb, skb_drop_reason=reason, location=location, **_packet(raw)
+            )
+        )
+
+    def log(self, *lines: str) -> None:
+        """Calico prints."""
+        for line in lines:
+            fields = self._common(EventType.LOG, 0)
+            self.records.append(LOG.encode(**fields, text_bytes=len(line), text=line.encode(), comm=b"swapper"))
+
+    def state(self, netns: int, raw: bytes, skb: int = 0xAA) -> None:
+        """Calico's state at the drop just before."""
+        fields = self._common(EventType.STATE, netns)
+        self.records.append(STATE.encode(**fields, skbaddr=skb, state_bytes=len(raw), state=raw))
+
+
+def _packet(raw: bytes) -> dict[str, int | bytes]:
+    capture = raw[:CAPTURE_BYTES]
+    return {"len_bytes": len(raw), "capture_bytes": len(capture), "capture": capture, "ethertype": 0x0800}
+
+
+def calico_state(
+    *, dst: str = POD, dport: int = TARGET_PORT, number: int = 0, pol_rc: int = 0, rules: tuple[int, ...] = (),
+    reason: int = 0, result: int = 2,
+) -> bytes:  # fmt: skip
+    """A cali_state6 of probe *number*, Calico v3.32 to master."""
+    raw = bytearray(512)
+    raw[8:12] = IPv4Address(CLIENT).packed
+    raw[24:28] = IPv4Address(dst).packed
+    struct.pack_into("<iHHHH", raw, 92, pol_rc, SPORT + number, dport, 0, 0)
+    raw[104] = TCP
+    struct.pack_into(f"<I{len(rules)}Q", raw, 108, len(rules), *rules)
+    struct.pack_into("<iII", raw, 444, result, 0, reason)
+    return bytes(raw)

@@ -1,0 +1,330 @@
+"""A packet's life, row by row of the verdict table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tests.unit import packets
+from tests.unit.packets import CLIENT, NODE_A, NODE_B, NODEPORT, POD, RUN_ID, SPORT, TARGET_PORT, Recorder
+
+from calitrace import journal
+from calitrace.correlate.analysis import analyse
+from calitrace.correlate.verdict import Confidence, Kind, Place, Verdict
+from calitrace.events import HopKind
+from calitrace.model import Link, Namespace, Outcome, Role, Topology
+from calitrace.report import jsonlines, text
+
+RECEIVE, QUEUE, XMIT, CONSUME = HopKind.RECEIVE, HopKind.QUEUE, HopKind.XMIT, HopKind.CONSUME
+CLIENT_NS, A_NS, B_NS, POD_NS, FABRIC_NS = 1, 2, 3, 4, 5
+UPLINK, CALI = 2, 3
+REASONS = {2: "SKB_DROP_REASON_NOT_SPECIFIED", 3: "SKB_DROP_REASON_NO_SOCKET", 50: "SKB_DROP_REASON_TC_EGRESS",
+           51: "SKB_DROP_REASON_TC_INGRESS", 52: "SKB_DROP_REASON_OTHERHOST"}  # fmt: skip
+NO_SOCKET, TC_EGRESS, TC_INGRESS, OTHERHOST = 3, 50, 51, 52
+BOTH = {"ingress": ("cali_tc_preambl",), "egress": ("cali_tc_preambl",)}
+RULE = 0x1234
+
+
+def topology(*, without_b: bool = False, foreign: bool = False, calico: bool = True) -> Topology:
+    """Client, node-a, node-b with its pod, and the fabric between them."""
+    hooks = BOTH if calico else {}
+    other = {"egress": ("other_prog",)} if foreign else {}
+    found = {
+        CLIENT_NS: Namespace(CLIENT_NS, "lab-client", Role.CLIENT, {UPLINK: Link(UPLINK, "eth0", (CLIENT,))}),
+        A_NS: Namespace(
+            A_NS, "lab-node-a", Role.NODE, {UPLINK: Link(UPLINK, "ens192", (NODE_A,), BOTH)}, 7, "cali_state6", 512, 27
+        ),
+        B_NS: Namespace(
+            B_NS,
+            "lab-node-b",
+            Role.NODE,
+            {UPLINK: Link(UPLINK, "eth0", (NODE_B,), BOTH), CALI: Link(CALI, "cali1", (), hooks, other)},
+            8,
+            "cali_state6",
+            512,
+            27,
+        ),
+        POD_NS: Namespace(POD_NS, "lab-pod-b", Role.POD, {UPLINK: Link(UPLINK, "eth0", (POD,))}),
+        FABRIC_NS: Namespace(FABRIC_NS, "lab-fabric", Role.OTHER, {}),
+    }
+    if without_b:
+        del found[B_NS]
+    return Topology(found)
+
+
+def judged(
+    recorder: Recorder, outcome: Outcome = Outcome.UNANSWERED, *, lost: int = 0, where: Topology | None = None,
+    detail: str = "", rules: dict[int, str] | None = None,
+) -> Verdict:  # fmt: skip
+    """The verdict on probe 0; rendering it must work and fit 80 columns."""
+    probe: dict[str, Any] = {
+        "number": 0, "proto": 6, "src": CLIENT, "sport": SPORT, "dst": NODE_A, "dport": NODEPORT, "sent_ns": 1_000_000,
+        "size_bytes": 40, "outcome": outcome.value, "rtt_ns": 5 if outcome is Outcome.ANSWERED else None,
+        "detail": detail,
+    }  # fmt: skip
+    header = {
+        "run_id": RUN_ID, "vxlan_port": 4789, "drop_reasons": REASONS, "rules": rules or {},
+        "topology": (where or topology()).to_map(),
+    }  # fmt: skip
+    recorded = journal.Journal(header, recorder.records, {0: probe}, totals={"lost": {"hop": lost}}, complete=True)
+    analysis = analyse(recorded, short_names=True)
+    for verbose in (False, True):
+        for line in text.iter_report(analysis, verbose=verbose):
+            assert verbose or len(line) <= text.WIDTH
+    assert list(jsonlines.iter_objects(analysis))
+    return analysis.verdicts[0]
+
+
+def to_node_b(recorder: Recorder) -> bytes:
+    """From the client through node-a into the tunnel; returns the tunnelled SYN."""
+    tunnelled = packets.vxlan(NODE_A, NODE_B, packets.syn())
+    recorder.hop(QUEUE, CLIENT_NS, UPLINK, packets.syn())
+    recorder.hop(RECEIVE, A_NS, UPLINK, packets.syn())
+    recorder.log(
+        "ens192----------I: New packet at ifindex=2; mark=0",
+        f"ens192----------I: IP s={CLIENT} d={NODE_A}",
+        f"ens192----------I: TCP; ports: s={SPORT} d={NODEPORT}",
+        f"ens192----------I: CT: DNAT to {POD}:{TARGET_PORT}",
+        "ens192----------I: vxlan encap a0a0001 : a0a0002",
+        "ens192----------I: Final result=ALLOW rc 7. Program execution time: 172987ns",
+    )
+    recorder.hop(QUEUE, A_NS, UPLINK, tunnelled)
+    recorder.hop(XMIT, A_NS, UPLINK, tunnelled)
+    return tunnelled
+
+
+def to_pod(recorder: Recorder) -> None:
+    """And on to the pod's interface."""
+    recorder.hop(RECEIVE, B_NS, UPLINK, to_node_b(recorder))
+    recorder.hop(QUEUE, B_NS, CALI, packets.syn(dst=POD, dport=TARGET_PORT))
+    recorder.hop(RECEIVE, POD_NS, UPLINK, packets.syn(dst=POD, dport=TARGET_PORT))
+
+
+def back_to_node_b(recorder: Recorder) -> None:
+    """The pod answers."""
+    recorder.hop(QUEUE, POD_NS, UPLINK, packets.syn_ack(src=POD, sport=TARGET_PORT), skb=0xBB)
+    recorder.hop(RECEIVE, B_NS, CALI, packets.syn_ack(src=POD, sport=TARGET_PORT), skb=0xBB)
+
+
+def test_healthy() -> None:
+    recorder = Recorder()
+    to_pod(recorder)
+    back_to_node_b(recorder)
+    recorder.hop(RECEIVE, CLIENT_NS, UPLINK, packets.syn_ack(), skb=0xBB)
+    verdict = judged(recorder, Outcome.ANSWERED)
+    assert (verdict.kind, verdict.confidence) == (Kind.ANSWERED, Confidence.PROVEN)
+    assert "client eth0 > node-a ens192 > node-b eth0 > node-b cali1 > pod-b eth0" in verdict.evidence[-1]
+
+
+def test_the_underlay_loses_vxlan() -> None:
+    recorder = Recorder()
+    to_node_b(recorder)
+    recorder.drop(FABRIC_NS, 9, packets.vxlan(NODE_A, NODE_B, packets.syn()), TC_INGRESS)  # nobody sees that
+    verdict = judged(recorder)
+    assert (verdict.kind, verdict.confidence) == (Kind.UNDERLAY, Confidence.PROVEN)
+    assert (verdict.place, verdict.to) == (Place("node-a", "ens192"), Place("node-b"))
+    assert verdict.cause == "the underlay loses VXLAN (UDP 4789) from node-a (10.10.0.1) to node-b (10.10.0.2)"
+
+
+def test_lost_events_and_unobserved_nodes_lower_the_confidence() -> None:
+    recorder = Recorder()
+    to_node_b(recorder)
+    assert judged(recorder, lost=1).confidence is Confidence.LIKELY
+    verdict = judged(recorder, where=topology(without_b=True))
+    assert (verdict.kind, verdict.confidence) == (Kind.UNDERLAY, Confidence.LIKELY)
+    assert "not observed" in verdict.cause
+
+
+def test_the_underlay_loses_the_reply() -> None:
+    recorder = Recorder()
+    to_pod(recorder)
+    back_to_node_b(recorder)
+    recorder.hop(XMIT, B_NS, UPLINK, packets.vxlan(NODE_B, NODE_A, packets.syn_ack()), skb=0xBB)
+    verdict = judged(recorder)
+    assert (verdict.kind, verdict.place, verdict.to) == (
+        Kind.UNDERLAY,
+        Place("node-b", "eth0"),
+        Place("node-a"),
+    )
+    assert verdict.cause.endswith("the reply is lost")
+
+
+def denied_at_the_pod(recorder: Recorder, *, log: bool, state: bytes | None) -> None:
+    recorder.hop(RECEIVE, B_NS, UPLINK, to_node_b(recorder))
+    if log:
+        recorder.log(
+            "cali1-----------I: New packet at ifindex=3; mark=1000000",
+            f"cali1-----------I: IP s={CLIENT} d={POD}",
+            f"cali1-----------I: TCP; ports: s={SPORT} d={TARGET_PORT}",
+            "cali1-----------I: DENY due to policy",
+        )
+    recorder.drop(B_NS, CALI, packets.syn(dst=POD, dport=TARGET_PORT), TC_EGRESS)
+    if state is not None:
+        recorder.state(B_NS, state)
+
+
+@pytest.mark.parametrize("log", [True, False])
+def test_policy_denies_at_the_pod(log: bool) -> None:
+    recorder = Recorder()
+    denied_at_the_pod(recorder, log=log, state=packets.calico_state(pol_rc=2, rules=(1, RULE)))
+    verdict = judged(recorder, rules={RULE: "default.deny rule 0 (deny)"})
+    assert (verdict.kind, verdict.confidence) == (Kind.DROPPED, Confidence.PROVEN)
+    assert verdict.place == Place("node-b", "cali1", "tc egress")
+    assert (verdict.calico_reason, verdict.skb_drop_reason) == ("DROPPED_BY_POLICY", "TC_EGRESS")
+    assert verdict.rules == ("default.deny rule 0 (deny)",)
+    assert verdict.cause == "dropped by Calico: denied by policy: default.deny rule 0 (deny)"
+
+
+def test_policy_by_log_alone() -> None:
+    recorder = Recorder()
+    denied_at_the_pod(recorder, log=True, state=None)
+    verdict = judged(recorder)
+    assert verdict.calico_reason == "DROPPED_BY_POLICY"
+    assert verdict.cause == "dropped by Calico: denied by policy"
+
+
+def test_a_stale_state_is_not_believed() -> None:
+    recorder = Recorder()
+    denied_at_the_pod(recorder, log=False, state=packets.calico_state(number=1, pol_rc=2, rules=(RULE,)))
+    verdict = judged(recorder)
+    assert (verdict.rules, verdict.calico_reason, verdict.confidence) == ((), "", Confidence.LIKELY)
+    assert verdict.cause == "dropped by Calico: cause not recorded"
+    assert any("another packet" in each for each in verdict.evidence)
+
+
+def test_a_state_of_unknown_layout_is_refused_and_named() -> None:
+    recorder = Recorder()
+    denied_at_the_pod(recorder, log=False, state=bytes(500))
+    verdict = judged(recorder)
+    assert any("cali_state6 500 B" in each for each in verdict.evidence)
+
+
+def test_a_foreign_program_is_not_calico() -> None:
+    recorder = Recorder()
+    denied_at_the_pod(recorder, log=False, state=None)
+    verdict = judged(recorder, where=topology(foreign=True, calico=False))
+    assert (verdict.by_calico, verdict.confidence) == (False, Confidence.LIKELY)
+    assert verdict.cause.endswith("other_prog; none of them is Calico's")
+    verdict = judged(recorder, where=topology(foreign=True))
+    assert (verdict.by_calico, verdict.confidence) == (False, Confidence.NONE)
+    assert verdict.cause.endswith("which of them is not known")
+
+
+def test_calico_says_so_though_a_foreign_program_is_there() -> None:
+    recorder = Recorder()
+    denied_at_the_pod(recorder, log=False, state=packets.calico_state(pol_rc=2, rules=(RULE,)))
+    assert judged(recorder, where=topology(foreign=True)).by_calico
+
+
+@pytest.mark.parametrize("log", [True, False])
+def test_reverse_path_check(log: bool) -> None:
+    recorder = Recorder()
+    recorder.hop(QUEUE, CLIENT_NS, UPLINK, packets.syn())
+    recorder.hop(RECEIVE, A_NS, UPLINK, packets.syn())
+    if log:
+        recorder.log(
+            "ens192----------I: New packet at ifindex=2; mark=0",
+            f"ens192----------I: IP s={CLIENT} d={NODE_A}",
+            f"ens192----------I: TCP; ports: s={SPORT} d={NODEPORT}",
+            "ens192----------I: Host RPF check rc 0 result 0",
+            "ens192----------I: Final result=DENY (0). Program execution time: 27491ns",
+        )
+    recorder.drop(A_NS, UPLINK, packets.syn(), TC_INGRESS)
+    verdict = judged(recorder)
+    assert verdict.place == Place("node-a", "ens192", "tc ingress")
+    assert verdict.by_calico
+    if log:
+        assert verdict.confidence is Confidence.PROVEN
+        assert "reverse path check" in verdict.cause
+    else:
+        assert verdict.confidence is Confidence.LIKELY
+        assert verdict.cause == "dropped by Calico: cause not recorded"
+
+
+def test_a_kernel_drop_is_never_blamed_on_calico() -> None:
+    recorder = Recorder()
+    to_pod(recorder)
+    recorder.drop(POD_NS, UPLINK, packets.syn(dst=POD, dport=TARGET_PORT), 2, location=0xFFFF)
+    verdict = judged(recorder)
+    assert (verdict.by_calico, verdict.kind) == (False, Kind.DROPPED)
+    assert verdict.cause == "dropped by the kernel, not by Calico: NOT_SPECIFIED in 0xffff"
+
+
+@pytest.mark.parametrize("log", [True, False])
+def test_no_backend(log: bool) -> None:
+    recorder = Recorder()
+    recorder.hop(RECEIVE, A_NS, UPLINK, packets.syn())
+    if log:
+        recorder.log(
+            "ens192----------I: New packet at ifindex=2; mark=0",
+            f"ens192----------I: IP s={CLIENT} d={NODE_A}",
+            f"ens192----------I: TCP; ports: s={SPORT} d={NODEPORT}",
+            "ens192----------I: NAT: no backend",
+            "ens192----------I: Final result=ALLOW rc -1. Program execution time: 37786ns",
+        )
+    recorder.hop(QUEUE, A_NS, UPLINK, packets.icmp_error(NODE_A, CLIENT, packets.syn()))
+    verdict = judged(recorder, Outcome.REFUSED, detail="ICMP port unreachable from 10.10.0.1")
+    assert verdict.kind is Kind.NO_BACKEND
+    assert verdict.confidence is (Confidence.PROVEN if log else Confidence.LIKELY)
+
+
+def test_refused_by_the_pod() -> None:
+    recorder = Recorder()
+    to_pod(recorder)
+    recorder.drop(POD_NS, UPLINK, packets.syn(dst=POD, dport=TARGET_PORT), NO_SOCKET)
+    rst = packets.tcp(POD, TARGET_PORT, CLIENT, SPORT, 0x14, 0, packets.identity.tcp_sequence(RUN_ID, 0) + 1)
+    recorder.hop(QUEUE, POD_NS, UPLINK, rst, skb=0xBB)
+    verdict = judged(recorder, Outcome.REFUSED, detail="TCP RST")
+    assert (verdict.kind, verdict.skb_drop_reason) == (Kind.REFUSED, "NO_SOCKET")
+    assert verdict.cause == "the pod (pod-b) refused: TCP RST; nothing listens there"
+
+
+def test_refused_where_nobody_looked() -> None:
+    verdict = judged(Recorder(), Outcome.REFUSED, detail="TCP RST")
+    assert (verdict.kind, verdict.confidence) == (Kind.REFUSED, Confidence.LIKELY)
+    recorder = Recorder()
+    recorder.hop(QUEUE, CLIENT_NS, UPLINK, packets.syn())
+    rst = packets.tcp(NODE_A, NODEPORT, CLIENT, SPORT, 0x14, 0, packets.identity.tcp_sequence(RUN_ID, 0) + 1)
+    recorder.hop(RECEIVE, CLIENT_NS, UPLINK, rst, skb=0xBB)
+    assert judged(recorder, Outcome.REFUSED, detail="TCP RST").cause.endswith("is not observed")
+
+
+def test_the_pod_does_not_answer() -> None:
+    recorder = Recorder()
+    to_pod(recorder)
+    verdict = judged(recorder)
+    assert (verdict.kind, verdict.place) == (Kind.NO_REPLY, Place("pod-b", "eth0"))
+
+
+def test_return_path() -> None:
+    recorder = Recorder()
+    to_pod(recorder)
+    back_to_node_b(recorder)
+    recorder.hop(XMIT, B_NS, UPLINK, packets.syn_ack(), skb=0xBB)  # direct server return
+    verdict = judged(recorder)
+    assert (verdict.kind, verdict.to) == (Kind.RETURN_PATH, Place("client"))
+    recorder.hop(RECEIVE, CLIENT_NS, UPLINK, packets.syn_ack(), skb=0xBB)
+    assert judged(recorder).cause.startswith("the reply reached client and was not taken")
+
+
+def test_other_ends() -> None:
+    recorder = Recorder()
+    assert judged(recorder).kind is Kind.UNKNOWN
+    recorder.hop(QUEUE, CLIENT_NS, UPLINK, packets.syn())
+    verdict = judged(recorder)
+    assert verdict.cause == "the probe left client and never reached node-a"
+    recorder.hop(XMIT, CLIENT_NS, UPLINK, packets.syn(), rc=16)
+    assert "driver refused" in judged(recorder).cause
+    recorder.hop(RECEIVE, A_NS, UPLINK, packets.syn())
+    assert judged(recorder).kind is Kind.UNKNOWN
+    recorder.hop(CONSUME, A_NS, UPLINK, packets.syn())
+    assert judged(recorder).cause.startswith("node-a took the packet itself")
+    assert judged(Recorder(), Outcome.SEND_ERROR, detail="no route").kind is Kind.NOT_SENT
+
+
+def test_flooded_copies_are_left_out() -> None:
+    recorder = Recorder()
+    recorder.hop(RECEIVE, B_NS, UPLINK, packets.syn(), skb=0xCC)
+    recorder.drop(B_NS, UPLINK, packets.syn(), OTHERHOST, skb=0xCC)
+    to_pod(recorder)
+    assert judged(recorder).kind is Kind.NO_REPLY
