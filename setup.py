@@ -17,7 +17,7 @@ class BuildWithBpf(build_py):
     def run(self) -> None:
         super().run()
         if self.editable_mode:
-            return  # kernel/sources.py finds bpf/ beside agent/ in a checkout
+            return  # kernel/loader.py finds bpf/ beside agent/ in a checkout
         target = Path(self.build_lib) / "calitrace" / "bpf"
         shutil.copytree(ROOT / "bpf", target, dirs_exist_ok=True)
 
@@ -28,7 +28,8 @@ setup(
     description="Find where Calico's eBPF dataplane lost a packet, and why",
     long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license="Apache-2.0 AND GPL-2.0-only",  # the Python, and bpf/
+    license_files=["LICENSE", "bpf/LICENSE"],
     python_requires=">=3.10",
     package_dir={"": "agent"},
     packages=find_packages("agent"),

@@ -6,11 +6,27 @@ import os
 
 import pytest
 
+from calitrace.errors import EnvironmentUnfit
+from calitrace.kernel import syscall
+
+
+def lacking() -> dict[str, str]:
+    """What root tests lack here: the word for CALITRACE_REQUIRE, and the reason."""
+    if os.geteuid() != 0:
+        return {"root": "needs root"}
+    try:
+        syscall.program_ids()
+    except (OSError, EnvironmentUnfit) as refused:
+        return {"bpf": f"needs a kernel that takes BPF programs ({refused})"}
+    return {}
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip root tests for others, unless CALITRACE_REQUIRE names root."""
-    if os.geteuid() == 0 or "root" in os.environ.get("CALITRACE_REQUIRE", "").split(","):
+    """Skip root tests that cannot run, unless CALITRACE_REQUIRE (root,bpf) names what is lacking."""
+    required = os.environ.get("CALITRACE_REQUIRE", "").split(",")
+    reasons = [reason for word, reason in lacking().items() if word not in required]
+    if not reasons:
         return
     for item in items:
         if item.get_closest_marker("root"):
-            item.add_marker(pytest.mark.skip(reason="needs root"))
+            item.add_marker(pytest.mark.skip(reason=reasons[0]))

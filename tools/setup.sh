@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-PACKAGES=(python3-bpfcc python3-venv bpftool)
+PACKAGES=(python3-bpfcc python3-venv)
 STAMP=.venv/.calitrace-setup
 
 fail() {
@@ -36,20 +36,19 @@ esac
 step 2 "system packages: ${PACKAGES[*]}"
 missing=()
 for package in "${PACKAGES[@]}"; do
-	# On Ubuntu bpftool comes with the kernel's linux-tools.
-	[ "$package" = bpftool ] && { [ "$ID" = ubuntu ] || command -v bpftool >/dev/null; } && continue
 	[ "$(dpkg-query -W -f '${Status}' "$package" 2>/dev/null)" = "install ok installed" ] || missing+=("$package")
 done
 if [ ${#missing[@]} -gt 0 ]; then
 	[ "$(id -u)" -eq 0 ] || command -v sudo >/dev/null || fail "${missing[*]} must be installed, and this is neither root nor is there sudo" "run as root: apt-get install ${missing[*]}"
 	log=$(mktemp)
 	trap 'rm -f "$log"' EXIT
-	for attempt in "system apt-get update" "system env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends ${missing[*]}"; do
-		$attempt >"$log" 2>&1 </dev/null || {
-			tail -n 5 "$log" >&2
-			fail "apt could not install ${missing[*]}" "see above; then: apt-get install ${missing[*]}"
-		}
-	done
+	printf '      installing %s: a minute or so\n' "${missing[*]}"
+	# A third party's repository that does not answer must not stop us: whether the packages can be had decides.
+	system apt-get update >"$log" 2>&1 </dev/null || true
+	system env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "${missing[@]}" >>"$log" 2>&1 </dev/null || {
+		tail -n 5 "$log" >&2
+		fail "apt could not install ${missing[*]}" "see above; the packages are in Debian's main and Ubuntu's universe: is that enabled and reachable?"
+	}
 fi
 
 step 3 "virtual environment .venv, from the interpreter that has BCC"
@@ -58,12 +57,16 @@ if [ "$(cat "$STAMP" 2>/dev/null)" = "$wanted" ] && .venv/bin/python -c 'import 
 	step 4 "nothing to do"
 	exit 0
 fi
-if [ ! -x .venv/bin/python ] || ! .venv/bin/python -c 'import bcc' 2>/dev/null; then
+if [ ! -x .venv/bin/python ] || ! .venv/bin/python -c 'import bcc, pip' 2>/dev/null; then
 	rm -rf .venv
-	/usr/bin/python3 -m venv --system-site-packages .venv
+	/usr/bin/python3 -m venv --system-site-packages .venv >/dev/null ||
+		fail "/usr/bin/python3 cannot make a virtual environment" "apt-get install --reinstall python3-venv"
+	.venv/bin/python -c 'import bcc' ||
+		fail "/usr/bin/python3 has no working module bcc" "apt-get install --reinstall python3-bpfcc"
 fi
 
 step 4 "Python packages"
+printf '      installing from requirements-dev.txt\n'
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt ||
 	fail "pip could not install the packages of requirements-dev.txt" "see above; is a package index reachable?"
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e . ||

@@ -120,6 +120,9 @@ static __always_inline u32 capture(struct packet_event *e, struct window *w, str
 	} else {
 		l4 = 0;
 	}
+	/* clang 19 bounds l4 by a way that the verifier cannot follow: make it forget, and bound l4 again */
+	asm volatile("" : "+r"(l4));
+	l4 &= CAPTURE_BYTES - 1;
 	if (l4 && l4 + 4 <= bytes && (e->ip_proto == 6 || e->ip_proto == 17)) {
 		e->sport = be16_at(w->bytes + l4);
 		e->dport = be16_at(w->bytes + l4 + 2);

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 // The lab's broken underlay: a firewall between the nodes that loses VXLAN.
 // Hook: tc ingress of the fabric's bridge ports towards the nodes. Cost: one header load per frame.
 
