@@ -115,6 +115,7 @@ def main() -> int:
     wrong: list[str] = []
     calitrace("lab", "down", "--name", LAB, quiet=True)
     calitrace("lab", "up", "--name", LAB)
+    calitrace("lab", "log-level", "debug", "--name", LAB)
     try:
         for number, scene in enumerate(SCENES, 1):
             print(f"--- {number} of {len(SCENES)}: {scene.title}\n", flush=True)
