@@ -189,20 +189,24 @@ def test_down_names_a_process_that_keeps_a_namespace(spare: Lab) -> None:
 
 @pytest.mark.parametrize("foreign_pin", [False, True])
 def test_bpffs_is_mounted_when_missing_and_unmounted_when_unused(spare: Lab, foreign_pin: bool) -> None:
-    # In a mount namespace of its own: the machine's bpffs stays as it is.
+    # In a mount namespace of its own, with its own /run: other labs neither see this nor are seen.
     script = f"""
         lab() {{ "$@" lab $step --name {spare.name} 2>/dev/null || exit 9; }}
         while grep -q ' /sys/fs/bpf bpf ' /proc/mounts; do umount /sys/fs/bpf || exit 8; done
+        mount -t tmpfs tmpfs /run || exit 7
         step=up lab "$@"
         grep -c ' /sys/fs/bpf bpf ' /proc/mounts
         {"mkdir /sys/fs/bpf/foreign" if foreign_pin else ":"}
         step=down lab "$@"
         grep -c ' /sys/fs/bpf bpf ' /proc/mounts
-        exit 0
+        ls -A /run /run/netns
     """
     words = ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh", *COMMAND]
     ended = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
-    assert (ended.returncode, ended.stdout.split()) == (0, ["1", "1" if foreign_pin else "0"])
+    assert (ended.returncode, ended.stdout.split()) == (
+        0,
+        ["1", "1" if foreign_pin else "0", "/run:", "netns", "/run/netns:"],
+    )
 
 
 def test_exec_leaves_sigpipe_as_the_shell_had_it(spare: Lab) -> None:
