@@ -92,9 +92,7 @@ class NodeConfig:
 class Dataplane:
     """The programs and maps of one node. *pin_dir*: its own directory on a bpffs."""
 
-    def __init__(
-        self, pin_dir: Path, node: NodeConfig, log_debug: bool = False, rpf: Rpf = Rpf.DISABLED
-    ) -> None:
+    def __init__(self, pin_dir: Path, node: NodeConfig, log_debug: bool = False, rpf: Rpf = Rpf.DISABLED) -> None:
         self.pin_dir = pin_dir
         self.node = node
         self.log_debug = log_debug
