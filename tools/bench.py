@@ -62,7 +62,9 @@ class Result:
     met: bool | None
 
 
-def row(name: str, value: float, unit: str, *, peer: float | None = None, at_most: float, of_peer: bool = False) -> Result:
+def row(
+    name: str, value: float, unit: str, *, peer: float | None = None, at_most: float, of_peer: bool = False
+) -> Result:
     """A result whose aim is at most *at_most*, of the peer when *of_peer*."""
     ratio = value / peer if peer else None
     judged = ratio if of_peer else value

@@ -51,11 +51,13 @@ class Writer:
 
 @dataclass
 class Journal:
-    """A journal read back. *cut_at*: byte at which it was cut short, None when it has its end frame."""
+    """A journal read back. *probes*: by number.
+
+    *cut_at*: byte at which it was cut short, None when it has its end frame."""
 
     header: dict[str, Any]
     events: list[bytes] = field(default_factory=list)
-    probes: dict[str, Any] = field(default_factory=dict)
+    probes: dict[int, dict[str, Any]] = field(default_factory=dict)
     symbols: dict[int, str] = field(default_factory=dict)
     totals: dict[str, Any] = field(default_factory=dict)
     unknown: Counter[str] = field(default_factory=Counter)
@@ -107,7 +109,8 @@ def _take(journal: Journal | None, item: object, at: int) -> Journal:
             raise Malformed(at, "a list of event records", type(raw).__name__, "journal")
         journal.events += raw
     elif kind == PROBES:
-        journal.probes = body
+        for probe in body.get("probes", ()):  # a later record of the same probe knows its outcome
+            journal.probes[probe["number"]] = probe
     elif kind == SYMBOLS:
         journal.symbols.update(body.get("names", {}))
     elif kind == TOTALS:

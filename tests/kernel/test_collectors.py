@@ -176,9 +176,7 @@ def test_nothing_is_left_after_kill(pair: Pair) -> None:
         "with Collectors(Plan(run_id=1)) as c:\n"
         "    print(*(p.id for p in c.programs().values()), flush=True); sys.stdin.read()\n"
     )
-    agent = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    agent = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert agent.stdout is not None
     mine = {int(word) for word in agent.stdout.readline().split()}
     assert mine <= set(syscall.program_ids())

@@ -48,6 +48,14 @@ DROP_LINES = (
     ("jump to new flow failed", "a program of Calico's tail-call chain is missing"),
     ("jump failed", "a program of Calico's tail-call chain is missing"),
 )
+_DECISIONS = (
+    (re.compile(r"CT: DNAT to (\S+)"), "DNAT to {}"),
+    (re.compile(r"CT: SNAT from (\S+)"), "SNAT from {}"),
+    (re.compile(r"vxlan encap "), "VXLAN encap"),
+    (re.compile(r"vxlan decap$"), "VXLAN decap"),
+    (re.compile(r"NAT: no backend"), "no backend"),
+    (re.compile(r"Final result=ALLOW \(\d+\)\. Bypass"), "bypass"),
+)
 _RPF_RESULT = re.compile(r"Host RPF check rc (?P<rc>-?\d+) result (?P<result>\d)")
 NO_BACKEND_LINES = ("NAT: no backend", "NAT: backend miss")
 
@@ -130,6 +138,15 @@ class Passage:
                 if line.startswith(start):
                     return cause
         return ""
+
+    def decisions(self) -> list[str]:
+        """What it did to the packet, in the order of the lines: NAT, tunnel, flow."""
+        return [
+            pattern_words.format(*found.groups())
+            for line in self.lines
+            for pattern, pattern_words in _DECISIONS
+            if (found := pattern.match(line))
+        ]
 
     def no_backend(self) -> bool:
         """Whether the service was found without an endpoint."""

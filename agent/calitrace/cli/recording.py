@@ -56,6 +56,7 @@ class Recording:
         self._collectors = Collectors(self._plan, self._types)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._read, name="calitrace-ring", daemon=True)
+        self._writing = threading.Lock()
         self._failure: BaseException | None = None
         self._locations: set[int] = set()
         self._idle_polls = 0
@@ -115,7 +116,8 @@ class Recording:
             while not self._stop.is_set():
                 records = self._collectors.poll(_POLL_MS)
                 self._idle_polls = 0 if records else self._idle_polls + 1
-                self._writer.events(records)
+                with self._writing:
+                    self._writer.events(records)
                 self._locations.update(e.location for e in decoder.iter_events(records) if isinstance(e, Drop))
         except BaseException as failure:  # handed to the thread that waits for us
             self._failure = failure
@@ -127,15 +129,19 @@ class Recording:
         while self._idle_polls < _QUIET_POLLS and time.monotonic() < deadline and self._thread.is_alive():
             self._stop.wait(_POLL_MS / 1000)
 
-    def finish(self, probes: Iterable[Probe]) -> journal.Journal:
-        """Write what was sent and the totals, end the journal, and read it back."""
+    def probe(self, probe: Probe) -> None:
+        """Write a probe: when it is sent, and again when its outcome is known. After kill -9 both are there."""
+        with self._writing:
+            self._writer.write(journal.PROBES, {"probes": [_plain(probe)]})
+
+    def finish(self) -> journal.Journal:
+        """Write the totals, end the journal, and read it back."""
         self.settle()
         self._stop.set()
         self._thread.join()
         if self._failure is not None:
             raise self._failure
         self._writer.events(self._collectors.drain())
-        self._writer.write(journal.PROBES, {"probes": [_plain(probe) for probe in probes]})
         self._writer.write(journal.SYMBOLS, {"names": symbols.resolve(self._locations)})
         self._writer.write(journal.TOTALS, self._totals())
         self._writer.write(journal.END, {"mono_ns": time.monotonic_ns()})
@@ -154,7 +160,7 @@ class Recording:
             "lost": {
                 "drop": stats[Stat.DROP_LOST],
                 "hop": stats[Stat.HOP_LOST],
-                "log": stats[Stat.LOG_LOST] + stats[Stat.LOG_OVERWRITTEN],
+                "log": stats[Stat.LOG_LOST],
                 "state": stats[Stat.STATE_LOST],
                 "nested": sum(program.recursion_misses for program in programs),
             },

@@ -41,7 +41,7 @@ def analyse(journal: Journal, *, short_names: bool = False) -> Analysis:
         topology = Topology.from_map(header["topology"])
         names = Names(dict(header["drop_reasons"]), journal.symbols, dict(header.get("rules", {})))
         run_id, vxlan_port = int(header["run_id"]), int(header["vxlan_port"])
-        probes = [_probe(each) for each in journal.probes.get("probes", [])]
+        probes = [_probe(each) for _, each in sorted(journal.probes.items())]
     except (KeyError, TypeError, ValueError) as wrong:
         raise Malformed(0, "a complete header", f"{type(wrong).__name__} {wrong}", "journal") from wrong
     if short_names:
@@ -51,7 +51,9 @@ def analyse(journal: Journal, *, short_names: bool = False) -> Analysis:
     for event in decoder.iter_events(journal.events):
         journeys.feed(event)
     lost = sum(journal.totals.get("lost", {}).values())
-    found = list(journeys.journeys.values())
+    numbers = {name: number for number, name in names.drop_reasons.items()}
+    otherhost = numbers.get("SKB_DROP_REASON_OTHERHOST")
+    found = [each.without_flooded(otherhost) for each in journeys.journeys.values()]
     return Analysis(
         topology,
         names,

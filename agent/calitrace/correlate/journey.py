@@ -65,6 +65,25 @@ class Journey:
         """The steps in one direction."""
         return [step for step in self.steps if step.direction is direction]
 
+    def without_flooded(self, otherhost: int | None) -> Journey:
+        """The journey without the copies that a switch flooded to hosts which then found them not to be theirs.
+
+        *otherhost*: this kernel's number of SKB_DROP_REASON_OTHERHOST.
+        """
+        ended = {
+            (step.event.netns, step.event.skbaddr): step.event.ktime_ns
+            for step in self.steps
+            if isinstance(step.event, Drop) and step.event.skb_drop_reason == otherhost is not None
+        }
+        return Journey(
+            self.probe,
+            [
+                step
+                for step in self.steps
+                if step.event.ktime_ns > ended.get((step.event.netns, step.event.skbaddr), -1)
+            ],
+        )
+
 
 class Journeys:
     """Joins a stream of events, in ring-buffer order, to the journeys of known probes."""
@@ -112,7 +131,7 @@ class Journeys:
         if not self._topology.observed(event.netns):
             self.outside += 1
             return
-        step = Step(event, direction, error, [p for p in passages if _concerns(p, event)])
+        step = Step(event, direction, error, [p for p in passages if _concerns(p, probe, event)])
         self.journeys[probe.number].steps.append(step)
         self._last_step[event.cpu] = step
 
@@ -135,15 +154,17 @@ class Journeys:
         return probe, Direction.REQUEST, False
 
     def _probe_of(self, layer: Layer, ktime_ns: int) -> Probe | None:
-        for number in self._numbers(layer):
-            journey = self.journeys.get(number)
-            if journey and layer.proto == journey.probe.proto:
-                return journey.probe
+        named = [self.journeys[n].probe for n in self._numbers(layer) if n in self.journeys]
+        named = [probe for probe in named if probe.proto == layer.proto]
+        for probe in named:
+            if probe.sport in (layer.sport, layer.dport):
+                return probe
         for port in (layer.sport, layer.dport):
             users = [p for p in self._by_port.get((layer.proto, port), ()) if p.sent_ns <= ktime_ns]
             if users:
                 return users[-1]
-        return None
+        # Calico may have changed the source port (a collision): the number alone must do.
+        return named[0] if named else None
 
     def _numbers(self, layer: Layer) -> Iterator[int]:
         """The probe numbers that a packet may carry."""
@@ -156,11 +177,14 @@ class Journeys:
                     yield number
 
 
-def _concerns(passage: Passage, event: PacketEvent) -> bool:
-    """Whether a passage is about this packet: its lines name a port pair of one of the packet's layers."""
+def _concerns(passage: Passage, probe: Probe, event: PacketEvent) -> bool:
+    """Whether a passage is about this packet: its lines name the client's port, or a layer's pair of ports.
+
+    The programs print ports before they translate them, the event shows them after; only the client's stays.
+    """
     pairs = passage.ports()
     if not pairs:
         return True  # a bypass: it ends before the ports are read
-    return any(
-        (layer.sport, layer.dport) in pairs or (layer.dport, layer.sport) in pairs for layer in event.packet.layers
-    ) or bool(event.packet.quoted)
+    return any(probe.sport in pair for pair in pairs) or any(
+        (layer.sport, layer.dport) in pairs for layer in event.packet.layers
+    )

@@ -106,7 +106,7 @@ class Names:
 
     def rule(self, rule_id: int) -> str:
         """A rule by name, or its id."""
-        return self.rules.get(rule_id) or f"{rule_id:#018x}"
+        return self.rules.get(rule_id) or f"rule {rule_id:#018x}"
 
 
 _TC_REASONS = {"TC_INGRESS": "ingress", "TC_EGRESS": "egress"}
@@ -179,15 +179,19 @@ class _Judge:
                 by_calico=True,
                 evidence=tuple(evidence) + self._path(),
             )
-        drops = [s for s in requests if isinstance(s.event, Drop) and s.event.netns == first.event.netns]
-        reason = self.names.drop_reason(drops[-1].event) if drops else ""  # type: ignore[arg-type]
-        where = "the pod" if namespace and namespace.role is Role.POD else "the node itself"
+        drops = [s.event for s in requests if isinstance(s.event, Drop) and s.event.netns == first.event.netns]
+        seen_at = namespace.role if namespace else Role.OTHER
+        if seen_at is Role.CLIENT:
+            cause = f"refused: {probe.detail}; the side that refused is not observed"
+        else:
+            where = "the pod" if seen_at is Role.POD else "the node itself"
+            cause = f"{where} ({name}) refused: {probe.detail}; nothing listens there"
         return Verdict(
             Kind.REFUSED,
-            Confidence.PROVEN,
-            f"{where} ({name}) refused: {probe.detail}; nothing listens there",
+            Confidence.LIKELY if seen_at is Role.CLIENT else Confidence.PROVEN,
+            cause,
             place=self._place(first),
-            skb_drop_reason=reason,
+            skb_drop_reason=self.names.drop_reason(drops[-1]) if drops else "",
             evidence=self._path(),
         )
 
@@ -333,7 +337,7 @@ class _Judge:
         named = tuple(self.names.rule(rule) for rule in rules)
         text = f"dropped by Calico: {cause or 'cause not recorded'}"
         if named:
-            text += f", rule {', '.join(named)}"
+            text += f": {', '.join(named)}"
         return Verdict(
             Kind.DROPPED,
             Confidence.PROVEN if said else Confidence.LIKELY,

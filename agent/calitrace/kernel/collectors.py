@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 WAKE_BYTES = 64 * 1024  # of a CPU
 RING_BYTES = 4 * 1024 * 1024
-RECORDER_LINES = 128
+RECORDER_LINES = 256
 _NO_TAG = 0xFFFFFFFF  # a sequence number shifted right is never this
 
 
@@ -140,7 +140,13 @@ class Collectors:
         Raises EnvironmentUnfit for a map that does not have the plan's value size.
         """
         for netns, identifier in maps.items():
-            descriptor = syscall.map_fd(identifier)
+            try:
+                descriptor = syscall.map_fd(identifier)
+            except OSError as failure:
+                raise EnvironmentUnfit(
+                    f"Calico's state map {identifier} has gone: {failure.strerror}",
+                    "its programs were just replaced; try again",
+                ) from failure
             try:
                 self._bpf[b"states"][ctypes.c_uint32(netns)] = ctypes.c_int(descriptor)
             except Exception as failure:

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calitrace.errors import EnvironmentUnfit, UsageError
-from calitrace.kernel import netns, syscall
+from calitrace.kernel import netns, syscall, tc
 from calitrace.model import Link, Namespace, Role, Topology
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-HOOKS = {"ingress": 0xFFFFFFF2, "egress": 0xFFFFFFF3}
 _WORKLOAD_PREFIX = "cali"
 _CLSACT = "clsact"
 
@@ -36,7 +35,10 @@ def topology(client: str = "") -> Topology:
             if name == "(host)":
                 raise
             continue  # it was deleted while we looked
-    return _with_roles(found, netns.inum(client) if client else netns.own_inum())
+    start = netns.inum(client) if client else netns.own_inum()
+    if start not in found:
+        raise EnvironmentUnfit(f"namespace {client} changed while we looked at it", "try again")
+    return _with_roles(found, start)
 
 
 def _look(inum: int, name: str) -> Namespace:
@@ -64,7 +66,7 @@ def _namespace(route: Any, inum: int, name: str) -> Namespace:
         calico: dict[str, tuple[str, ...]] = {}
         foreign: dict[str, tuple[str, ...]] = {}
         programs = dict(_filters(route, index)) if index in with_clsact else {}
-        for hook in HOOKS:
+        for hook in tc.HOOKS:
             ids = programs.get(hook, []) + _tcx(index, hook)
             infos = [_program(each) for each in ids]
             calico[hook] = tuple(i.name for i in infos if is_calico(i.name))
@@ -100,14 +102,10 @@ def is_calico(program: str) -> bool:
 
 def _filters(route: Any, index: int) -> Iterator[tuple[str, list[int]]]:
     """(hook, program ids) of the classic tc filters of an interface, in the order in which they run."""
-    for hook, parent in HOOKS.items():
-        found = []
-        for message in route.get_filters(index=index, parent=parent):
-            options = message.get_attr("TCA_OPTIONS")
-            identifier = options.get_attr("TCA_BPF_ID") if options is not None else None
-            if message.get_attr("TCA_KIND") == "bpf" and identifier:
-                found.append(identifier)
-        yield hook, found
+    found: dict[str, list[int]] = {hook: [] for hook in tc.HOOKS}
+    for hook, _, identifier in tc.iter_programs(route, index):
+        found[hook].append(identifier)
+    yield from found.items()
 
 
 def _tcx(index: int, hook: str) -> list[int]:
@@ -161,20 +159,26 @@ def _calico_maps(program: syscall.ProgramInfo) -> tuple[syscall.MapInfo | None, 
 def _peer_namespaces(route: Any) -> dict[int | None, int]:
     """nsid of this namespace to inode number, for all namespaces that have a name."""
     found: dict[int | None, int] = {}
-    for name in sorted(p.name for p in netns.RUN_NETNS.iterdir()) if netns.RUN_NETNS.is_dir() else []:
-        descriptor = os.open(netns.RUN_NETNS / name, os.O_RDONLY | os.O_CLOEXEC)
+    for inum, name in netns.names().items():
         try:
-            answer = route.get_netnsid(fd=descriptor)
-            nsid = answer.get("nsid")
-            if nsid is not None and nsid not in (-1, 0xFFFFFFFF):
-                found[nsid] = os.fstat(descriptor).st_ino
+            descriptor = os.open(netns.path(name), os.O_RDONLY | os.O_CLOEXEC)
+        except (UsageError, OSError):
+            continue  # ours, which has no name, or one that was deleted while we looked
+        try:
+            nsid = route.get_netnsid(fd=descriptor).get("nsid")
         finally:
             os.close(descriptor)
+        if nsid is not None and nsid not in (-1, 0xFFFFFFFF):
+            found[nsid] = inum
     return found
 
 
 def _with_roles(found: dict[int, Namespace], client: int) -> Topology:
-    """Pods are the other ends of workload interfaces; the client is where the probes come from."""
+    """Pods are the other ends of workload interfaces; the client is where the probes come from.
+
+    What no chain of veths joins to the client is another network on the same machine (a second lab): OTHER.
+    """
+    near = _joined(found, client)
     pods = {
         link.peer_netns
         for namespace in found.values()
@@ -182,22 +186,38 @@ def _with_roles(found: dict[int, Namespace], client: int) -> Topology:
         for link in namespace.links.values()
         if link.name.startswith(_WORKLOAD_PREFIX)
     }
-    roles = dict.fromkeys(pods, Role.POD)
-    if client in found and found[client].role is Role.OTHER:
-        roles.setdefault(client, Role.CLIENT)
-    return Topology(
-        {
-            inum: replace(namespace, role=roles.get(inum, namespace.role))
-            if namespace.role is Role.OTHER
-            else namespace
-            for inum, namespace in found.items()
-        }
-    )
+
+    def role(namespace: Namespace) -> Role:
+        if namespace.inum not in near:
+            return Role.OTHER
+        if namespace.role is Role.NODE:
+            return Role.NODE
+        if namespace.inum in pods:
+            return Role.POD
+        return Role.CLIENT if namespace.inum == client else Role.OTHER
+
+    return Topology({inum: replace(each, role=role(each)) for inum, each in found.items()})
+
+
+def _joined(found: dict[int, Namespace], start: int) -> set[int]:
+    """The namespaces that veths join to *start*, directly or through others."""
+    neighbours: dict[int, set[int]] = {}
+    for namespace in found.values():
+        for link in namespace.links.values():
+            if link.peer_netns:
+                neighbours.setdefault(namespace.inum, set()).add(link.peer_netns)
+                neighbours.setdefault(link.peer_netns, set()).add(namespace.inum)
+    joined, waiting = {start}, [start]
+    while waiting:
+        fresh = neighbours.get(waiting.pop(), set()) - joined
+        joined |= fresh
+        waiting += fresh
+    return joined
 
 
 def state_maps(found: Topology) -> dict[int, int]:
-    """Namespace inode number to id of the state map of each node."""
-    return {n.inum: n.state_map for n in found.namespaces.values() if n.state_map}
+    """Namespace inode number to id of the state map of each node that is observed."""
+    return {n.inum: n.state_map for n in found.namespaces.values() if n.state_map and n.role is Role.NODE}
 
 
 def boot_id() -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from calitrace.correlate.journey import Direction, Step
 from calitrace.correlate.verdict import Confidence, Kind, Verdict, tuple_of
 from calitrace.events import HopKind
-from calitrace.model import Drop, Hop
+from calitrace.model import Drop, Role
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,9 +52,11 @@ def iter_story(analysis: Analysis, number: int, *, verbose: bool = False) -> Ite
     yield f"{'ms':>9}  {'where':{width}}  {'interface':15}  what"
     before = ""
     for step in journey.steps:
+        if step.direction is Direction.CLOSE and not verbose:
+            continue
         for passage in step.passages:
             yield from _passage(analysis, journey, step, passage, width, verbose)
-        if not verbose and _minor(step):
+        if not verbose and _minor(analysis, step):
             continue
         what = _what(analysis, step)
         shown = _packet(step)
@@ -64,9 +66,17 @@ def iter_story(analysis: Analysis, number: int, *, verbose: bool = False) -> Ite
         yield _line(analysis, journey, step, width, what)
 
 
-def _minor(step: Step) -> bool:
+def _minor(analysis: Analysis, step: Step) -> bool:
+    """What only -v shows: hand-overs to the driver, normal ends, and the end of a reply that the probe has heard.
+
+    The probe listens on a raw socket: to the kernel its reply has no socket.
+    """
     event = step.event
-    return isinstance(event, Hop) and (event.kind is HopKind.CONSUME or (event.kind is HopKind.XMIT and event.rc == 0))
+    if isinstance(event, Drop):
+        namespace = analysis.topology.namespace(event.netns)
+        at_client = namespace is not None and namespace.role is Role.CLIENT
+        return at_client and step.direction is Direction.REPLY and analysis.names.drop_reason(event) == "NO_SOCKET"
+    return event.kind is HopKind.CONSUME or (event.kind is HopKind.XMIT and event.rc == 0)
 
 
 def _line(analysis: Analysis, journey: Journey, step: Step, width: int, what: str) -> str:
@@ -102,8 +112,8 @@ def _passage(
     when = (passage.ended_ns - journey.probe.sent_ns) / 1e6
     tag = f"{passage.interface}-{passage.direction}"
     verdict = passage.verdict or "no final line"
-    cause = passage.cause() if passage.verdict != "ALLOW" else ""
-    text = f"Calico {verdict}{': ' + cause if cause else ''}"
+    why = passage.cause() if passage.verdict != "ALLOW" else ", ".join(passage.decisions())
+    text = f"Calico {verdict}{': ' + why if why else ''}"
     yield f"{when:9.3f}  {namespace.name if namespace else '?':{width}}  {tag:15}  {text}"
     if verbose:
         for line in passage.lines:

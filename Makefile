@@ -1,0 +1,24 @@
+SHELL := /bin/bash
+PYTHON := .venv/bin/python
+.PHONY: setup check test demo bench wheel clean
+
+setup: ## make .venv with everything that is needed
+	@bash tools/setup.sh
+
+check: setup ## style, types, generated header, spelling
+	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check . && $(PYTHON) -m mypy && $(PYTHON) tools/gen_events_h.py --check && $(PYTHON) tools/gen_man.py --check && $(PYTHON) -m codespell_lib --skip './.*,./build,./tests/data' .
+
+test: setup ## all tests; those of the pure core with full branch coverage
+	@bash tools/test.sh
+
+demo: setup ## the main job on the built-in lab
+	@$(PYTHON) -W ignore tools/demo.py
+
+bench: setup ## what the collectors cost, beside bpftrace
+	@$(PYTHON) -W ignore tools/bench.py
+
+wheel: setup ## build the wheel, install it elsewhere, find its BPF sources
+	@bash tools/wheel.sh
+
+clean: ## remove what was built
+	rm -rf .venv build dist agent/*.egg-info

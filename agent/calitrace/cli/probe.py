@@ -1,0 +1,178 @@
+"""``calitrace probe``: send identified probes, and with --trace say where they died."""
+
+from __future__ import annotations
+
+import signal
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from calitrace.errors import Exit, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from calitrace.model import Probe
+    from calitrace.probes.run import ProbeRun, Settings
+
+POLICY_DIRS = (Path("/var/run/calico/bpf/policy"),)
+LAB_POLICY_DIRS = (Path("/run/calitrace"), "*/*/policy")
+
+
+def shared_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of all probes."""
+    for option in reversed(
+        (
+            click.option("--proto", type=click.Choice(["tcp", "udp"]), default="tcp", show_default=True),
+            click.option("-c", "--count", default=5, show_default=True, help="Probes to send."),
+            click.option("--rate", default=10.0, show_default=True, help="Probes a second, at most 1000."),
+            click.option(
+                "--size", default=0, help="Payload bytes: data in the SYN for tcp, datagram (at least 16) for udp."
+            ),
+            click.option("--timeout", default=1.0, show_default=True, help="Seconds to wait after the last probe."),
+            click.option("--from", "namespace", default="", help="Network namespace to send from.  [default: ours]"),
+            click.option("--trace", is_flag=True, help="Load the collectors and say where each probe went."),
+            click.option(
+                "-w",
+                "--write",
+                "path",
+                type=click.Path(path_type=Path, dir_okay=False),
+                help="Record a journal (with --trace).",
+            ),
+            click.option("--vxlan-port", default=4789, show_default=True, help="Felix's vxlanPort."),
+            click.option("--stories", default=1, show_default=True, help="Journeys shown for each different verdict."),
+            click.option("-v", "--verbose", is_flag=True, help="All hops and Calico's log lines (with --trace)."),
+            click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True),
+        )
+    ):
+        function = option(function)
+    return function
+
+
+@click.group("probe")
+def command() -> None:
+    """Send identified probes; with --trace, follow each through the kernel and Calico.
+
+    One packet is one probe: a TCP SYN, closed by a RST, or a UDP datagram. Each has a source port of its own, so
+    that every backend of a service has its turn.
+    """
+
+
+@command.command(
+    epilog="""\b
+Examples:
+  calitrace probe nodeport 10.10.0.1:30080 --from calitrace-client
+  calitrace probe nodeport 10.10.0.1:30053 --proto udp -c 100 --rate 50 -o json
+  calitrace probe nodeport 10.10.0.1:30080 --trace -w incident.calitrace
+"""
+)
+@click.argument("target", metavar="HOST:PORT")
+@shared_options
+def nodeport(target: str, **options: Any) -> int:
+    """Probe a NodePort, or any other TCP or UDP service."""
+    host, port = endpoint(target)
+    return _probe(host, port, None, **options)
+
+
+@command.command(
+    epilog="""\b
+Examples:
+  calitrace probe vxlan 10.10.0.2 --inner 10.10.0.1:30080 --from calitrace-node-a --trace
+  calitrace probe vxlan 10.10.0.2 --proto udp --inner 10.10.0.1:30053 --from calitrace-node-a
+"""
+)
+@click.argument("node")
+@click.option("--inner", required=True, metavar="HOST:PORT", help="Where the packet inside goes: a NodePort.")
+@click.option("--vni", default=0xCA11C0, show_default="Calico's NodePort tunnel", help="VXLAN network identifier.")
+@shared_options
+def vxlan(node: str, inner: str, vni: int, vxlan_port: int, **options: Any) -> int:
+    """Probe another node's VXLAN port, as Calico forwards a NodePort to it.
+
+    To be run on a node: the other one takes VXLAN only from addresses that it knows as nodes. An answer comes back
+    in the tunnel and proves UDP in both directions. No answer proves nothing by itself; --trace tells more.
+    """
+    host, port = endpoint(inner)
+    return _probe(host, port, (node, vxlan_port, vni), vxlan_port=vxlan_port, **options)
+
+
+def endpoint(text: str) -> tuple[str, int]:
+    """("10.0.0.1", 80) of "10.0.0.1:80". Raises UsageError."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise UsageError(f"{text!r} is not HOST:PORT", "for example 10.10.0.1:30080")
+    return host, int(port)
+
+
+def _probe(
+    host: str,
+    port: int,
+    tunnel: tuple[str, int, int] | None,
+    *,
+    proto: str,
+    count: int,
+    rate: float,
+    size: int,
+    timeout: float,
+    namespace: str,
+    trace: bool,
+    path: Path | None,
+    vxlan_port: int,
+    stories: int,
+    verbose: bool,
+    output: str,
+) -> int:
+    from calitrace.packet import TCP, UDP
+    from calitrace.probes.run import ProbeRun, Settings
+
+    if path is not None and not trace:
+        raise UsageError("-w records what --trace collects", "add --trace")
+    if size < 0 or size > 60000:
+        raise UsageError("the size must be 0 to 60000 bytes")
+    settings: Settings = Settings(
+        host, port, TCP if proto == "tcp" else UDP, count, rate, size, namespace, timeout, tunnel
+    )
+    with ProbeRun(settings) as run, ExitStack() as stack:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            stack.callback(signal.signal, number, signal.signal(number, lambda *_: run.stop()))
+        if trace:
+            return _traced(run, path, vxlan_port, output, verbose, stories)
+        return _untraced(run, output)
+
+
+def _untraced(run: ProbeRun, output: str) -> int:
+    from calitrace.model import Outcome
+    from calitrace.probes import results
+
+    shown = results.probe_object if output == "json" else results.probe_line
+    probes = run.run(lambda probe: click.echo(shown(probe)))
+    summary = results.summarise(probes, run.duplicates, run.own_losses())
+    for line in [results.summary_object(summary)] if output == "json" else results.summary_lines(summary):
+        click.echo(line)
+    healthy = all(probe.outcome is Outcome.ANSWERED for probe in probes)
+    return int(Exit.DONE if healthy else Exit.FINDINGS)
+
+
+def _traced(run: ProbeRun, path: Path | None, vxlan_port: int, output: str, verbose: bool, stories: int) -> int:
+    from calitrace.cli.recording import Recording, say
+    from calitrace.cli.report import render
+    from calitrace.kernel.collectors import Plan
+    from calitrace.probes import results
+
+    plan = Plan(run_id=run.run_id, client=(run.src, *run.ports), vxlan_port=vxlan_port)
+    directories = [*POLICY_DIRS, *LAB_POLICY_DIRS[0].glob(LAB_POLICY_DIRS[1])]
+    with Recording(plan, path=path, client=run.settings.namespace, policy_dirs=directories) as recording:
+
+        def done(probe: Probe) -> None:
+            recording.probe(probe)
+            if verbose:
+                say(results.probe_line(probe))
+
+        run.run(done, recording.probe)
+        journal = recording.finish()
+    if path is not None:
+        say(f"recorded {len(journal.events)} events in {path}")
+    if run.own_losses():
+        say(f"warning: {run.own_losses()} replies lost in our own receive buffers")
+    return render(journal, output=output, verbose=verbose, stories=stories, check=True)

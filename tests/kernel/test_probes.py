@@ -1,0 +1,194 @@
+"""Probes across real namespaces: every outcome, and nothing half-open behind them."""
+
+from __future__ import annotations
+
+import json
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from calitrace.errors import EnvironmentUnfit, UsageError
+from calitrace.kernel import netns
+from calitrace.model import Outcome
+from calitrace.packet import TCP, UDP
+from calitrace.probes.run import ProbeRun, Settings
+from tests.kernel.conftest import compile_tc
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.kernel.conftest import Pair
+
+pytestmark = pytest.mark.root
+PROGRAM = str(Path(sys.executable).parent / "calitrace")
+
+
+@contextmanager
+def servers(pair: Pair) -> Iterator[None]:
+    """A TCP listener on 8080 that accepts nothing, and a UDP echo on 5353, at the right side."""
+    stop_read, stop_write = socket.socketpair()
+    with (
+        netns.inside(pair.right),
+        socket.create_server((pair.right_ip, 8080), backlog=4096),
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as echo,
+    ):
+        echo.bind((pair.right_ip, 5353))
+
+        def serve() -> None:
+            while stop_read not in (ready := select.select([echo, stop_read], [], [])[0]):
+                for each in ready:
+                    data, peer = each.recvfrom(65535)
+                    each.sendto(data, peer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop_write.close()
+            thread.join()
+            stop_read.close()
+
+
+def outcomes(settings: Settings) -> list[Outcome]:
+    """What became of each probe."""
+    with ProbeRun(settings) as run:
+        return [probe.outcome for probe in run.run()]
+
+
+def half_open(pair: Pair) -> list[str]:
+    """Connections in state SYN_RECV (03) at the right side."""
+    with netns.inside(pair.right):
+        lines = Path("/proc/thread-self/net/tcp").read_text().splitlines()[1:]
+    return [line for line in lines if line.split()[3] == "03"]
+
+
+@pytest.mark.parametrize(
+    ("proto", "port", "expected"),
+    [
+        (TCP, 8080, Outcome.ANSWERED),
+        (TCP, 81, Outcome.REFUSED),
+        (UDP, 5353, Outcome.ANSWERED),
+        (UDP, 81, Outcome.REFUSED),
+    ],
+)
+@pytest.mark.parametrize("size", [0, 1400])
+def test_outcomes(pair: Pair, proto: int, port: int, expected: Outcome, size: int) -> None:
+    with servers(pair):
+        found = outcomes(Settings(pair.right_ip, port, proto, count=5, rate=500, size=size, namespace=pair.left))
+        assert found == [expected] * 5
+        assert half_open(pair) == []
+
+
+def test_a_reply_that_is_lost_leaves_nothing_half_open(pair: Pair) -> None:
+    drop_replies = compile_tc(
+        "int cali_lose(struct __sk_buff *skb) { return skb->protocol == bpf_htons(0x0800) ? 2 : 0; }"
+    )
+    pair.attach(drop_replies, "cali_lose", pair.left, "left0", "ingress")
+    with servers(pair):
+        found = outcomes(Settings(pair.right_ip, 8080, TCP, count=5, rate=500, namespace=pair.left, timeout_s=0.2))
+        assert found == [Outcome.UNANSWERED] * 5
+        assert half_open(pair) == []
+
+
+@pytest.mark.parametrize(("proto", "port"), [(TCP, 8080), (UDP, 5353)])
+def test_many_probes_at_the_top_rate(pair: Pair, proto: int, port: int) -> None:
+    with (
+        servers(pair),
+        ProbeRun(Settings(pair.right_ip, port, proto, count=1000, rate=1000, namespace=pair.left)) as run,
+    ):
+        probes = run.run()
+        assert [probe.number for probe in probes] == list(range(1000))
+        assert [probe.outcome for probe in probes] == [Outcome.ANSWERED] * 1000
+        assert run.own_losses() == 0
+        assert half_open(pair) == []
+
+
+def test_unreachable_target_is_one_clear_error(pair: Pair) -> None:
+    with pytest.raises(EnvironmentUnfit) as caught:
+        ProbeRun(Settings("203.0.113.1", 80, TCP, namespace=pair.left)).__enter__()
+    assert "cannot reach 203.0.113.1" in caught.value.cause
+    with pytest.raises(UsageError, match="no network namespace 'ct-none'"):
+        ProbeRun(Settings("203.0.113.1", 80, TCP, namespace="ct-none")).__enter__()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_with_the_summary_so_far(pair: Pair, number: signal.Signals) -> None:
+    with servers(pair):
+        run = subprocess.Popen(
+            [PROGRAM, "probe", "nodeport", f"{pair.right_ip}:8080", "--from", pair.left, "-c", "1000", "-o", "json"],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert run.stdout is not None
+        first = json.loads(run.stdout.readline())
+        run.send_signal(number)
+        rest = [json.loads(line) for line in run.stdout]
+        run.wait()
+    assert first["outcome"] == "answered"
+    assert rest[-1]["type"] == "summary"
+    assert rest[-1]["sent"] == len(rest)
+
+
+def test_traced_probe_names_the_drop(pair: Pair, tmp_path: Path) -> None:
+    shot = compile_tc("int other_shot(struct __sk_buff *skb) { return skb->protocol == bpf_htons(0x0800) ? 2 : 0; }")
+    pair.attach(shot, "other_shot", pair.left, "left0", "egress")
+    journal = tmp_path / "a.calitrace"
+    command = [PROGRAM, "probe", "nodeport", f"{pair.right_ip}:8080", "--from", pair.left, "-c", "3", "--trace"]
+    live = subprocess.run(
+        [*command, "-w", str(journal), "-o", "json", "--timeout", "0.1"], capture_output=True, text=True, check=False
+    )
+    assert live.returncode == 1
+    offline = subprocess.run(
+        [PROGRAM, "report", "-r", str(journal), "-o", "json"], capture_output=True, text=True, check=True
+    )
+    assert offline.stdout == live.stdout
+    *probes, summary = [json.loads(line) for line in live.stdout.splitlines()]
+    assert [p["verdict"] for p in probes] == ["dropped"] * 3
+    assert {p["by_calico"] for p in probes} == {False}
+    assert probes[0]["place"] == {"namespace": pair.left, "interface": "left0", "hook": "tc egress"}
+    assert probes[0]["skb_drop_reason"] == "TC_EGRESS"
+    assert summary["events_lost"] == 0
+
+
+def test_a_journal_survives_kill(pair: Pair, tmp_path: Path) -> None:
+    journal = tmp_path / "killed.calitrace"
+    with servers(pair):
+        run = subprocess.Popen(
+            [
+                PROGRAM,
+                "probe",
+                "nodeport",
+                f"{pair.right_ip}:8080",
+                "--from",
+                pair.left,
+                "-c",
+                "1000",
+                "--trace",
+                "-v",
+                "-w",
+                str(journal),
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert run.stderr is not None
+        for _ in range(3):
+            assert "answered" in run.stderr.readline()
+        run.kill()
+        run.communicate()
+    report = subprocess.run(
+        [PROGRAM, "report", "-r", str(journal), "-o", "json"], capture_output=True, text=True, check=True
+    )
+    *probes, summary = [json.loads(line) for line in report.stdout.splitlines()]
+    assert [p["outcome"] for p in probes[:3]] == ["answered"] * 3
+    assert "cut short" in summary["notes"][0]

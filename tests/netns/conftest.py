@@ -1,0 +1,108 @@
+"""A lab for the tests that need one, and ways to talk through it."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from calitrace.kernel import mounts, netns
+from calitrace.lab import lifecycle
+from calitrace.lab.topology import BPFFS, RUNTIME, Lab
+
+COMMAND = (sys.executable, "-c", "from calitrace.cli.main import run; run()")
+REACHES_S = 5.0
+LOST_S = 1.5
+_numbers = itertools.count()
+
+
+def calitrace(*words: str) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end."""
+    return subprocess.run([*COMMAND, *words], capture_output=True, text=True, check=False, timeout=120)
+
+
+def on(lab: Lab, command: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run a ``calitrace lab`` command on this lab."""
+    return calitrace("lab", command, "--name", lab.name, *words)
+
+
+def left_behind(lab: Lab) -> list[str]:
+    """Whatever of this lab is still on the machine."""
+    found = [str(path) for path in (lab.directory, lab.state_file, lab.lock_file, lab.pins) if path.exists()]
+    found += [each for each in lab.namespaces if (netns.RUN_NETNS / each).exists()]
+    found += [line for line in Path("/proc/self/mounts").read_text().splitlines() if f"{lab.name}-" in line]
+    for process in Path("/proc").iterdir():
+        with suppress(OSError):
+            words = (process / "cmdline").read_bytes().split(b"\0") if process.name.isdigit() else []
+            environment = (process / "environ").read_bytes() if b"calitrace.lab.servers" in words else b""
+            if f"CALITRACE_TEST_LAB={lab.name}\0".encode() in environment + b"\0":
+                found.append(f"process {process.name}")
+    return found
+
+
+@pytest.fixture
+def spare(monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
+    """A name for a lab that the test itself brings up; the machine is as before when the test ends."""
+    lab = Lab(f"test-{os.getpid()}-{next(_numbers)}")
+    monkeypatch.setenv("CALITRACE_TEST_LAB", lab.name)
+    before = (mounts.filesystem(BPFFS), RUNTIME.exists())
+    yield lab
+    lifecycle.down(lab, progress=lambda _: None)
+    assert left_behind(lab) == []
+    if not any(RUNTIME.glob("lab-*")):
+        assert (mounts.filesystem(BPFFS), RUNTIME.exists()) == before
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    """A lab that is up, shared by the tests of a module."""
+    made = Lab(f"test-{os.getpid()}-{next(_numbers)}")
+    lifecycle.up(made, progress=lambda _: None)
+    try:
+        yield made
+    finally:
+        lifecycle.down(made, progress=lambda _: None)
+    assert left_behind(made) == []
+
+
+def tcp(lab: Lab, part: str, address: str, port: int, wait_s: float = REACHES_S) -> socket.socket:
+    """A TCP connection from one of the lab's namespaces. Raises OSError."""
+    with netns.inside(lab.namespace(part)):
+        return socket.create_connection((address, port), timeout=wait_s)
+
+
+def tcp_echo(lab: Lab, part: str, address: str, port: int, payload: bytes) -> bytes:
+    """What comes back before the other side has seen and mirrored the end."""
+    with tcp(lab, part, address, port) as connection:
+        connection.sendall(payload)
+        connection.shutdown(socket.SHUT_WR)
+        return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+def udp_echo(lab: Lab, part: str, address: str, port: int, payload: bytes, wait_s: float = REACHES_S) -> bytes:
+    """One datagram and its echo. Raises TimeoutError."""
+    with netns.inside(lab.namespace(part)):
+        client = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    with client:
+        client.settimeout(wait_s)
+        client.connect((address, port))
+        client.send(payload)
+        return client.recv(65536)
+
+
+def http_get(lab: Lab, part: str, address: str, port: int, path: str) -> bytes:
+    """The body, after checking that the server said 200 and sent as much as it promised."""
+    with tcp(lab, part, address, port) as connection:
+        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: {address}\r\n\r\n".encode())
+        answer = b"".join(iter(lambda: connection.recv(1 << 20), b""))
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 ")
+    assert f"Content-Length: {len(body)}".encode() in head
+    return body

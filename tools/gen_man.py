@@ -1,0 +1,165 @@
+"""Write docs/man/*.1 from the commands' own help, so that they cannot drift apart; --check only compares."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import textwrap
+from pathlib import Path
+
+import click
+
+from calitrace import __version__
+from calitrace.cli.main import COMMANDS, cli
+
+TARGET = Path(__file__).resolve().parent.parent / "docs" / "man"
+
+EXIT_STATUS = """\
+0  done.
+1  findings: a probe was not answered, or something is lacking.
+2  the command line is wrong.
+3  this machine lacks something.
+4  there is no Calico eBPF dataplane where one was needed."""
+
+EXTRA: dict[str, dict[str, str]] = {
+    "probe": {
+        "FIELDS": """\
+ms         since the probe was sent, milliseconds
+where      network namespace; the prefix that all share is left out
+interface  or, for a line of Calico's, its tag: -I towards the endpoint,
+           -E away from it
+what       in (netif_receive_skb, before tc ingress), out (net_dev_queue,
+           after tc egress), DROP with the kernel's reason, Calico with its
+           verdict; the packet where it changed""",
+        "OVERHEAD": """\
+Without --trace none. With it every packet of the node is looked at by four
+BPF programs: 90 to 250 ns each, and 290 to 500 ns for each event of a probe
+packet (make bench; 2 cores, Linux 6.18, kernel run-time statistics).
+Calico's own debug log is read, never switched on.""",
+        "REQUIREMENTS": """\
+root (CAP_NET_RAW; with --trace CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN and
+CAP_SYS_ADMIN), for --trace BCC and a kernel with BTF. calitrace doctor names
+what is missing.""",
+    },
+    "report": {
+        "FIELDS": "As in calitrace-probe(1); JSON keys in docs/json.md.",
+        "OVERHEAD": "None: it reads the journal alone, on any machine, without root.",
+    },
+    "lab": {
+        "OVERHEAD": "Nothing outside its namespaces is changed but, while it is up, a bpffs mount.",
+        "REQUIREMENTS": "root, BCC, and a kernel with BTF, veth, bridge and cls_bpf.",
+    },
+    "doctor": {
+        "FIELDS": """\
+ok, lacking, MISSING  whether something is lost, or all
+name                  what was looked at
+found                 what is there; below it what is lost without, and what to do""",
+        "OVERHEAD": "A fifth of a second; it changes nothing.",
+    },
+}
+
+
+def roff(text: str) -> str:
+    """Text that troff takes literally."""
+    lines = (line.replace("\\", "\\e").replace("-", "\\-") for line in text.splitlines())
+    return "\n".join("\\&" + line if line.startswith((".", "'")) else line for line in lines)
+
+
+def literal(text: str) -> str:
+    """A block whose lines stay as they are."""
+    return f".nf\n{roff(text)}\n.fi"
+
+
+def synopsis(path: str, command: click.Command) -> list[str]:
+    """``calitrace probe nodeport [OPTIONS] HOST:PORT`` for a command or each of a group's."""
+    context = click.Context(command, info_name=path)
+    if isinstance(command, click.Group):
+        found = []
+        for name in command.list_commands(context):
+            inner = command.get_command(context, name)
+            assert inner is not None
+            found += synopsis(f"{path} {name}", inner)
+        return found
+    return [f"{path} {' '.join(command.collect_usage_pieces(context))}"]
+
+
+def options(command: click.Command, path: str) -> list[str]:
+    """The OPTIONS of a command, or of each of a group's."""
+    context = click.Context(command, info_name=path)
+    parts = []
+    for parameter in command.get_params(context):
+        record = parameter.get_help_record(context)
+        if record and record[1] and "--help" not in parameter.opts:
+            parts.append(f".TP\n.B {roff(record[0])}\n{roff(' '.join(record[1].split()))}")
+    if isinstance(command, click.Group):
+        for name in command.list_commands(context):
+            inner = command.get_command(context, name)
+            assert inner is not None
+            parts += [f".SS {roff(f'{path} {name}')}", roff(_prose(inner)), *options(inner, f"{path} {name}")]
+    return parts
+
+
+def _prose(command: click.Command) -> str:
+    return inspect.cleandoc(command.help or "")
+
+
+def examples(command: click.Command, path: str) -> str:
+    """The examples of a command and of a group's."""
+    found = [textwrap.dedent((command.epilog or "").replace("\b", "")).replace("Examples:", "").strip("\n")]
+    if isinstance(command, click.Group):
+        context = click.Context(command, info_name=path)
+        found += [
+            examples(command.get_command(context, name) or command, path) for name in command.list_commands(context)
+        ]
+    return "\n".join(part for part in found if part.strip())
+
+
+def page(name: str, command: click.Command) -> str:
+    """One man page."""
+    title = f"calitrace-{name}" if name else "calitrace"
+    path = f"calitrace {name}".strip()
+    what = COMMANDS.get(name, "find where Calico's eBPF dataplane lost a packet").rstrip(".")
+    shown = synopsis(path, command) if name else ["calitrace [--debug] COMMAND [ARGS]..."]
+    sections = {
+        "NAME": roff(f"{title} - {what[0].lower()}{what[1:]}"),
+        "SYNOPSIS": literal("\n".join(shown)),
+        "DESCRIPTION": roff(_prose(command)),
+        "OPTIONS": "\n".join(options(command, path) if name else _commands()),
+        **{key: literal(text) for key, text in EXTRA.get(name, {}).items()},
+        "EXAMPLES": literal(
+            examples(command, path) if name else textwrap.dedent((command.epilog or "").replace("\b", ""))
+        ),
+        "EXIT STATUS": literal(EXIT_STATUS),
+        "SEE ALSO": roff(", ".join(f"calitrace-{other}(1)" for other in COMMANDS if other != name)),
+    }
+    body = "\n".join(f".SH {key}\n{text}" for key, text in sections.items() if text.strip())
+    return f'.TH {title.upper()} 1 "" "calitrace {__version__}"\n{body}\n'
+
+
+def _commands() -> list[str]:
+    return [f".TP\n.B {roff(name)}\n{roff(what)}" for name, what in COMMANDS.items()]
+
+
+def main() -> int:
+    """Exit status 1 when --check finds a page out of date."""
+    context = click.Context(cli, info_name="calitrace")
+    pages = {"calitrace": page("", cli)}
+    for name in COMMANDS:
+        command = cli.get_command(context, name)
+        assert command is not None
+        pages[f"calitrace-{name}"] = page(name, command)
+    stale = [
+        n for n, text in pages.items() if not (TARGET / f"{n}.1").exists() or (TARGET / f"{n}.1").read_text() != text
+    ]
+    if "--check" in sys.argv[1:]:
+        for name in stale:
+            sys.stderr.write(f"{name}.1 is out of date: run tools/gen_man.py\n")
+        return int(bool(stale))
+    TARGET.mkdir(parents=True, exist_ok=True)
+    for name in stale:
+        (TARGET / f"{name}.1").write_text(pages[name])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
