@@ -327,8 +327,8 @@ def test_no_endpoints_is_refused(lab: Lab) -> None:
         lab.connect(30082)
 
 
-def _state(node: Node) -> calico_state.CalicoState:
-    """The state on the CPU that handled the last denied packet: the one that says so."""
+def _state(node: Node, dport: int) -> calico_state.CalicoState:
+    """The state of the CPU that denied a packet to *dport*; the others' hold older packets."""
     cpus = syscall.possible_cpus()
     descriptor = syscall.object_get(node.dataplane.pin_dir / "cali_state6")
     try:
@@ -338,7 +338,7 @@ def _state(node: Node) -> calico_state.CalicoState:
     assert raw is not None
     table = calico_state.layout("cali_state6", 512)
     found = [calico_state.decode(raw[at : at + 512], table) for at in range(0, len(raw), 512)]
-    return next(each for each in found if each.denied)
+    return next(each for each in found if each.denied and each.dport == dport)
 
 
 def test_what_does_not_fit_the_tunnel_is_told_to_its_sender(lab: Lab) -> None:
@@ -363,7 +363,7 @@ def test_policy_denies_at_the_pod_with_the_rule(lab: Lab) -> None:
     try:
         with pytest.raises(TimeoutError):
             lab.connect(30080, LOST_AFTER)
-        found = _state(lab.b)
+        found = _state(lab.b, 8080)
     finally:
         lab.b.dataplane.set_policy(lab.b.veth, allow=True, rule_id=0)
     after = lab.b.dataplane.counters(veth, egress=True)
@@ -382,7 +382,7 @@ def test_denials_count_their_reason(lab: Lab, port: int, reason: int) -> None:
     with pytest.raises(TimeoutError):
         lab.connect(port, LOST_AFTER)
     assert lab.a.dataplane.counters(uplink, egress=False)[reason] > before[reason]
-    found = _state(lab.a)
+    found = _state(lab.a, port)
     assert (found.calico_reason, str(found.src), found.dport) == (reason, CLIENT, port)
 
 
@@ -405,7 +405,7 @@ def test_strict_rpf_drops_a_source_from_the_wrong_side(lab: Lab) -> None:
         with _client_elsewhere(lab.a), pytest.raises(TimeoutError):
             lab.connect(30080, LOST_AFTER)
         uplink = lab.a.dataplane.counters(lab.a.index(lab.a.uplink), egress=False)
-        found = _state(lab.a)
+        found = _state(lab.a, 30080)
     finally:
         lab.a.reload(rpf=Rpf.DISABLED)
     assert (str(found.src), found.result, found.calico_reason) == (CLIENT, 2, 0)
@@ -502,7 +502,7 @@ def _calicos(scenario: str) -> list[tuple[str, ...]]:
     raise AssertionError(scenario)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def record(lab: Lab) -> Iterator[Recorder]:
     """Run something and return what the programs printed, read through a tracefs instance of our own."""
     for node in (lab.a, lab.b):
