@@ -1386,7 +1386,7 @@ int cali_from_wep(struct __sk_buff *skb)
 	if (rc != CT_ESTABLISHED_SNAT)
 		return forward(&p, 0);
 	LOG(&p, "CT: SNAT from %pI4:%d", &st->ct_result.nat_ip, st->ct_result.nat_port);
-	if (st->ct_result.tun_ip && p.ip.tot_len > 0) {
+	if (st->ct_result.tun_ip) {
 		rewrite(&p, 1, st->ct_result.nat_ip, st->ct_result.nat_port);
 		rc = encap(&p, st->ct_result.tun_ip, 1);
 		if (rc > 0)

@@ -39,17 +39,22 @@ from calitrace.lab.dataplane import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from typing import TypeAlias
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+    Recorder: TypeAlias = Callable[[Callable[[], object]], list[tuple[str, ...]]]
+
+pytestmark = pytest.mark.root
 
 CLIENT, NODE_A, NODE_B = "10.10.0.100", "10.10.0.1", "10.10.0.2"
 POD_A, POD_B = "10.65.0.2", "10.65.1.2"
 GATEWAY = "169.254.1.1"
-TIMEOUT = 3.0
+TIMEOUT = 10.0
+LOST_AFTER = 1.3  # time for the first SYN and one more
 RULE = 0x1122334455667788
 BIG = os.urandom(1 << 20) * 10
 _SIOCETHTOOL = 0x8946
 _OFFLOADS = (0x17, 0x1F, 0x24, 0x2C)  # ETHTOOL_STXCSUM, STSO, SGSO, SGRO of include/uapi/linux/ethtool.h
+_IP_MTU_DISCOVER, _IP_PMTUDISC_DO, _IP_MTU = 10, 2, 14  # include/uapi/linux/in.h
 TRACE = Path(__file__).parent.parent / "data" / "trace-master.log"
 
 
@@ -106,13 +111,13 @@ class Lab:
         """The client's namespace."""
         return f"{self.prefix}-client"
 
-    def connect(self, port: int, address: str = NODE_A) -> socket.socket:
-        """A TCP connection from the client. Raises OSError."""
+    def connect(self, port: int, timeout: float = TIMEOUT) -> socket.socket:
+        """A TCP connection from the client to node-a. Raises OSError."""
         with netns.inside(self.client):
             made = socket.socket()
-        made.settimeout(TIMEOUT)
+        made.settimeout(timeout)
         try:
-            made.connect((address, port))
+            made.connect((NODE_A, port))
         except OSError:
             made.close()
             raise
@@ -172,8 +177,11 @@ def _build(lab: Lab) -> None:
     for node in (lab.a, lab.b):
         _namespace(lab, node.namespace)
         _namespace(lab, node.pod)
-    legs = ((lab.client, "dpc0", CLIENT, 100), (lab.a.namespace, lab.a.uplink, NODE_A, 1))
-    legs += ((lab.b.namespace, lab.b.uplink, NODE_B, 2),)
+    legs = (
+        (lab.client, "dpc0", CLIENT, 100),
+        (lab.a.namespace, lab.a.uplink, NODE_A, 1),
+        (lab.b.namespace, lab.b.uplink, NODE_B, 2),
+    )
     with netns.inside(fabric), IPRoute() as route:
         route.link("add", ifname="br0", kind="bridge")
         bridge = route.link_lookup(ifname="br0")[0]
@@ -319,8 +327,8 @@ def test_no_endpoints_is_refused(lab: Lab) -> None:
         lab.connect(30082)
 
 
-def _state(node: Node) -> calico_state.CalicoState:
-    """The state on the CPU that handled the last denied packet: the one that says so."""
+def _state(node: Node, dport: int) -> calico_state.CalicoState:
+    """The state of the CPU that denied a packet to *dport*; the others' hold older packets."""
     cpus = syscall.possible_cpus()
     descriptor = syscall.object_get(node.dataplane.pin_dir / "cali_state6")
     try:
@@ -330,7 +338,22 @@ def _state(node: Node) -> calico_state.CalicoState:
     assert raw is not None
     table = calico_state.layout("cali_state6", 512)
     found = [calico_state.decode(raw[at : at + 512], table) for at in range(0, len(raw), 512)]
-    return next(each for each in found if each.denied)
+    return next(each for each in found if each.denied and each.dport == dport)
+
+
+def test_what_does_not_fit_the_tunnel_is_told_to_its_sender(lab: Lab) -> None:
+    with netns.inside(lab.client):
+        made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    with made:
+        made.settimeout(TIMEOUT)
+        made.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _IP_PMTUDISC_DO)
+        made.connect((NODE_A, 30053))
+        made.send(bytes(1460))
+        with pytest.raises(OSError, match="Message too long"):
+            made.recv(4096)
+        assert made.getsockopt(socket.IPPROTO_IP, _IP_MTU) == 1450
+        made.send(bytes(1450 - 28))
+        assert made.recv(4096) == bytes(1450 - 28)
 
 
 def test_policy_denies_at_the_pod_with_the_rule(lab: Lab) -> None:
@@ -339,8 +362,8 @@ def test_policy_denies_at_the_pod_with_the_rule(lab: Lab) -> None:
     lab.b.dataplane.set_policy(lab.b.veth, allow=False, rule_id=RULE)
     try:
         with pytest.raises(TimeoutError):
-            lab.connect(30080)
-        found = _state(lab.b)
+            lab.connect(30080, LOST_AFTER)
+        found = _state(lab.b, 8080)
     finally:
         lab.b.dataplane.set_policy(lab.b.veth, allow=True, rule_id=0)
     after = lab.b.dataplane.counters(veth, egress=True)
@@ -357,9 +380,9 @@ def test_denials_count_their_reason(lab: Lab, port: int, reason: int) -> None:
     uplink = lab.a.index(lab.a.uplink)
     before = lab.a.dataplane.counters(uplink, egress=False)
     with pytest.raises(TimeoutError):
-        lab.connect(port)
+        lab.connect(port, LOST_AFTER)
     assert lab.a.dataplane.counters(uplink, egress=False)[reason] > before[reason]
-    found = _state(lab.a)
+    found = _state(lab.a, port)
     assert (found.calico_reason, str(found.src), found.dport) == (reason, CLIENT, port)
 
 
@@ -380,9 +403,9 @@ def test_strict_rpf_drops_a_source_from_the_wrong_side(lab: Lab) -> None:
     try:
         assert lab.ask(30080) == b"ping hi"
         with _client_elsewhere(lab.a), pytest.raises(TimeoutError):
-            lab.connect(30080)
+            lab.connect(30080, LOST_AFTER)
         uplink = lab.a.dataplane.counters(lab.a.index(lab.a.uplink), egress=False)
-        found = _state(lab.a)
+        found = _state(lab.a, 30080)
     finally:
         lab.a.reload(rpf=Rpf.DISABLED)
     assert (str(found.src), found.result, found.calico_reason) == (CLIENT, 2, 0)
@@ -479,8 +502,8 @@ def _calicos(scenario: str) -> list[tuple[str, ...]]:
     raise AssertionError(scenario)
 
 
-@pytest.fixture
-def record(lab: Lab) -> Iterator[Callable[[Callable[[], object]], list[tuple[str, ...]]]]:
+@pytest.fixture(scope="module")
+def record(lab: Lab) -> Iterator[Recorder]:
     """Run something and return what the programs printed, read through a tracefs instance of our own."""
     for node in (lab.a, lab.b):
         node.reload(log_debug=True)
@@ -508,13 +531,10 @@ def record(lab: Lab) -> Iterator[Callable[[Callable[[], object]], list[tuple[str
             node.reload(log_debug=False)
 
 
-Recorder = "Callable[[Callable[[], object]], list[tuple[str, ...]]]"
-
-
 def _refused(lab: Lab, port: int, expected: type[OSError]) -> Callable[[], object]:
     def attempt() -> None:
         with pytest.raises(expected):
-            lab.connect(port)
+            lab.connect(port, LOST_AFTER)
 
     return attempt
 
