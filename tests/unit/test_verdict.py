@@ -8,7 +8,7 @@ import pytest
 from tests.unit import packets
 from tests.unit.packets import CLIENT, NODE_A, NODE_B, NODEPORT, POD, RUN_ID, SPORT, TARGET_PORT, Recorder
 
-from calitrace import journal
+from calitrace import identity, journal
 from calitrace.correlate.analysis import analyse
 from calitrace.correlate.verdict import Confidence, Kind, Place, Verdict
 from calitrace.events import HopKind
@@ -272,7 +272,7 @@ def test_refused_by_the_pod() -> None:
     recorder = Recorder()
     to_pod(recorder)
     recorder.drop(POD_NS, UPLINK, packets.syn(dst=POD, dport=TARGET_PORT), NO_SOCKET)
-    rst = packets.tcp(POD, TARGET_PORT, CLIENT, SPORT, 0x14, 0, packets.identity.tcp_sequence(RUN_ID, 0) + 1)
+    rst = packets.tcp(POD, TARGET_PORT, CLIENT, SPORT, 0x14, 0, identity.tcp_sequence(RUN_ID, 0) + 1)
     recorder.hop(QUEUE, POD_NS, UPLINK, rst, skb=0xBB)
     verdict = judged(recorder, Outcome.REFUSED, detail="TCP RST")
     assert (verdict.kind, verdict.skb_drop_reason) == (Kind.REFUSED, "NO_SOCKET")
@@ -284,7 +284,7 @@ def test_refused_where_nobody_looked() -> None:
     assert (verdict.kind, verdict.confidence) == (Kind.REFUSED, Confidence.LIKELY)
     recorder = Recorder()
     recorder.hop(QUEUE, CLIENT_NS, UPLINK, packets.syn())
-    rst = packets.tcp(NODE_A, NODEPORT, CLIENT, SPORT, 0x14, 0, packets.identity.tcp_sequence(RUN_ID, 0) + 1)
+    rst = packets.tcp(NODE_A, NODEPORT, CLIENT, SPORT, 0x14, 0, identity.tcp_sequence(RUN_ID, 0) + 1)
     recorder.hop(RECEIVE, CLIENT_NS, UPLINK, rst, skb=0xBB)
     assert judged(recorder, Outcome.REFUSED, detail="TCP RST").cause.endswith("is not observed")
 
