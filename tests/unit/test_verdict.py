@@ -21,14 +21,14 @@ UPLINK, CALI = 2, 3
 REASONS = {2: "SKB_DROP_REASON_NOT_SPECIFIED", 3: "SKB_DROP_REASON_NO_SOCKET", 50: "SKB_DROP_REASON_TC_EGRESS",
            51: "SKB_DROP_REASON_TC_INGRESS", 52: "SKB_DROP_REASON_OTHERHOST"}  # fmt: skip
 NO_SOCKET, TC_EGRESS, TC_INGRESS, OTHERHOST = 3, 50, 51, 52
-BOTH = {"ingress": ("cali_tc_preambl",), "egress": ("cali_tc_preambl",)}
+BOTH: dict[str, tuple[str, ...]] = {"ingress": ("cali_tc_preambl",), "egress": ("cali_tc_preambl",)}
 RULE = 0x1234
 
 
 def topology(*, without_b: bool = False, foreign: bool = False, calico: bool = True) -> Topology:
     """Client, node-a, node-b with its pod, and the fabric between them."""
-    hooks = BOTH if calico else {}
-    other = {"egress": ("other_prog",)} if foreign else {}
+    hooks: dict[str, tuple[str, ...]] = BOTH if calico else {}
+    other: dict[str, tuple[str, ...]] = {"egress": ("other_prog",)} if foreign else {}
     found = {
         CLIENT_NS: Namespace(CLIENT_NS, "lab-client", Role.CLIENT, {UPLINK: Link(UPLINK, "eth0", (CLIENT,))}),
         A_NS: Namespace(
