@@ -38,7 +38,8 @@ REASONS = {
 }
 # Codes behind the counters move with every release: the count of counters says where they begin.
 _BEHIND = ("ACCEPTED_BY_XDP", "WEP_NOT_READY", "NATIFACE")
-_COUNTERS = (14, 17, 25, 26, 27)
+# Not for 14 counters: v3.24-v3.28 and v3.29 both have that many, and other codes behind 12.
+_COUNTERS = (17, 25, 26, 27)
 # In words that a user understands.
 MEANING = {
     "DROPPED_BY_POLICY": "denied by policy",
@@ -67,8 +68,7 @@ def name(code: int, counters: int) -> str:
     A code that the release of that many counters does not have is given as its number, never guessed.
     """
     if counters in _COUNTERS:
-        base = 13 if counters == 14 else counters
-        if base <= code < base + len(_BEHIND) and not (counters == 14 and code == 13):
-            return _BEHIND[code - base]
-        return REASONS[code] if code < counters and code in REASONS else f"reason {code}"
+        if counters <= code < counters + len(_BEHIND):
+            return _BEHIND[code - counters]
+        return REASONS[code] if code < counters else f"reason {code}"
     return REASONS[code] if code <= 12 else f"reason {code}"
