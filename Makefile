@@ -14,7 +14,8 @@ test: setup ## all tests; those of the pure core with full branch coverage
 demo: setup ## the main job on the built-in lab
 	@$(PYTHON) -W ignore tools/demo.py
 
-bench: setup ## what the collectors cost, beside bpftrace
+bench: ## what the collectors cost, beside bpftrace
+	@bash tools/setup.sh bpftrace
 	@$(PYTHON) -W ignore tools/bench.py
 
 wheel: setup ## build the wheel, install it elsewhere, find its BPF sources

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Make .venv with everything calitrace and its tests need. Debian 12 and 13, Ubuntu 22.04 and 24.04; root or sudo.
-# Safe to run again: what is there already is left alone.
+# Safe to run again: what is there already is left alone. Arguments: further system packages (make bench: bpftrace).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-PACKAGES=(python3-bpfcc python3-venv)
+PACKAGES=(python3-bpfcc python3-venv "$@")
 STAMP=.venv/.calitrace-setup
 
 fail() {

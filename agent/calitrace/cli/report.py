@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from calitrace.errors import Exit, UsageError
+from calitrace.errors import Exit, Malformed, UsageError
 
 if TYPE_CHECKING:
     from calitrace.journal import Journal
@@ -33,7 +33,7 @@ def command(path: Path, output: str, verbose: bool, stories: int, check: bool) -
 
 
 def load(path: Path) -> Journal:
-    """Read a journal file. Raises UsageError when it cannot be opened, Malformed when it is none."""
+    """Read a journal file. Raises UsageError when it cannot be opened or is none."""
     from calitrace import journal
 
     try:
@@ -41,6 +41,8 @@ def load(path: Path) -> Journal:
             return journal.read(stream)
     except OSError as failure:
         raise UsageError(f"cannot read {path}: {failure.strerror}") from failure
+    except Malformed as wrong:
+        raise UsageError(f"{path}: {wrong.cause}", "is it a file that -w wrote?") from wrong
 
 
 def render(journal: Journal, *, output: str, verbose: bool, stories: int, check: bool) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from calitrace.correlate.journey import Direction, Step
 from calitrace.correlate.verdict import Confidence, Kind, Verdict, tuple_of
 from calitrace.events import HopKind
-from calitrace.model import Drop, Role
+from calitrace.model import Drop, Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -57,7 +57,7 @@ def iter_story(analysis: Analysis, number: int, *, verbose: bool = False) -> Ite
             continue
         for passage in step.passages:
             yield from _passage(analysis, journey, step, passage, width, verbose)
-        if not verbose and _minor(analysis, step):
+        if not verbose and _minor(analysis, journey, step):
             continue
         what = _what(analysis, step)
         shown = _packet(step)
@@ -77,16 +77,15 @@ def _fitting(line: str, text: str) -> Iterator[str]:
         yield from textwrap.wrap(text, WIDTH, initial_indent=_BELOW, subsequent_indent=_BELOW)
 
 
-def _minor(analysis: Analysis, step: Step) -> bool:
+def _minor(analysis: Analysis, journey: Journey, step: Step) -> bool:
     """What only -v shows: hand-overs to the driver, normal ends, and the end of a reply that the probe has heard.
 
     The probe listens on a raw socket: to the kernel its reply has no socket.
     """
     event = step.event
     if isinstance(event, Drop):
-        namespace = analysis.topology.namespace(event.netns)
-        at_client = namespace is not None and namespace.role is Role.CLIENT
-        return at_client and step.direction is Direction.REPLY and analysis.names.drop_reason(event) == "NO_SOCKET"
+        heard = journey.probe.outcome is Outcome.ANSWERED and step.direction is Direction.REPLY
+        return heard and analysis.names.drop_reason(event) == "NO_SOCKET"
     return event.kind is HopKind.CONSUME or (event.kind is HopKind.XMIT and event.rc == 0)
 
 
