@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from pyroute2 import IPRoute
 
 from calitrace.errors import EnvironmentUnfit, UsageError
 from calitrace.kernel import netns
@@ -192,3 +193,49 @@ def test_a_journal_survives_kill(pair: Pair, tmp_path: Path) -> None:
     *probes, summary = [json.loads(line) for line in report.stdout.splitlines()]
     assert [p["outcome"] for p in probes[:3]] == ["answered"] * 3
     assert "cut short" in summary["notes"][0]
+
+
+def test_two_agents_at_once_do_not_see_each_other(pair: Pair) -> None:
+    command = [PROGRAM, "probe", "nodeport", f"{pair.right_ip}:8080", "--from", pair.left, "-c", "20", "--trace"]
+    with servers(pair):
+        agents = [subprocess.Popen([*command, "-o", "json"], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+        outputs = [agent.communicate()[0] for agent in agents]
+    for output in outputs:
+        *probes, summary = [json.loads(line) for line in output.splitlines()]
+        assert [p["number"] for p in probes] == list(range(20))
+        assert {p["verdict"] for p in probes} == {"answered"}
+        assert summary["events_lost"] == 0
+
+
+def test_the_interface_goes_in_mid_run(pair: Pair) -> None:
+    with servers(pair):
+        run = subprocess.Popen(
+            [
+                PROGRAM,
+                "probe",
+                "nodeport",
+                f"{pair.right_ip}:8080",
+                "--from",
+                pair.left,
+                "-c",
+                "20",
+                "-o",
+                "json",
+                "--timeout",
+                "0.1",
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert run.stdout is not None
+        first = json.loads(run.stdout.readline())
+        with netns.inside(pair.left), IPRoute() as route:
+            route.link("del", index=route.link_lookup(ifname="left0")[0])
+        rest, errors = run.communicate()
+    *probes, summary = [json.loads(line) for line in rest.splitlines()]
+    assert first["outcome"] == "answered"
+    assert {p["outcome"] for p in probes} <= {"answered", "unanswered", "send_error"}
+    assert probes[-1]["outcome"] == "send_error"
+    assert summary["sent"] == 20
+    assert (run.returncode, errors) == (1, "")

@@ -70,8 +70,9 @@ def iter_story(analysis: Analysis, number: int, *, verbose: bool = False) -> Ite
 
 def _fitting(line: str, text: str) -> Iterator[str]:
     """*line* and *text* beside each other, or below where they do not fit."""
-    if len(line) + 2 + len(text) <= WIDTH:
-        yield f"{line}  {text}"
+    beside = f"{line} {text}" if line.endswith(":") else f"{line}  {text}"
+    if len(beside) <= WIDTH:
+        yield beside
     else:
         yield line
         yield from textwrap.wrap(text, WIDTH, initial_indent=_BELOW, subsequent_indent=_BELOW)
