@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -25,14 +24,7 @@ TOP = Path(__file__).resolve().parent.parent.parent
 
 
 def test_the_c_header_is_up_to_date() -> None:
-    done = subprocess.run(
-        [sys.executable, TOP / "tools" / "gen_events_h.py", "--check"],
-        env={"PYTHONPATH": str(TOP / "agent")},
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (TOP / "bpf" / "include" / "events.h").read_text() == events.c_header()
 
 
 def test_a_record_is_its_table() -> None:
@@ -70,14 +62,14 @@ _SEEN = {"skbaddr": 9, "ifindex": 2, "skb_iif": 3, "mark": 4, "len_bytes": 60, "
 
 def test_packet_events() -> None:
     raw = packets.syn()
-    captured = {"capture": raw, "capture_bytes": len(raw)}
-    values = {**_COMMON, **_SEEN}
-    expected = {**values, "packet": dissect(raw)}
+    values: dict[str, int] = {**_COMMON, **_SEEN}
+    captured: dict[str, Any] = {"capture": raw, "capture_bytes": len(raw)}
+    expected: dict[str, Any] = {**values, "packet": dissect(raw)}
     hop = decoding.decode(HOP.encode(type=EventType.HOP, kind=HopKind.XMIT, rc=-2, **values, **captured))
-    assert hop == Hop(**expected, kind=HopKind.XMIT, rc=-2)  # type: ignore[arg-type]
+    assert hop == Hop(**expected, kind=HopKind.XMIT, rc=-2)
     for code, shown in ((50, 50), (events.NO_REASON, None)):
         drop = decoding.decode(DROP.encode(type=EventType.DROP, location=8, skb_drop_reason=code, **values, **captured))
-        assert drop == Drop(**expected, location=8, skb_drop_reason=shown)  # type: ignore[arg-type]
+        assert drop == Drop(**expected, location=8, skb_drop_reason=shown)
 
 
 def test_log_and_state() -> None:
@@ -108,8 +100,8 @@ def test_any_bytes_give_an_event_or_malformed(raw: bytes, kind: int) -> None:
     raw = raw[:8] + kind.to_bytes(2, "little") + raw[10:]
     try:
         assert decoding.decode(raw).ktime_ns == int.from_bytes(raw[:8], "little")
-    except Malformed as wrong:
-        assert wrong.expected
+    except Malformed:
+        return
 
 
 @given(st.binary(max_size=160), st.sampled_from([b"", b"\x45", b"\x60", packets.vxlan("1.1.1.1", "2.2.2.2", b"")]))
@@ -151,6 +143,13 @@ def test_what_an_icmp_error_quotes() -> None:
     assert str(packet.quoted) == f"tcp - {packets.CLIENT}:{packets.SPORT} > {packets.NODE_A}:{packets.NODEPORT}"
     echo = dissect(packets.ip("1.0.0.1", "1.0.0.2", 1, b"\x08\0" + bytes(6)))
     assert (len(echo.layers), echo.quoted) == (1, None)
+
+
+def test_an_icmp_error_inside_vxlan() -> None:
+    error = packets.icmp_error("2.0.0.1", "2.0.0.2", packets.vxlan("3.0.0.1", "3.0.0.2", packets.syn()))
+    packet = dissect(packets.vxlan("1.0.0.1", "1.0.0.2", error))
+    assert [str(layer.src) for layer in packet.layers] == ["1.0.0.1", "2.0.0.1", "3.0.0.1"]
+    assert packet.quoted is packet.layers[2]
 
 
 def test_ipv6_fragments_and_short_packets() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import msgpack
 import pytest
@@ -14,7 +15,7 @@ from calitrace.errors import Malformed
 
 _HEADER = {"node": "n"}
 _PROBE = {"number": 1, "outcome": "answered"}
-_FRAMES = (
+_FRAMES: tuple[tuple[str, dict[str, Any]], ...] = (
     (journal.EVENTS, {"raw": [b"one", b"two"]}),
     ("from the future", {"x": 1}),
     (journal.PROBES, {"probes": [_PROBE]}),
