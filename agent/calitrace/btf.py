@@ -113,7 +113,7 @@ class Btf:
 
     def name(self, type_id: int) -> str:
         """The name of a type, empty when it has none."""
-        return self._string(self._header(type_id)[0]).decode() if type_id else "void"
+        return self._string(self._header(type_id)[0]).decode(errors="replace") if type_id else "void"
 
     def find(self, name: str, *kinds: int) -> int | None:
         """The id of the first type called *name* of one of *kinds*, or None."""
@@ -135,13 +135,12 @@ class Btf:
         return None
 
     def resolve(self, type_id: int) -> int:
-        """Follow typedefs and qualifiers to the type behind them."""
-        while type_id:
-            _, kind, _, target, _ = self._header(type_id)
-            if kind not in _TRANSPARENT:
-                break
-            type_id = target
-        return type_id
+        """Follow typedefs and qualifiers to the type behind them. Raises Malformed when they go in a circle."""
+        for _ in range(len(self._offsets)):
+            if self.kind(type_id) not in _TRANSPARENT:
+                return type_id
+            type_id = self.target(type_id)
+        raise Malformed(0, "a type behind typedefs", "a cycle", "BTF type")
 
     def size(self, type_id: int) -> int:
         """Size in bytes. Raises Malformed for a type without one (function, void, forward declaration)."""
@@ -181,7 +180,7 @@ class Btf:
             bits = offset >> 24 if kind_flag else 0
             found.append(
                 Member(
-                    self._string(name).decode(),
+                    self._string(name).decode(errors="replace"),
                     member_type,
                     offset & 0xFFFFFF if kind_flag else offset,
                     bits,
@@ -224,7 +223,7 @@ class Btf:
             else:
                 name_off, low, high = struct.unpack_from("<III", self._raw, at + 12 * item)
                 value = low | high << 32
-            values.setdefault(value, self._string(name_off).decode())
+            values.setdefault(value, self._string(name_off).decode(errors="replace"))
         return values
 
     def parameters(self, typedef: str) -> list[str] | None:

@@ -82,7 +82,7 @@ def read(stream: BinaryIO) -> Journal:
             for item in unpacker:
                 journal = _take(journal, item, done)
                 done = unpacker.tell()
-        except (ValueError, msgpack.UnpackException) as wrong:
+        except (KeyError, TypeError, ValueError, msgpack.UnpackException) as wrong:
             raise Malformed(done, "a frame", f"{type(wrong).__name__}", "journal") from wrong
         if not chunk:
             break

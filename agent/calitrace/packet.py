@@ -110,7 +110,7 @@ def _layer(raw: bytes, at: int, vxlan_port: int) -> tuple[Layer | None, int | No
     if version == 4 and len(raw) >= at + 20:
         size, proto, ttl = (raw[at] & 15) * 4, raw[at + 9], raw[at + 8]
         src, dst = ip_address(raw[at + 12 : at + 16]), ip_address(raw[at + 16 : at + 20])
-        if (raw[at + 6] & 0x1F) << 8 | raw[at + 7]:  # a later fragment: no ports here
+        if size < 20 or (raw[at + 6] & 0x1F) << 8 | raw[at + 7]:  # malformed, or a later fragment: no ports here
             return Layer(src, dst, proto, ttl=ttl), None
     elif version == 6 and len(raw) >= at + 40:
         size, proto, ttl = 40, raw[at + 6], raw[at + 7]

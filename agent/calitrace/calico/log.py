@@ -119,8 +119,9 @@ class Passage:
             return True
         elif found := _RESULT.match(message):
             self.verdict = found["verdict"]
-            hexadecimal = self.hex_reason and self.verdict == "DENY"
-            self.code = int(found["rc"] or found["code"], 16 if hexadecimal else 10)
+            code = found["rc"] or found["code"]
+            hexadecimal = (self.hex_reason and self.verdict == "DENY") or not code.lstrip("-").isdecimal()
+            self.code = int(code, 16 if hexadecimal else 10)
             self.execution_ns = int(found["ns"]) if found["ns"] else None
             return True
         return False

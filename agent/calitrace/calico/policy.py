@@ -26,7 +26,7 @@ def rule_names(raw: bytes) -> dict[int, str]:
     """Rule id to ``POLICY rule N (action)``. *raw*: one file. Raises Malformed when it is not such a file."""
     try:
         document = json.loads(raw)
-    except ValueError as wrong:
+    except (ValueError, RecursionError) as wrong:
         raise Malformed(0, "JSON", str(wrong), "policy debug file") from wrong
     if not isinstance(document, dict):
         raise Malformed(0, "an object", type(document).__name__, "policy debug file")

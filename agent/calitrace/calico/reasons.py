@@ -38,8 +38,10 @@ REASONS = {
 }
 # Codes behind the counters move with every release: the count of counters says where they begin.
 _BEHIND = ("ACCEPTED_BY_XDP", "WEP_NOT_READY", "NATIFACE")
-# Not for 14 counters: v3.24-v3.28 and v3.29 both have that many, and other codes behind 12.
-_COUNTERS = (17, 25, 26, 27)
+_COUNTERS = (14, 17, 25, 26, 27)
+# v3.29 moved them by one without another counter: 15 is NATIFACE before it and WEP_NOT_READY in it, so it has no
+# name here. Only drops are named, and ACCEPTED_BY_XDP is none.
+_BEHIND_14 = {14: "WEP_NOT_READY", 16: "NATIFACE"}
 # In words that a user understands.
 MEANING = {
     "DROPPED_BY_POLICY": "denied by policy",
@@ -67,6 +69,8 @@ def name(code: int, counters: int) -> str:
 
     A code that the release of that many counters does not have is given as its number, never guessed.
     """
+    if counters == 14 and code > 13:
+        return _BEHIND_14.get(code, f"reason {code}")
     if counters in _COUNTERS:
         if counters <= code < counters + len(_BEHIND):
             return _BEHIND[code - counters]

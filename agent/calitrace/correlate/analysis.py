@@ -42,6 +42,8 @@ def analyse(journal: Journal, *, short_names: bool = False) -> Analysis:
         names = Names(dict(header["drop_reasons"]), journal.symbols, dict(header.get("rules", {})))
         run_id, vxlan_port = int(header["run_id"]), int(header["vxlan_port"])
         probes = [_probe(each) for _, each in sorted(journal.probes.items())]
+        lost = sum(dict(journal.totals.get("lost", {})).values())
+        notes = [f"warning: {each}" for each in header.get("warnings", [])]
     except (KeyError, TypeError, ValueError) as wrong:
         raise Malformed(0, "a complete header", f"{type(wrong).__name__} {wrong}", "journal") from wrong
     if short_names:
@@ -50,7 +52,6 @@ def analyse(journal: Journal, *, short_names: bool = False) -> Analysis:
     journeys = Journeys(run_id, probes, topology)
     for event in decoder.iter_events(journal.events):
         journeys.feed(event)
-    lost = sum(journal.totals.get("lost", {}).values())
     numbers = {name: number for number, name in names.drop_reasons.items()}
     otherhost = numbers.get("SKB_DROP_REASON_OTHERHOST")
     found = [each.without_flooded(otherhost) for each in journeys.journeys.values()]
@@ -62,7 +63,7 @@ def analyse(journal: Journal, *, short_names: bool = False) -> Analysis:
         lost,
         journeys.outside,
         decoder.malformed,
-        tuple(_notes(journal, decoder.malformed)),
+        tuple(notes + _notes(journal, decoder.malformed)),
     )
 
 
@@ -71,7 +72,7 @@ def _probe(plain: dict[str, Any]) -> Probe:
 
 
 def _notes(journal: Journal, malformed: Counter[str]) -> list[str]:
-    notes = [f"warning: {each}" for each in journal.header.get("warnings", [])]
+    notes = []
     if journal.cut_at is not None:
         notes.append(f"the journal was cut short at byte {journal.cut_at}: what follows is missing")
     notes += [f"{number} frames of unknown kind {kind!r}" for kind, number in journal.unknown.items()]

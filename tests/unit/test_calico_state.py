@@ -1,0 +1,130 @@
+"""Calico's state, reason codes and policy debug files."""
+
+from __future__ import annotations
+
+import json
+import struct
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from calitrace.calico import policy, reasons, state
+from calitrace.calico.state import LAYOUTS, Layout
+from calitrace.errors import LayoutMismatch, Malformed
+
+
+def written(table: Layout) -> bytes:
+    """10.0.0.1:1000 > 10.0.0.2:80, before NAT 10.0.0.3:30080, after NAT 10.0.0.4:8080, tcp, denied by rule 7."""
+    raw = bytearray(table.size)
+    for at in range(4):
+        start = table.addresses + at * table.stride
+        raw[start : start + 4] = bytes([10, 0, 0, at + 1])
+    struct.pack_into("<i", raw, table.pol_rc, 2)
+    struct.pack_into("<HHHH", raw, table.ports, 1000, 80, 30080, 8080)
+    raw[table.ip_proto] = 6
+    struct.pack_into("<h", raw, table.ct_rc, 1)
+    struct.pack_into(table.flags_format, raw, table.flags, 4)
+    if table.rules_hit is not None and table.rule_ids is not None:
+        struct.pack_into("<IQQ", raw, table.rules_hit, 2, 6, 7)
+    if table.fwd is not None:
+        struct.pack_into("<iII", raw, table.fwd, 2, 0, 11)
+    return bytes(raw)
+
+
+@pytest.mark.parametrize("table", LAYOUTS, ids=lambda t: t.releases)
+def test_each_layout(table: Layout) -> None:
+    assert state.layout(table.map_name, table.size) is table
+    held = state.decode(written(table), table)
+    assert [str(a) for a in (held.src, held.dst, held.pre_nat_dst, held.post_nat_dst)] == [
+        "10.0.0.1", "10.0.0.2", "10.0.0.3", "10.0.0.4"
+    ]  # fmt: skip
+    assert (held.sport, held.dport, held.pre_nat_dport, held.post_nat_dport) == (1000, 80, 30080, 8080)
+    assert (held.proto, held.pol_rc, held.flags, held.ct_rc) == (6, 2, 4, 1)
+    assert held.rule_ids == ((6, 7) if table.rules_hit is not None else ())
+    assert (held.result, held.calico_reason) == ((2, 11) if table.fwd is not None else (None, None))
+    assert held.denied
+
+
+def test_holds_before_and_after_nat_only() -> None:
+    held = state.decode(written(LAYOUTS[0]), LAYOUTS[0])
+    for dst, dport in (("10.0.0.2", 80), ("10.0.0.3", 30080), ("10.0.0.4", 8080)):
+        assert held.holds(6, "10.0.0.1", 1000, dst, dport)
+    assert not held.holds(6, "10.0.0.1", 1000, "10.0.0.2", 8080)
+    assert not held.holds(17, "10.0.0.1", 1000, "10.0.0.2", 80)
+    assert not held.holds(6, "10.0.0.9", 1000, "10.0.0.2", 80)
+    assert not held.holds(6, "10.0.0.1", 1001, "10.0.0.2", 80)
+
+
+def test_a_size_of_no_release_is_refused() -> None:
+    with pytest.raises(LayoutMismatch, match=r"cali_state6 512 B \(v3.32..master\).*found cali_state6 500 B"):
+        state.layout("cali_state6", 500)
+    with pytest.raises(LayoutMismatch, match="expected 512 bytes, found 1 bytes"):
+        state.decode(b"x", LAYOUTS[0])
+
+
+@given(st.sampled_from(LAYOUTS).flatmap(lambda t: st.tuples(st.just(t), st.binary(min_size=t.size, max_size=t.size))))
+def test_any_bytes_of_the_size_give_a_state(given_: tuple[Layout, bytes]) -> None:
+    table, raw = given_
+    assert len(state.decode(raw, table).rule_ids) <= state.MAX_RULES
+
+
+@pytest.mark.parametrize(
+    ("code", "counters", "name"),
+    [
+        (4, 0, "DROPPED_BY_POLICY"),
+        (13, 0, "reason 13"),
+        (12, 14, "RT_UNKNOWN"),
+        (13, 14, "BLACK_HOLE"),  # v3.29; before, an acceptance
+        (14, 14, "WEP_NOT_READY"),  # before v3.29; then, an acceptance
+        (15, 14, "reason 15"),  # NATIFACE up to v3.28, WEP_NOT_READY in v3.29
+        (16, 14, "NATIFACE"),  # v3.29
+        (17, 17, "ACCEPTED_BY_XDP"),
+        (19, 17, "NATIFACE"),
+        (20, 17, "reason 20"),
+        (23, 25, "DROPPED_BY_QOS"),
+        (27, 26, "WEP_NOT_READY"),
+        (26, 27, "NO_HOST_IP"),
+        (29, 27, "NATIFACE"),
+        (30, 27, "reason 30"),
+        (13, 99, "reason 13"),
+    ],
+)
+def test_reason_names(code: int, counters: int, name: str) -> None:
+    assert reasons.name(code, counters) == name
+
+
+def debug_file(*comments: str) -> bytes:
+    """A policy debug file."""
+    return json.dumps({"policyInfo": [{"Comments": list(comments)}, {"Comments": None}, 3]}).encode()
+
+
+def test_rule_names() -> None:
+    raw = debug_file(
+        "Start of tier default",
+        "Start of policy default.deny",
+        'Start of rule action:"Allow"',
+        "Rule MatchID: 5",
+        'Start of rule action:"Deny" src',
+        "Rule MatchID: 0x6",
+        "Start of GlobalNetworkPolicy other 0",
+        "Rule MatchID: 7",
+        "nothing",
+    )
+    assert policy.rule_names(raw) == {
+        5: "default.deny rule 0 (allow)",
+        6: "default.deny rule 1 (deny)",
+        7: "GlobalNetworkPolicy other 0 rule 0",
+    }
+    assert policy.rule_names(b"{}") == {}
+
+
+@pytest.mark.parametrize("raw", [b"", b"[]", b"3", b"\xff", b"{", b"[" * 100_000], ids=len)
+def test_any_other_file_is_malformed(raw: bytes) -> None:
+    with pytest.raises(Malformed):
+        policy.rule_names(raw)
+
+
+@given(st.recursive(st.none() | st.text(), lambda i: st.lists(i) | st.dictionaries(st.just("Comments"), i)))
+def test_any_policy_info_is_taken(info: object) -> None:
+    assert policy.rule_names(json.dumps({"policyInfo": info}).encode()) == {}

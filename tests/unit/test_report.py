@@ -1,0 +1,95 @@
+"""A whole report against golden files, and journals whose header is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.unit.packets import CLIENT, NODE_A, NODE_B, NODEPORT, RUN_ID, SPORT, Recorder
+from tests.unit.test_verdict import REASONS, denied_at_the_pod, to_node_b, topology
+
+from calitrace import journal
+from calitrace.correlate.analysis import Analysis, analyse
+from calitrace.errors import Malformed
+from calitrace.model import Outcome, Topology
+from calitrace.report import jsonlines, text
+
+GOLDEN = Path(__file__).resolve().parent.parent / "golden"
+
+
+def probe(**changed: Any) -> dict[str, Any]:
+    """Probe 0, unanswered."""
+    return {
+        "number": 0, "proto": 6, "src": CLIENT, "sport": SPORT, "dst": NODE_A, "dport": NODEPORT, "sent_ns": 1_000_000,
+        "size_bytes": 40, "outcome": Outcome.UNANSWERED.value, "rtt_ns": None, "detail": "", **changed,
+    }  # fmt: skip
+
+
+def recorded(**changed: Any) -> journal.Journal:
+    """A journal of a probe that policy denied at the pod."""
+    recorder = Recorder()
+    denied_at_the_pod(recorder, log=True, state=None)
+    header = {"run_id": RUN_ID, "vxlan_port": 4789, "drop_reasons": REASONS, "topology": topology().to_map(), **changed}
+    return journal.Journal(header, [*recorder.records, b"short"], {0: probe()}, totals={"lost": {"hop": 1}}, cut_at=9)
+
+
+def analysis() -> Analysis:
+    """Its analysis."""
+    found = recorded(warnings=["no BTF"])
+    found.unknown["x"] += 1
+    return analyse(found, short_names=True)
+
+
+def test_text() -> None:
+    lines = [*text.iter_report(analysis()), text.summary(analysis())]
+    assert "".join(f"{line}\n" for line in lines) == (GOLDEN / "denied.txt").read_text()
+    assert max(map(len, lines)) <= text.WIDTH
+
+
+def test_json() -> None:
+    assert "".join(f"{line}\n" for line in jsonlines.iter_objects(analysis())) == (GOLDEN / "denied.json").read_text()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"run_id": "x"}, {"topology": 3}, {"topology": [{}]}, {"topology": [{"inum": []}]}, {"drop_reasons": 3},
+     {"rules": None}, {"warnings": 3}],
+)  # fmt: skip
+def test_a_wrong_header_is_malformed(changed: dict[str, Any]) -> None:
+    with pytest.raises(Malformed):
+        analyse(recorded(**changed))
+
+
+def test_wrong_probes_and_totals_are_malformed() -> None:
+    for bad in ({"number": 0}, 3, probe(outcome="?"), probe(more=1)):
+        found = recorded()
+        found.probes[0] = bad  # type: ignore[assignment]
+        with pytest.raises(Malformed):
+            analyse(found)
+    found = recorded()
+    found.totals = {"lost": 3}
+    with pytest.raises(Malformed):
+        analyse(found)
+
+
+def test_topology_round_trip() -> None:
+    assert Topology.from_map(topology().to_map()) == topology()
+    assert topology().owner("203.0.113.1") is None
+    assert topology().link(99, 1) is None
+    assert Topology({}).shortened() == Topology({})
+
+
+def test_an_unseen_probe_is_not_judged() -> None:
+    found = recorded()
+    found.events = []
+    assert analyse(found).verdicts[0].kind.value == "unknown"
+
+
+def test_the_tunnel_is_shown() -> None:
+    recorder = Recorder()
+    to_node_b(recorder)
+    found = recorded()
+    found.events = recorder.records
+    story = list(text.iter_story(analyse(found, short_names=True), 0))
+    assert any(f"VXLAN {NODE_A} > {NODE_B}" in line for line in story)
