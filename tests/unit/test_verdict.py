@@ -8,7 +8,7 @@ import pytest
 from tests.unit import packets
 from tests.unit.packets import CLIENT, NODE_A, NODE_B, NODEPORT, POD, RUN_ID, SPORT, TARGET_PORT, Recorder
 
-from calitrace import identity, journal
+from calitrace import events, identity, journal
 from calitrace.correlate.analysis import analyse
 from calitrace.correlate.verdict import Confidence, Kind, Place, Verdict
 from calitrace.events import HopKind
@@ -54,7 +54,8 @@ def topology(*, without_b: bool = False, foreign: bool = False, calico: bool = T
 
 def judged(
     recorder: Recorder, outcome: Outcome = Outcome.UNANSWERED, *, lost: int = 0, where: Topology | None = None,
-    detail: str = "", rules: dict[int, str] | None = None,
+    detail: str = "", rules: dict[int, str] | None = None, reasons: dict[int, str] | None = None,
+    symbols: dict[int, str] | None = None,
 ) -> Verdict:  # fmt: skip
     """The verdict on probe 0; rendering it must work and fit 80 columns."""
     probe: dict[str, Any] = {
@@ -63,10 +64,12 @@ def judged(
         "detail": detail,
     }  # fmt: skip
     header = {
-        "run_id": RUN_ID, "vxlan_port": 4789, "drop_reasons": REASONS, "rules": rules or {},
-        "topology": (where or topology()).to_map(),
+        "run_id": RUN_ID, "vxlan_port": 4789, "drop_reasons": REASONS if reasons is None else reasons,
+        "rules": rules or {}, "topology": (where or topology()).to_map(),
     }  # fmt: skip
-    recorded = journal.Journal(header, recorder.records, {0: probe}, totals={"lost": {"hop": lost}}, complete=True)
+    recorded = journal.Journal(
+        header, recorder.records, {0: probe}, symbols or {}, totals={"lost": {"hop": lost}}, complete=True
+    )
     analysis = analyse(recorded, short_names=True)
     for verbose in (False, True):
         for line in text.iter_report(analysis, verbose=verbose):
@@ -328,3 +331,48 @@ def test_flooded_copies_are_left_out() -> None:
     recorder.drop(B_NS, UPLINK, packets.syn(), OTHERHOST, skb=0xCC)
     to_pod(recorder)
     assert judged(recorder).kind is Kind.NO_REPLY
+
+
+@pytest.mark.parametrize(
+    ("function", "reasons", "hook"),
+    [
+        ("__dev_queue_xmit", {}, "tc egress"),
+        ("sch_handle_ingress", {2: "SKB_DROP_REASON_NOT_SPECIFIED"}, "tc ingress"),
+        ("tcp_v4_rcv", {}, ""),
+        ("__dev_queue_xmit", REASONS, ""),
+    ],
+)
+def test_without_tc_reasons_the_function_tells(function: str, reasons: dict[int, str], hook: str) -> None:
+    recorder = Recorder()
+    recorder.hop(RECEIVE, B_NS, UPLINK, to_node_b(recorder))
+    reason = 2 if reasons else events.NO_REASON
+    recorder.drop(B_NS, CALI, packets.syn(dst=POD, dport=TARGET_PORT), reason, location=0xF00)
+    verdict = judged(recorder, reasons=reasons, symbols={0xF00: f"{function}+0x10"})
+    assert verdict.place == Place("node-b", "cali1", hook)
+    assert verdict.by_calico == bool(hook)
+
+
+def test_only_the_passage_that_denied_counts() -> None:
+    recorder = Recorder()
+    recorder.hop(RECEIVE, B_NS, UPLINK, to_node_b(recorder))
+    recorder.log(
+        "cali1-----------I: New packet at ifindex=3; mark=0",
+        "cali1-----------I: Final result=DENY (5). Program execution time: 9ns",
+        "eth0------------I: New packet at ifindex=2; mark=0",
+        "eth0------------I: Final result=ALLOW rc 7. Program execution time: 9ns",
+    )
+    recorder.drop(B_NS, CALI, packets.syn(dst=POD, dport=TARGET_PORT), TC_EGRESS)
+    recorder.state(B_NS, packets.calico_state(reason=5))
+    assert judged(recorder).calico_reason == "SHORT"
+    assert judged(recorder).cause == "dropped by Calico: the packet is too short"
+
+
+def test_the_client_closes_what_was_answered() -> None:
+    recorder = Recorder()
+    to_pod(recorder)
+    back_to_node_b(recorder)
+    recorder.hop(RECEIVE, CLIENT_NS, UPLINK, packets.syn_ack(), skb=0xBB)
+    recorder.drop(CLIENT_NS, UPLINK, packets.syn_ack(), NO_SOCKET, skb=0xBB)
+    rst = packets.tcp(CLIENT, SPORT, NODE_A, NODEPORT, 0x04, identity.tcp_sequence(RUN_ID, 0) + 1)
+    recorder.hop(QUEUE, CLIENT_NS, UPLINK, rst, skb=0xDD)
+    assert judged(recorder, Outcome.ANSWERED).kind is Kind.ANSWERED

@@ -102,11 +102,6 @@ class Journeys:
         self.outside = 0  # probe packets in namespaces that are not ours to judge
         self.unjoined = 0  # packets that matched in the kernel and are no probe of this run
 
-    @property
-    def other_lines(self) -> int:
-        """Log lines that are not Calico's."""
-        return self._assembler.other_lines
-
     def feed(self, event: Event) -> None:
         """Take the next event."""
         if isinstance(event, LogLine):

@@ -201,9 +201,7 @@ class _Judge:
         """The verdict where *last* is the last that was seen of request or reply."""
         if isinstance(last.event, Drop):
             return self._dropped(last, last.event)
-        namespace = self.topology.namespace(last.event.netns)
-        if namespace is None:
-            return self._unknown("last seen in a namespace that was not looked at")
+        namespace = self.topology.namespaces[last.event.netns]  # steps are of observed namespaces only
         leaving = last.event.kind in (HopKind.QUEUE, HopKind.XMIT)
         reply = last.direction is Direction.REPLY
         if last.event.kind is HopKind.XMIT and last.event.rc != 0:
