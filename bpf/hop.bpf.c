@@ -40,7 +40,7 @@ static __always_inline int hop(struct sk_buff *skb, u32 kind)
 #ifdef WITH_LOG
 	if (kind == HOP_RECEIVE)
 		recorder_restart();
-	else
+	else if (kind == HOP_QUEUE)
 		recorder_flush();
 #endif
 	if (kind == HOP_QUEUE)

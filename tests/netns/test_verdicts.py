@@ -1,0 +1,138 @@
+"""The main job: each fault of the lab is found and named, by TCP and UDP, with Calico's log on and off."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from calitrace.lab.topology import Lab
+from tests.netns.conftest import calitrace, on
+
+pytestmark = pytest.mark.root
+TARGETS = {"tcp": "10.10.0.1:30080", "udp": "10.10.0.1:30053"}
+COUNT = 3
+
+
+@pytest.fixture(params=["debug", "off"])
+def level(request: pytest.FixtureRequest, lab: Lab) -> str:
+    """The lab at this log level."""
+    assert on(lab, "log-level", request.param).returncode == 0
+    return str(request.param)
+
+
+@pytest.fixture
+def healed(lab: Lab) -> Iterator[Lab]:
+    """The lab, healed afterwards."""
+    yield lab
+    assert on(lab, "heal").returncode == 0
+
+
+def verdicts(lab: Lab, proto: str, target: str) -> list[dict[str, Any]]:
+    """Trace some probes; the report of the journal alone must say the same as the live run."""
+    with tempfile.TemporaryDirectory() as directory:
+        journal = str(Path(directory) / "a.calitrace")
+        live = calitrace(
+            *("probe", "nodeport", target, "--proto", proto, "-c", str(COUNT), "--rate", "100", "--timeout", "0.3"),
+            *("--from", lab.namespace("client"), "--trace", "-w", journal, "-o", "json"),
+        )
+        offline = calitrace("report", "-r", journal, "-o", "json")
+    assert live.returncode in (0, 1), live.stderr
+    assert offline.stdout == live.stdout
+    *probes, summary = [json.loads(line) for line in live.stdout.splitlines()]
+    assert [probe["number"] for probe in probes] == list(range(COUNT))
+    assert summary["events_lost"] == 0
+    return probes
+
+
+def only(values: list[Any]) -> Any:
+    """The one value that all have."""
+    assert all(value == values[0] for value in values), values
+    return values[0]
+
+
+@pytest.mark.parametrize("proto", ["tcp", "udp"])
+def test_healthy_through_both_nodes(lab: Lab, level: str, proto: str) -> None:
+    for probe in verdicts(lab, proto, TARGETS[proto]):
+        assert probe["verdict"] == "answered"
+        way = [(hop["namespace"].removeprefix(f"{lab.name}-"), hop["direction"]) for hop in probe["hops"]]
+        first_seen = list(dict.fromkeys(way))
+        request = [place for place, direction in first_seen if direction == "request"]
+        reply = [place for place, direction in first_seen if direction == "reply"]
+        assert request == ["client", "node-a", "node-b", "pod-b"]
+        assert reply == ["pod-b", "node-b", "node-a", "client"]
+        tags = {(log["interface"], log["policy_direction"]) for hop in probe["hops"] for log in hop["calico_log"]}
+        wanted = {("ens192", "I"), ("eth0", "I"), ("calif00dbeef012", "I"), ("calif00dbeef012", "E"), ("eth0", "E")}
+        assert (wanted <= tags) if level == "debug" else not tags
+
+
+@pytest.mark.parametrize(("proto", "target"), [("tcp", "10.10.0.1:30081"), ("udp", "10.10.0.1:30054")])
+def test_healthy_to_a_local_pod(lab: Lab, proto: str, target: str) -> None:
+    for probe in verdicts(lab, proto, target):
+        assert probe["verdict"] == "answered"
+        assert not any(hop["tunnelled"] for hop in probe["hops"])
+
+
+@pytest.mark.parametrize("proto", ["tcp", "udp"])
+def test_vxlan_blocked(healed: Lab, level: str, proto: str) -> None:
+    assert on(healed, "fault", "vxlan-blocked").returncode == 0
+    probes = verdicts(healed, proto, TARGETS[proto])
+    assert only([p["verdict"] for p in probes]) == "underlay"
+    assert only([p["confidence"] for p in probes]) == "proven"
+    assert only([p["place"]["namespace"] for p in probes]) == healed.namespace("node-a")
+    assert only([p["to"]["namespace"] for p in probes]) == healed.namespace("node-b")
+
+
+@pytest.mark.parametrize("proto", ["tcp", "udp"])
+def test_policy_deny(healed: Lab, level: str, proto: str) -> None:
+    assert on(healed, "fault", "policy-deny").returncode == 0
+    probes = verdicts(healed, proto, TARGETS[proto])
+    assert only([p["verdict"] for p in probes]) == "dropped"
+    assert only([p["confidence"] for p in probes]) == "proven"
+    assert only([p["calico_reason"] for p in probes]) == "DROPPED_BY_POLICY"
+    assert only([p["rules"] for p in probes]) == ["default.deny-lab-clients rule 0 (deny)"]
+    assert only([p["place"] for p in probes]) == {
+        "namespace": healed.namespace("node-b"),
+        "interface": "calif00dbeef012",
+        "hook": "tc egress",
+    }
+
+
+def test_no_backend(healed: Lab, level: str) -> None:
+    assert on(healed, "fault", "no-backend").returncode == 0
+    probes = verdicts(healed, "tcp", TARGETS["tcp"])
+    assert only([p["verdict"] for p in probes]) == "no-backend"
+    assert only([p["confidence"] for p in probes]) == ("proven" if level == "debug" else "likely")
+    assert only([p["place"]["namespace"] for p in probes]) == healed.namespace("node-a")
+
+
+@pytest.mark.parametrize("proto", ["tcp", "udp"])
+def test_rpf(healed: Lab, level: str, proto: str) -> None:
+    assert on(healed, "fault", "rpf").returncode == 0
+    probes = verdicts(healed, proto, TARGETS[proto])
+    assert only([p["verdict"] for p in probes]) == "dropped"
+    assert only([p["by_calico"] for p in probes]) is True
+    assert only([p["place"] for p in probes]) == {
+        "namespace": healed.namespace("node-a"),
+        "interface": "ens192",
+        "hook": "tc ingress",
+    }
+    said = "reverse path check" if level == "debug" else "cause not recorded"
+    assert all(said in probe["cause"] for probe in probes)
+
+
+def test_no_route_to_the_backend(lab: Lab, level: str) -> None:
+    probes = verdicts(lab, "tcp", "10.10.0.1:30087")
+    assert only([p["calico_reason"] for p in probes]) == "RT_UNKNOWN"
+    assert only([p["confidence"] for p in probes]) == "proven"
+
+
+def test_a_closed_port_of_the_pod_is_the_pods(lab: Lab) -> None:
+    probes = verdicts(lab, "tcp", "10.10.0.1:30999")  # no service: the node itself refuses
+    assert only([p["verdict"] for p in probes]) == "refused"
+    assert only([p["by_calico"] for p in probes]) is False
+    assert all("the node itself" in p["cause"] for p in probes)
