@@ -45,6 +45,7 @@ printf '== %s: %s\n' "$suite" "$*"
 # shellcheck disable=SC2016
 unshare --mount --pid --fork --kill-child --propagation private bash -euc '
 	root=$1; shift
+	mount --bind "$root" "$root" # a root that is a mount point: tests make mount namespaces of their own
 	mount -t proc proc "$root/proc"
 	mount -t sysfs sysfs "$root/sys"
 	mount -t bpf bpf "$root/sys/fs/bpf"
