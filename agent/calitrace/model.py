@@ -80,7 +80,7 @@ class Role(str, Enum):
 
 @dataclass(frozen=True)
 class Link:
-    """An interface. *calico*, *foreign*: names of the tc programs on it, by hook (``ingress``, ``egress``)."""
+    """An interface. *calico*, *foreign*: names of the programs on it, by hook (``ingress``, ``egress``, ``xdp``)."""
 
     ifindex: int
     name: str

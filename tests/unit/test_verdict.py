@@ -25,7 +25,7 @@ BOTH: dict[str, tuple[str, ...]] = {"ingress": ("cali_tc_preambl",), "egress": (
 RULE = 0x1234
 
 
-def topology(*, without_b: bool = False, foreign: bool = False, calico: bool = True) -> Topology:
+def topology(*, without_b: bool = False, foreign: bool = False, calico: bool = True, xdp: bool = False) -> Topology:
     """Client, node-a, node-b with its pod, and the fabric between them."""
     hooks: dict[str, tuple[str, ...]] = BOTH if calico else {}
     other: dict[str, tuple[str, ...]] = {"egress": ("other_prog",)} if foreign else {}
@@ -38,7 +38,10 @@ def topology(*, without_b: bool = False, foreign: bool = False, calico: bool = T
             B_NS,
             "lab-node-b",
             Role.NODE,
-            {UPLINK: Link(UPLINK, "eth0", (NODE_B,), BOTH), CALI: Link(CALI, "cali1", (), hooks, other)},
+            {
+                UPLINK: Link(UPLINK, "eth0", (NODE_B,), BOTH, {"xdp": ("x",)} if xdp else {}),
+                CALI: Link(CALI, "cali1", (), hooks, other),
+            },
             8,
             "cali_state6",
             512,
@@ -142,7 +145,7 @@ def test_the_underlay_loses_the_reply() -> None:
     recorder = Recorder()
     to_pod(recorder)
     back_to_node_b(recorder)
-    recorder.hop(XMIT, B_NS, UPLINK, packets.vxlan(NODE_B, NODE_A, packets.syn_ack()), skb=0xBB)
+    recorder.hop(QUEUE, B_NS, UPLINK, packets.vxlan(NODE_B, NODE_A, packets.syn_ack()), skb=0xBB)
     verdict = judged(recorder)
     assert (verdict.kind, verdict.place, verdict.to) == (
         Kind.UNDERLAY,
@@ -303,7 +306,7 @@ def test_return_path() -> None:
     recorder = Recorder()
     to_pod(recorder)
     back_to_node_b(recorder)
-    recorder.hop(XMIT, B_NS, UPLINK, packets.syn_ack(), skb=0xBB)  # direct server return
+    recorder.hop(QUEUE, B_NS, UPLINK, packets.syn_ack(), skb=0xBB)  # direct server return
     verdict = judged(recorder)
     assert (verdict.kind, verdict.to) == (Kind.RETURN_PATH, Place("client"))
     recorder.hop(RECEIVE, CLIENT_NS, UPLINK, packets.syn_ack(), skb=0xBB)
@@ -376,3 +379,29 @@ def test_the_client_closes_what_was_answered() -> None:
     rst = packets.tcp(CLIENT, SPORT, NODE_A, NODEPORT, 0x04, identity.tcp_sequence(RUN_ID, 0) + 1)
     recorder.hop(QUEUE, CLIENT_NS, UPLINK, rst, skb=0xDD)
     assert judged(recorder, Outcome.ANSWERED).kind is Kind.ANSWERED
+
+
+def test_the_receiver_may_be_faster_than_the_senders_driver() -> None:
+    recorder = Recorder()
+    tunnelled = packets.vxlan(NODE_A, NODE_B, packets.syn())
+    recorder.hop(QUEUE, A_NS, UPLINK, tunnelled)
+    recorder.hop(RECEIVE, B_NS, UPLINK, tunnelled)
+    recorder.hop(XMIT, A_NS, UPLINK, tunnelled)
+    assert judged(recorder).cause == "not known: last seen arriving at node-b eth0; no drop was seen"
+
+
+def test_xdp_at_the_receiver_leaves_a_doubt() -> None:
+    recorder = Recorder()
+    to_node_b(recorder)
+    verdict = judged(recorder, where=topology(xdp=True))
+    assert (verdict.kind, verdict.confidence) == (Kind.UNDERLAY, Confidence.LIKELY)
+    assert "XDP program of node-b" in verdict.cause
+
+
+def test_a_passage_without_an_end_says_nothing() -> None:
+    recorder = Recorder()
+    recorder.hop(RECEIVE, B_NS, UPLINK, to_node_b(recorder))
+    recorder.log("cali1-----------I: New packet at ifindex=3; mark=1000000")
+    recorder.drop(B_NS, CALI, packets.syn(dst=POD, dport=TARGET_PORT), TC_EGRESS)
+    verdict = judged(recorder)
+    assert (verdict.confidence, verdict.cause) == (Confidence.LIKELY, "dropped by Calico: cause not recorded")

@@ -140,12 +140,10 @@ class _Judge:
             return Verdict(Kind.ANSWERED, Confidence.PROVEN, f"answered{took}", evidence=self._path())
         if probe.outcome is Outcome.REFUSED:
             return self._refused()
-        replies = [step for step in self.journey.way(Direction.REPLY) if not step.error]
-        requests = self.journey.way(Direction.REQUEST)
-        if replies:
-            return self._ended(replies[-1])
-        if requests:
-            return self._ended(requests[-1])
+        for direction in (Direction.REPLY, Direction.REQUEST):
+            way = [s for s in self.journey.way(direction) if not s.error and not _handed_over(s)]
+            if way:
+                return self._ended(way[-1])
         return self._unknown("the probe was not seen at any observed place")
 
     # -- refused ----------------------------------------------------------------------------------------
@@ -202,7 +200,7 @@ class _Judge:
         if isinstance(last.event, Drop):
             return self._dropped(last, last.event)
         namespace = self.topology.namespaces[last.event.netns]  # steps are of observed namespaces only
-        leaving = last.event.kind in (HopKind.QUEUE, HopKind.XMIT)
+        leaving = last.event.kind is HopKind.QUEUE
         reply = last.direction is Direction.REPLY
         if last.event.kind is HopKind.XMIT and last.event.rc != 0:
             return Verdict(
@@ -246,7 +244,6 @@ class _Judge:
         outer = last.event.packet.tunnel
         assert outer is not None
         target = self.topology.owner(str(outer.dst))
-        seen_there = target is not None and any(s.event.netns == target.inum for s in self.journey.steps)
         back = "; the reply is lost" if last.direction is Direction.REPLY else ""
         evidence = (
             f"{self._place(last)} sent it encapsulated: {outer} VNI {outer.vni}",
@@ -263,7 +260,10 @@ class _Judge:
                 f"left {namespace.name} ({outer.src}) in VXLAN (UDP {outer.dport}) for {outer.dst}, which is "
                 f"not observed: the underlay or that node{back}"
             )
-        confidence = self._absence() if target and (not seen_there or back) else Confidence.LIKELY
+        confidence = self._absence() if target else Confidence.LIKELY
+        if target and any("xdp" in link.foreign or "xdp" in link.calico for link in target.links.values()):
+            confidence = Confidence.LIKELY
+            cause += f", or an XDP program of {target.name}: what XDP drops is not seen arriving"
         return Verdict(
             Kind.UNDERLAY,
             confidence,
@@ -359,7 +359,8 @@ class _Judge:
 
     def _denial(self, step: Step, link: Link | None) -> Passage | None:
         for passage in reversed(step.passages):
-            if passage.verdict != "ALLOW" and (link is None or passage.interface == link.name):
+            denied = passage.verdict == "DENY" or (not passage.verdict and passage.cause())
+            if denied and (link is None or passage.interface == link.name):
                 return passage
         return None
 
@@ -436,6 +437,11 @@ class _Judge:
 
 
 _DROPPED_BY_POLICY = 4
+
+
+def _handed_over(step: Step) -> bool:
+    """Whether it only says that the driver took the packet: the other end may have received it before that."""
+    return isinstance(step.event, Hop) and step.event.kind is HopKind.XMIT and step.event.rc == 0
 
 
 def tuple_of(journey: Journey) -> str:

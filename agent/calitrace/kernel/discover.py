@@ -74,6 +74,9 @@ def _namespace(route: Any, inum: int, name: str) -> Namespace:
             for info in infos:
                 if is_calico(info.name) and state is None:
                     state, counters = _calico_maps(info)
+        xdp = message.get_attr("IFLA_XDP")
+        if xdp is not None and xdp.get_attr("IFLA_XDP_ATTACHED"):
+            foreign["xdp"] = ("XDP program",)
         links[index] = Link(
             index,
             message.get_attr("IFLA_IFNAME"),
