@@ -28,4 +28,7 @@ def _teach_attributes() -> None:
     from pyroute2.netlink.rtnl.tcmsg.sched_bpf import options
 
     known = {name for name, *_ in options.nla_map}
-    options.nla_map += tuple(each for each in _LATER_ATTRIBUTES if each[0] not in known)
+    fresh = tuple(each for each in _LATER_ATTRIBUTES if each[0] not in known)
+    if fresh:
+        options.nla_map += fresh
+        options().compile_nla_table()  # it may have been compiled already, by whoever used pyroute2 before

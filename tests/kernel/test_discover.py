@@ -1,0 +1,51 @@
+"""What stands on a real interface: Calico's programs, foreign ones, XDP."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from pyroute2 import IPRoute
+
+from calitrace.errors import EnvironmentUnfit
+from calitrace.kernel import discover, headers, loader, netns
+from calitrace.model import Role
+from tests.kernel.conftest import compile_tc
+
+if TYPE_CHECKING:
+    from tests.kernel.conftest import Pair
+
+pytestmark = pytest.mark.root
+PROGRAMS = """
+BPF_PERCPU_ARRAY(cali_state6, struct { u8 bytes[512]; }, 2);
+int cali_from_hep(struct __sk_buff *skb) { u32 zero = 0; return cali_state6.lookup(&zero) ? -1 : 0; }
+int other_prog(struct __sk_buff *skb) { return -1; }
+int some_xdp(struct xdp_md *ctx) { return 2; }
+"""
+
+
+def test_programs_roles_and_state_map(pair: Pair) -> None:
+    bpf = compile_tc(PROGRAMS)
+    pair.attach(bpf, "cali_from_hep", pair.right, "right0", "ingress")
+    pair.attach(bpf, "other_prog", pair.right, "right0", "ingress")
+    xdp = bpf.load_func(b"some_xdp", bpf.XDP)
+    with netns.inside(pair.right), IPRoute() as route:
+        index = route.link_lookup(ifname="right0")[0]
+        route.link("set", index=index, xdp_fd=xdp.fd)
+    found = discover.topology(pair.left)
+    node, client = found.namespaces[netns.inum(pair.right)], found.namespaces[netns.inum(pair.left)]
+    link = node.links[index]
+    assert (node.role, client.role) == (Role.NODE, Role.CLIENT)
+    assert link.calico == {"ingress": ("cali_from_hep",)}
+    assert link.foreign == {"ingress": ("other_prog",), "xdp": ("XDP program",)}
+    assert pair.right_ip in link.addresses
+    assert link.peer_netns == client.inum
+    assert (node.state_name, node.state_bytes) == ("cali_state6", 512)
+    assert discover.state_maps(found) == {node.inum: node.state_map}
+
+
+def test_neither_btf_nor_headers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(headers, "kernel_btf", lambda: None)
+    monkeypatch.setattr("os.uname", lambda: type("Uname", (), {"release": "0.0.0-none", "machine": "x86_64"}))
+    with pytest.raises(EnvironmentUnfit, match="neither BTF"):
+        loader.compile_bpf("int f(void *x) { return 0; }")
