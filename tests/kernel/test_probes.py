@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,11 +22,13 @@ from calitrace.kernel import netns
 from calitrace.model import Outcome
 from calitrace.packet import TCP, UDP
 from calitrace.probes.run import ProbeRun, Settings
+from calitrace.probes.template import checksum
 from tests.kernel.conftest import compile_tc
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from calitrace.model import Probe
     from tests.kernel.conftest import Pair
 
 pytestmark = pytest.mark.root
@@ -239,3 +242,123 @@ def test_the_interface_goes_in_mid_run(pair: Pair) -> None:
     assert probes[-1]["outcome"] == "send_error"
     assert summary["sent"] == 20
     assert (run.returncode, errors) == (1, "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_slow_run_at_once(pair: Pair, number: signal.Signals) -> None:
+    command = [PROGRAM, "probe", "nodeport", f"{pair.right_ip}:81", "--from", pair.left, "--rate", "0.01"]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert run.stdout is not None
+    assert "refused" in run.stdout.readline()
+    run.send_signal(number)
+    rest, _ = run.communicate(timeout=5)  # the next probe is due in 100 s
+    assert rest == "1 sent, 0 answered, 1 refused, 0 unanswered\n"
+
+
+@pytest.mark.parametrize("quoted", [28, 500])
+def test_an_error_about_the_tunnel_is_an_answer(pair: Pair, quoted: int) -> None:
+    """Nobody listens on 4789: the node's own error; and a router's that quotes no more than RFC 792 asks for."""
+    settings = Settings(pair.right_ip, 30080, TCP, 3, 500, namespace=pair.left, tunnel=(pair.right_ip, 4789, 0xCA11C0))
+    with ProbeRun(settings) as run:
+        if quoted == 500:
+            probes = run.run()
+        else:
+            drop = compile_tc("int other_shot(struct __sk_buff *skb) { return 2; }")
+            pair.attach(drop, "other_shot", pair.left, "left0", "egress")
+            with netns.inside(pair.right):
+                router = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)
+            with router:
+
+                def prohibited(probe: Probe) -> None:
+                    packet = run._template.request(probe.number, probe.sport)[:quoted]
+                    message = b"\x03\x0d\0\0\0\0\0\0" + packet
+                    message = message[:2] + checksum(message).to_bytes(2, "big") + message[4:]
+                    router.sendto(message, (pair.left_ip, 0))
+
+                probes = run.run(on_sent=prohibited)
+    why = "port unreachable" if quoted == 500 else "prohibited unreachable"
+    assert [(p.outcome, p.detail) for p in probes] == [(Outcome.REFUSED, f"ICMP {why} from {pair.right_ip}")] * 3
+    assert run.duplicates == 0
+
+
+def test_each_probe_has_its_own_deadline(pair: Pair) -> None:
+    """Long before the end of the run a lost probe is reported, and its half-open connection is gone."""
+    drop_replies = compile_tc(
+        "int cali_lose(struct __sk_buff *skb) { return skb->protocol == bpf_htons(0x0800) ? 2 : 0; }"
+    )
+    pair.attach(drop_replies, "cali_lose", pair.left, "left0", "ingress")
+    seen: list[tuple[int, int]] = []
+    settings = Settings(pair.right_ip, 8080, TCP, count=2, rate=1, namespace=pair.left, timeout_s=0.1)
+    with servers(pair), ProbeRun(settings) as run:
+        probes = run.run(lambda probe: seen.append((probe.number, len(run.probes))), lambda _: None)
+        assert half_open(pair) == []
+    assert seen == [(0, 1), (1, 2)]
+    assert [probe.outcome for probe in probes] == [Outcome.UNANSWERED] * 2
+
+
+def test_late_replies_are_counted_and_stay_unanswered(pair: Pair) -> None:
+    with netns.inside(pair.right), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as slow:
+        slow.bind((pair.right_ip, 5353))
+        settings = Settings(pair.right_ip, 5353, UDP, count=2, rate=5, namespace=pair.left, timeout_s=0.05)
+
+        def answer_twice(probe: Probe) -> None:
+            if probe.number == 0:
+                data, peer = slow.recvfrom(100)
+                slow.sendto(data, peer)
+                slow.sendto(data, peer)
+
+        with ProbeRun(settings) as run:
+            probes = run.run(answer_twice)
+    assert [probe.outcome for probe in probes] == [Outcome.UNANSWERED] * 2
+    assert (run.late, run.duplicates) == (1, 1)
+
+
+def test_a_sender_that_was_held_up_keeps_to_its_rate(pair: Pair) -> None:
+    def hold_up(probe: Probe) -> None:
+        if probe.number == 0:
+            time.sleep(0.5)  # the hold-up itself
+
+    with ProbeRun(Settings(pair.right_ip, 81, TCP, count=20, rate=100, namespace=pair.left)) as run:
+        probes = run.run(on_sent=hold_up)
+    assert probes[19].sent_ns - probes[1].sent_ns >= 0.15e9
+
+
+def test_an_exception_of_the_caller_leaves_nothing_half_open(pair: Pair) -> None:
+    drop_replies = compile_tc(
+        "int cali_lose(struct __sk_buff *skb) { return skb->protocol == bpf_htons(0x0800) ? 2 : 0; }"
+    )
+    pair.attach(drop_replies, "cali_lose", pair.left, "left0", "ingress")
+
+    def fail(_: Probe) -> None:
+        raise BrokenPipeError
+
+    settings = Settings(pair.right_ip, 8080, TCP, namespace=pair.left)
+    with servers(pair), ProbeRun(settings) as run:
+        with pytest.raises(BrokenPipeError):
+            run.run(on_sent=fail)
+        assert half_open(pair) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "cause"),
+    [
+        (Settings("192.0.2.2", 80, TCP, timeout_s=float("nan")), "timeout"),
+        (Settings("192.0.2.2", 80, TCP, timeout_s=float("inf")), "timeout"),
+        (Settings("192.0.2.2", 80, TCP, timeout_s=-1), "timeout"),
+        (Settings("192.0.2.2", 80, TCP, rate=float("nan")), "rate"),
+        (Settings("0.0.0.0", 80, TCP), "not the address of one machine"),
+        (Settings("192.0.2.2", 80, TCP, tunnel=("::1", 4789, 1)), "IPv6"),
+        (Settings("192.0.2.2", 80, TCP, tunnel=("192.0.2.2", 99999, 1)), "16 bits"),
+        (Settings("192.0.2.2", 80, TCP, tunnel=("192.0.2.2", 4789, 1 << 24)), "VNI"),
+    ],
+)
+def test_settings_that_cannot_be_are_one_clear_error(settings: Settings, cause: str) -> None:
+    with pytest.raises(UsageError, match=cause):
+        ProbeRun(settings)
+
+
+def test_a_prohibited_route_is_named(pair: Pair) -> None:
+    with netns.inside(pair.left), IPRoute() as route:
+        route.route("add", dst="198.51.100.0/24", type="prohibit")
+    with pytest.raises(EnvironmentUnfit, match=r"cannot reach 198\.51\.100\.1 from .*: Permission denied"):
+        ProbeRun(Settings("198.51.100.1", 80, TCP, namespace=pair.left)).__enter__()

@@ -31,7 +31,7 @@ def shared_options(function: Callable[..., Any]) -> Callable[..., Any]:
             click.option(
                 "--size", default=0, help="Payload bytes: data in the SYN for tcp, datagram (at least 16) for udp."
             ),
-            click.option("--timeout", default=1.0, show_default=True, help="Seconds to wait after the last probe."),
+            click.option("--timeout", default=1.0, show_default=True, help="Seconds to wait for each answer."),
             click.option("--from", "namespace", default="", help="Network namespace to send from.  [default: ours]"),
             click.option("--trace", is_flag=True, help="Load the collectors and say where each probe went."),
             click.option(
@@ -147,7 +147,7 @@ def _untraced(run: ProbeRun, output: str) -> int:
 
     shown = results.probe_object if output == "json" else results.probe_line
     probes = run.run(lambda probe: click.echo(shown(probe)))
-    summary = results.summarise(probes, run.duplicates, run.own_losses())
+    summary = results.summarise(probes, run.late, run.duplicates, run.own_losses())
     for line in [results.summary_object(summary)] if output == "json" else results.summary_lines(summary):
         click.echo(line)
     healthy = all(probe.outcome is Outcome.ANSWERED for probe in probes)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Summary:
     """*rtt_ms*: min, average, median, 99th percentile and max of answered probes, or None.
 
-    *own_losses*: replies that our own sockets dropped.
+    *late*: unanswered ones whose reply came after all. *own_losses*: replies that our own sockets dropped.
     """
 
     sent: int
@@ -27,12 +27,13 @@ class Summary:
     refused: int
     unanswered: int
     send_errors: int
+    late: int
     duplicates: int
     own_losses: int
     rtt_ms: tuple[float, float, float, float, float] | None
 
 
-def summarise(probes: Sequence[Probe], duplicates: int = 0, own_losses: int = 0) -> Summary:
+def summarise(probes: Sequence[Probe], late: int = 0, duplicates: int = 0, own_losses: int = 0) -> Summary:
     """Count the outcomes."""
     outcomes = [probe.outcome for probe in probes]
     times = sorted(p.rtt_ns / 1e6 for p in probes if p.outcome is Outcome.ANSWERED and p.rtt_ns is not None)
@@ -45,6 +46,7 @@ def summarise(probes: Sequence[Probe], duplicates: int = 0, own_losses: int = 0)
         outcomes.count(Outcome.REFUSED),
         outcomes.count(Outcome.UNANSWERED),
         outcomes.count(Outcome.SEND_ERROR),
+        late,
         duplicates,
         own_losses,
         rtt,
@@ -71,6 +73,7 @@ def summary_lines(summary: Summary) -> list[str]:
         f"{summary.sent} sent, {summary.answered} answered, {summary.refused} refused, "
         f"{summary.unanswered} unanswered"
         + (f", {summary.send_errors} not sent" if summary.send_errors else "")
+        + (f", {summary.late} late replies" if summary.late else "")
         + (f", {summary.duplicates} duplicate replies" if summary.duplicates else "")
     ]
     if summary.rtt_ms:
@@ -113,6 +116,7 @@ def summary_object(summary: Summary) -> str:
             "refused": summary.refused,
             "unanswered": summary.unanswered,
             "send_errors": summary.send_errors,
+            "late": summary.late,
             "duplicates": summary.duplicates,
             "own_losses": summary.own_losses,
             "rtt_ms": rtt,

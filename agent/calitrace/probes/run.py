@@ -2,15 +2,17 @@
 
 A probe has a source port of its own (the port is bound, so no other process's traffic is touched), so that each is
 a new flow and every backend has its turn. TCP: one SYN is one probe. A SYN-ACK answers it; we send a RST at once,
-and for unanswered ones at the end, because the far side may hold a half-open connection whose SYN-ACK was lost (our
-kernel sends a RST too, but firewalls often drop that one; a second RST is ignored). UDP: an echoed identity, or any
-datagram to the probe's port, answers it. An ICMP error or a RST refuses it.
+and for unanswered ones at their deadline, because the far side may hold a half-open connection whose SYN-ACK was
+lost (our kernel sends a RST too, but firewalls often drop that one; a second RST is ignored). UDP: an echoed
+identity, or any datagram to the probe's port, answers it. An ICMP error or a RST refuses it.
 """
 
 from __future__ import annotations
 
 import errno
 import ipaddress
+import logging
+import math
 import os
 import random
 import selectors
@@ -32,19 +34,22 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
 
-    from calitrace.packet import Layer
+    from calitrace.packet import Layer, Packet
 
+_log = logging.getLogger(__name__)
 MAX_RATE = 1000  # probes a second: this is a probe, no load generator
 MAX_COUNT = 100_000
+MAX_TIMEOUT_S = 3600
 _PORTS = 256  # at most; probes cycle through them
-_SO_ATTACH_FILTER, _SO_MEMINFO, _IP_RECVERR, _IP_MTU_DISCOVER = 26, 55, 11, 10
+_CATCH_UP_S = 0.02  # a sender that was held up longer than this does not make up for it in a burst
+_SO_ATTACH_FILTER, _SO_MEMINFO = 26, 55
 _ICMP_UNREACHABLE = {0: "net", 1: "host", 2: "protocol", 3: "port", 4: "fragmentation needed", 13: "prohibited"}
 _RECEIVE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class Settings:
-    """*namespace*: where probes come from, "" for ours. *rate*: a second. *timeout_s*: after the last probe.
+    """*namespace*: where probes come from, "" for ours. *rate*: a second. *timeout_s*: for each probe.
 
     *tunnel*: (address of the node, UDP port, VNI) to send inside VXLAN, else None.
     """
@@ -68,19 +73,28 @@ class ProbeRun:
             raise UsageError(f"the count must be 1 to {MAX_COUNT}")
         if not 0 < settings.rate <= MAX_RATE:
             raise UsageError(f"the rate must be above 0 and at most {MAX_RATE} a second")
+        if not 0 <= settings.timeout_s <= MAX_TIMEOUT_S:
+            raise UsageError(f"the timeout must be 0 to {MAX_TIMEOUT_S} seconds")
         self.settings = settings
         self.run_id = int.from_bytes(os.urandom(4), "big") or 1
         self.src = ""
         self.ports = (0, 0)
         self.duplicates = 0
-        self.late = 0
+        self._late: set[int] = set()
         self.probes: dict[int, Probe] = {}
-        self._open: set[int] = set()
+        self._open: dict[int, None] = {}  # in the order in which they were sent
         self._by_port: dict[int, int] = {}
         self._sockets: list[socket.socket] = []
         self._bound: list[socket.socket] = []
         self._stopped = False
         self._dst = _address(settings.host)
+        # Where the packets go on the wire: the node, when they are tunnelled.
+        self._next = self._dst
+        if settings.tunnel:
+            node, port, vni = settings.tunnel
+            if not 0 < port < 1 << 16 or not 0 <= vni < 1 << 24:
+                raise UsageError("a UDP port has 16 bits, and a VNI 24")
+            self._next = _address(node)
 
     def __enter__(self) -> ProbeRun:
         place = self.settings.namespace
@@ -93,10 +107,7 @@ class ProbeRun:
             raise EnvironmentUnfit("raw sockets are refused", "run as root or with CAP_NET_RAW") from None
         except OSError as failure:
             self.__exit__()
-            raise EnvironmentUnfit(
-                f"cannot reach {self._dst} from {place or 'this namespace'}: {failure.strerror}",
-                "check the address and the routes there",
-            ) from failure
+            raise EnvironmentUnfit(f"cannot prepare probes: {failure.strerror}") from failure
         except BaseException:
             self.__exit__()
             raise
@@ -110,13 +121,23 @@ class ProbeRun:
     def stop(self) -> None:
         """End the run at the next step; probes on their way are counted as they stand."""
         self._stopped = True
+        if self._sockets:
+            # select(2) is resumed after a signal: only a readable socket ends it.
+            self._wake.send(b"\0")
 
     def _prepare(self) -> None:
         settings = self.settings
-        outer = settings.tunnel[0] if settings.tunnel else self._dst
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route:
-            route.connect((outer, 9))
+            try:
+                route.connect((self._next, 9))
+            except OSError as failure:  # EACCES is a route of type prohibit, or a broadcast address
+                raise EnvironmentUnfit(
+                    f"cannot reach {self._next} from {settings.namespace or 'this namespace'}: {failure.strerror}",
+                    "check the address and the routes there",
+                ) from failure
             self.src = route.getsockname()[0]
+        self._wake, self._woken = socket.socketpair()
+        self._sockets += [self._wake, self._woken]
         self._bind()
         self._out = self._raw(socket.IPPROTO_RAW)
         low, high = self.ports
@@ -126,12 +147,16 @@ class ProbeRun:
             _attach_filter(hear, _tcp_filter(self._dst, low, high))
             self._hear.append(hear)
         errors = self._raw(socket.IPPROTO_ICMP)
-        _attach_filter(errors, _icmp_filter(self._dst, low, high))
+        _attach_filter(errors, _icmp_filter(self._dst, settings.proto, settings.port, low, high))
         self._hear.append(errors)
         tunnel = None
         if settings.tunnel:
-            node, port, vni = settings.tunnel
+            _, port, vni = settings.tunnel
+            node = self._next
             tunnel = (self.src, node, port, vni)
+            outer_errors = self._raw(socket.IPPROTO_ICMP)
+            _attach_filter(outer_errors, _icmp_filter(node, UDP, port, 0, 0xFFFF))
+            self._hear.append(outer_errors)
             # Replies come back in the tunnel: the tap sees them before any tc program takes them.
             tap = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(0x0800))
             _attach_filter(tap, _vxlan_filter(node, port))
@@ -183,27 +208,55 @@ class ProbeRun:
         that were sent, by number.
         """
         self._on_done = on_done
+        try:
+            self._loop(on_sent)
+        finally:
+            for number in self._open:
+                self._reset(number)
+        for number in self._open:
+            self._on_done(self.probes[number])
+        self._open.clear()
+        return [self.probes[number] for number in sorted(self.probes)]
+
+    def _loop(self, on_sent: Callable[[Probe], None]) -> None:
         gap = 1 / self.settings.rate
-        start = time.monotonic()
-        sent = 0
+        count, sent = self.settings.count, 0
+        due = time.monotonic()
         with selectors.DefaultSelector() as selector:
-            for each in self._hear:
+            for each in (*self._hear, self._woken):
                 selector.register(each, selectors.EVENT_READ)
-            last = start
-            while not self._stopped:
+            while not self._stopped and (sent < count or self._open):
                 now = time.monotonic()
-                if sent < self.settings.count and now >= start + sent * gap:
+                if sent < count and now >= due:
                     self._send(sent, on_sent)
                     sent += 1
-                    last = time.monotonic()
+                    due = max(due + gap, now - _CATCH_UP_S)
+                deadline = self._deadline()
+                wake = min(due if sent < count else math.inf, deadline)
+                if wake == math.inf:
                     continue
-                if sent == self.settings.count and (not self._open or now >= last + self.settings.timeout_s):
-                    break
-                due = start + sent * gap if sent < self.settings.count else last + self.settings.timeout_s
-                for key, _ in selector.select(max(due - now, 0)):
-                    self._receive(key.fileobj)  # type: ignore[arg-type]
-        self._close_unanswered()
-        return [self.probes[number] for number in sorted(self.probes)]
+                ready = selector.select(max(wake - time.monotonic(), 0))
+                for key, _ in ready:
+                    if key.fileobj is not self._woken:
+                        self._receive(key.fileobj)  # type: ignore[arg-type]
+                # Expire only what was still unanswered once our sockets were empty.
+                if not ready and time.monotonic() >= deadline:
+                    self._expire(next(iter(self._open)))
+
+    def _deadline(self) -> float:
+        """When the oldest probe without an answer is given up."""
+        oldest = next(iter(self._open), None)
+        return math.inf if oldest is None else self.probes[oldest].sent_ns / 1e9 + self.settings.timeout_s
+
+    def _expire(self, number: int) -> None:
+        del self._open[number]
+        self._reset(number)
+        self._on_done(self.probes[number])
+
+    @property
+    def late(self) -> int:
+        """Probes whose reply came after their deadline: they stay unanswered."""
+        return len(self._late)
 
     def own_losses(self) -> int:
         """Packets that our own sockets dropped because we were slow: never losses of the network."""
@@ -227,13 +280,13 @@ class ProbeRun:
         )
         self._by_port[sport] = number
         try:
-            self._out.sendto(packet, (settings.tunnel[0] if settings.tunnel else self._dst, 0))
+            self._out.sendto(packet, (self._next, 0))
         except OSError as failure:
             self.probes[number] = replace(probe, outcome=Outcome.SEND_ERROR, detail=failure.strerror or "?")
             self._on_done(self.probes[number])
             return
         self.probes[number] = probe
-        self._open.add(number)
+        self._open[number] = None
         on_sent(probe)
 
     def _receive(self, source: socket.socket) -> None:
@@ -265,7 +318,7 @@ class ProbeRun:
             return
         if layer.is_icmp_error:
             detail = f"ICMP {_icmp_name(layer)} from {layer.src}"
-            self._done(self._number(packet.quoted), Outcome.REFUSED, now, detail)
+            self._done(self._quoted(packet), Outcome.REFUSED, now, detail)
         elif layer.proto == TCP and layer.flags & RST:
             self._done(self._number(layer), Outcome.REFUSED, now, f"TCP RST from {layer.src}")
         elif layer.proto == TCP and layer.flags & SYN:
@@ -275,6 +328,14 @@ class ProbeRun:
                 self._reset(number)
         elif layer.proto == UDP and str(layer.dst) == self.src:
             self._done(self._number(layer), Outcome.ANSWERED, now)
+
+    def _quoted(self, packet: Packet) -> int | None:
+        """The probe that an ICMP error is about: it may quote no more than the ports of a tunnel's packet."""
+        quoted = packet.quoted
+        if quoted is None or packet.tunnel or not self.settings.tunnel or quoted.dport != self.settings.tunnel[1]:
+            return self._number(quoted)
+        inner = self._number(packet.layers[2]) if len(packet.layers) > 2 else None
+        return self._by_port.get(self._template.inner_port(quoted.sport)) if inner is None else inner
 
     def _number(self, layer: Layer | None) -> int | None:
         if layer is None:
@@ -296,27 +357,23 @@ class ProbeRun:
         if number is None or probe is None:
             return
         if number not in self._open:
-            self.duplicates += 1
+            if probe.outcome is Outcome.UNANSWERED and number not in self._late:
+                self._late.add(number)
+            else:
+                self.duplicates += 1
             return
-        self._open.discard(number)
+        del self._open[number]
         self.probes[number] = replace(probe, outcome=outcome, rtt_ns=now - probe.sent_ns, detail=detail)
         self._on_done(self.probes[number])
-
-    def _close_unanswered(self) -> None:
-        for number in sorted(self._open):
-            self._reset(number)
-            self._on_done(self.probes[number])
-        self._open.clear()
 
     def _reset(self, number: int) -> None:
         if self.settings.proto != TCP:
             return
         packet = self._template.reset(number, self.probes[number].sport)
         try:
-            self._out.sendto(packet, (self.settings.tunnel[0] if self.settings.tunnel else self._dst, 0))
-        except OSError as failure:
-            if failure.errno not in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN):
-                raise
+            self._out.sendto(packet, (self._next, 0))
+        except OSError as failure:  # the route or the interface has gone, or a firewall of ours refuses
+            _log.info("no RST after probe %d: %s", number, failure.strerror)
 
 
 class _Here:
@@ -337,6 +394,8 @@ def _address(host: str) -> str:
             raise UsageError(f"no address for {host!r}: {failure.strerror}") from failure
     if found.version != 4:
         raise UsageError(f"{host} is IPv6", "probes are IPv4 so far")
+    if found.is_unspecified or found.is_multicast:
+        raise UsageError(f"{host} is not the address of one machine")
     return str(found)
 
 
@@ -369,12 +428,16 @@ def _tcp_filter(target: str, low: int, high: int) -> _Filter:
     )
 
 
-def _icmp_filter(target: str, low: int, high: int) -> _Filter:
+def _icmp_filter(target: str, proto: int, port: int, low: int, high: int) -> _Filter:
     """Errors that quote a packet of ours: it has no IP options, so its ports stand 28 bytes into the message."""
     return (
         (_LDX_IHL, 0, 0, 0),
         (_LD_W_X, 0, 0, 8 + 16),
-        (_JEQ, 0, 4, _ip(target)),
+        (_JEQ, 0, 8, _ip(target)),
+        (_LD_B_X, 0, 0, 8 + 9),
+        (_JEQ, 0, 6, proto),
+        (_LD_H_X, 0, 0, 8 + 22),
+        (_JEQ, 0, 4, port),
         (_LD_H_X, 0, 0, 8 + 20),
         (_JGE, 0, 2, low),
         (_JGT, 1, 0, high),

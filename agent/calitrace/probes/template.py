@@ -99,6 +99,10 @@ class Template:
             struct.pack_into("!H", packet, IP_BYTES, (sport ^ self._flow.dport) or 1)
         return bytes(packet)
 
+    def inner_port(self, outer: int) -> int:
+        """The source port of the probe whose tunnel packet came from UDP port *outer*."""
+        return outer ^ self._flow.dport
+
 
 def checksum(data: bytes) -> int:
     """The Internet checksum of *data*, RFC 1071."""
