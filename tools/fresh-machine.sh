@@ -39,7 +39,7 @@ cp /etc/hosts "$root/etc/hosts"
 if [ -s /etc/ssl/certs/ca-certificates.crt ]; then
 	cp /etc/ssl/certs/ca-certificates.crt "$root/etc/ssl/certs/ca-certificates.crt"
 fi
-git clone --quiet --no-hardlinks "$checkout" "$root/root/calitrace"
+git clone --quiet --no-hardlinks "$checkout" "$root/srv/calitrace"
 
 printf '== %s: %s\n' "$suite" "$*"
 # shellcheck disable=SC2016
@@ -56,5 +56,5 @@ unshare --mount --pid --fork --kill-child --propagation private bash -euc '
 		PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
 		PIP_CERT=/etc/ssl/certs/ca-certificates.crt PIP_ROOT_USER_ACTION=ignore \
 		${http_proxy:+http_proxy="$http_proxy"} ${https_proxy:+https_proxy="$https_proxy"} \
-		sh -c "cd /root/calitrace && exec \"\$@\"" sh "$@"
+		sh -c "cd /srv/calitrace && exec \"\$@\"" sh "$@"
 ' bash "$root" "$@" </dev/null

@@ -12,12 +12,13 @@ import socket
 import sys
 import threading
 import time
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from calitrace import __version__, journal
 from calitrace.calico import policy
 from calitrace.decode import Decoder
-from calitrace.errors import UsageError
+from calitrace.errors import Malformed, UsageError
 from calitrace.events import Stat
 from calitrace.kernel import discover, headers, symbols
 from calitrace.kernel.collectors import Collectors, Plan
@@ -47,12 +48,13 @@ class Recording:
         self._policy_dirs = tuple(policy_dirs)
         self._types = headers.kernel_btf()
         self.topology = discover.topology(client)
-        sizes = {n.state_bytes for n in self.topology.namespaces.values() if n.state_map}
+        nodes = discover.state_maps(self.topology)
+        sizes = {self.topology.namespaces[netns].state_bytes for netns in nodes}
         self._warnings: list[str] = []
         if len(sizes) > 1:
             self._warnings.append("nodes with different releases of Calico: only one state layout is read")
         self._state_bytes = max(sizes, default=plan.state_bytes)
-        self._plan = plan if not sizes else _with_state(plan, self._state_bytes)
+        self._plan = replace(plan, state_bytes=self._state_bytes)
         self._collectors = Collectors(self._plan, self._types)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._read, name="calitrace-ring", daemon=True)
@@ -77,6 +79,8 @@ class Recording:
         except BaseException:
             self._collectors.__exit__()
             self._stream.close()
+            if self._path is not None:
+                self._path.unlink()  # nothing was recorded, and the next try may use the name
             raise
         self._thread.start()
         return self
@@ -93,7 +97,10 @@ class Recording:
         rules: dict[int, str] = {}
         for directory in self._policy_dirs:
             for file in sorted(directory.glob("*.json")):
-                rules.update(policy.rule_names(file.read_bytes()))
+                try:
+                    rules.update(policy.rule_names(file.read_bytes()))
+                except (OSError, Malformed) as failure:  # Felix replaces these files as pods come and go
+                    self._warnings.append(f"no rule names from {file.name}: {failure}")
         return {
             "version": __version__,
             "node": socket.gethostname(),
@@ -167,12 +174,6 @@ class Recording:
         }
 
 
-def _with_state(plan: Plan, size: int) -> Plan:
-    from dataclasses import replace
-
-    return replace(plan, state_bytes=size)
-
-
 def _create(path: Path) -> BinaryIO:
     try:
         return path.open("xb")
@@ -183,8 +184,6 @@ def _create(path: Path) -> BinaryIO:
 
 
 def _plain(probe: Probe) -> dict[str, Any]:
-    from dataclasses import asdict
-
     return {**asdict(probe), "outcome": probe.outcome.value}
 
 

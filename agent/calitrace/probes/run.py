@@ -20,6 +20,7 @@ import socket
 import struct
 import time
 from array import array
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -98,7 +99,7 @@ class ProbeRun:
 
     def __enter__(self) -> ProbeRun:
         place = self.settings.namespace
-        inside: AbstractContextManager[None] = netns.inside(place) if place else _Here()
+        inside: AbstractContextManager[None] = netns.inside(place) if place else nullcontext()
         try:
             with inside:
                 self._prepare()
@@ -374,14 +375,6 @@ class ProbeRun:
             self._out.sendto(packet, (self._next, 0))
         except OSError as failure:  # the route or the interface has gone, or a firewall of ours refuses
             _log.info("no RST after probe %d: %s", number, failure.strerror)
-
-
-class _Here:
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        return None
 
 
 def _address(host: str) -> str:
