@@ -25,7 +25,7 @@ from pyroute2 import IPRoute
 from pyroute2 import netns as pyroute_netns
 
 from calitrace.calico import state as calico_state
-from calitrace.kernel import netns, syscall
+from calitrace.kernel import mounts, netns, syscall
 from calitrace.lab.dataplane import (
     UNAUTHORISED_SOURCE,
     Dataplane,
@@ -71,6 +71,7 @@ class Node:
     pod_ip: str
     number: int
     prefix: str
+    bpffs: Path
     namespace: str = ""
     pod: str = ""
     uplink: str = ""
@@ -226,7 +227,7 @@ def _add_pod(node: Node) -> None:
         route.neigh("add", dst=GATEWAY, lladdr="ee:ee:ee:ee:ee:ee", ifindex=pod, state="permanent")
         route.route("add", dst="default", gateway=GATEWAY, oif=pod)
     node.dataplane = Dataplane(
-        Path("/sys/fs/bpf") / f"{node.prefix}-{node.letter}",
+        node.bpffs / node.letter,
         NodeConfig(
             node.ip,
             Interface(node.uplink, node.index(node.uplink)),
@@ -283,10 +284,12 @@ def _serve(pod: str, stop: threading.Event) -> list[threading.Thread]:
 
 
 @pytest.fixture(scope="module")
-def lab() -> Iterator[Lab]:
-    """Two nodes with the dataplane loaded and quiet; all of it gone afterwards."""
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """Two nodes with the dataplane loaded and quiet, on a bpffs of their own; all of it gone afterwards."""
     prefix = f"dataplane{os.getpid()}"
-    made = Lab(prefix, Node("a", NODE_A, POD_A, 1, prefix), Node("b", NODE_B, POD_B, 2, prefix))
+    bpffs = tmp_path_factory.mktemp("bpffs")
+    mounts.mount_bpffs(bpffs)
+    made = Lab(prefix, Node("a", NODE_A, POD_A, 1, prefix, bpffs), Node("b", NODE_B, POD_B, 2, prefix, bpffs))
     stop = threading.Event()
     threads: list[threading.Thread] = []
     try:
@@ -306,6 +309,7 @@ def lab() -> Iterator[Lab]:
                 node.dataplane.unpin()
         for name in made.made:
             pyroute_netns.remove(name)
+        assert mounts.unmount(bpffs)
 
 
 @pytest.mark.parametrize("port", [30080, 30081], ids=["remote", "local"])
