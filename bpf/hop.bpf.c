@@ -12,13 +12,38 @@ struct hop_scratch {
 	u8 slack[SLACK_BYTES];
 };
 BPF_PERCPU_ARRAY(hop_scratches, struct hop_scratch, 5); /* one per kind: softirq may interrupt a task's hop */
-/* At net_dev_xmit the driver may have freed the packet: what QUEUE saw is kept by address until then. */
-BPF_TABLE("lru_hash", u64, struct hop_event, queued, 1024);
+/*
+ * At net_dev_xmit the driver may have freed the packet: the address is all that is left of it. QUEUE leaves it
+ * here, and the reader joins the two. A slot taken by another packet costs an XMIT, no more.
+ */
+#define QUEUED_SLOTS 4096
+BPF_ARRAY(queued, u64, QUEUED_SLOTS);
+
+static __always_inline u64 *queued_slot(u64 skbaddr)
+{
+	u32 slot = (skbaddr >> 8 ^ skbaddr >> 20) & (QUEUED_SLOTS - 1); /* an sk_buff takes 256 bytes of its slab */
+
+	return queued.lookup(&slot);
+}
+
+static __always_inline int send_hop(struct hop_event *e, u32 kind, int rc)
+{
+	count(STAT_HOP_MATCHED, 1);
+	e->ktime_ns = bpf_ktime_get_ns();
+	e->type = EVENT_HOP;
+	e->cpu = bpf_get_smp_processor_id();
+	e->kind = kind;
+	e->rc = rc;
+	if (events.ringbuf_output(e, sizeof(*e), wakeup(sizeof(*e))))
+		count(STAT_HOP_LOST, 1);
+	return 0;
+}
 
 static __always_inline int hop(struct sk_buff *skb, u32 kind)
 {
 	struct hop_scratch *s = hop_scratches.lookup(&kind);
 	struct window *window;
+	u64 *slot;
 	u32 bytes;
 
 	if (!s)
@@ -31,23 +56,18 @@ static __always_inline int hop(struct sk_buff *skb, u32 kind)
 	s->event.match = match_packet(window, bytes);
 	if (!s->event.match)
 		return 0;
-	count(STAT_HOP_MATCHED, 1);
-	s->event.ktime_ns = bpf_ktime_get_ns();
-	s->event.type = EVENT_HOP;
-	s->event.cpu = bpf_get_smp_processor_id();
-	s->event.kind = kind;
-	s->event.rc = 0;
 #ifdef WITH_LOG
 	if (kind == HOP_RECEIVE)
 		recorder_restart();
 	else if (kind == HOP_QUEUE)
 		recorder_flush();
 #endif
-	if (kind == HOP_QUEUE)
-		queued.update(&s->event.skbaddr, &s->event);
-	if (events.ringbuf_output(&s->event, sizeof(s->event), wakeup(sizeof(s->event))))
-		count(STAT_HOP_LOST, 1);
-	return 0;
+	if (kind == HOP_QUEUE) {
+		slot = queued_slot(s->event.skbaddr);
+		if (slot)
+			*slot = s->event.skbaddr;
+	}
+	return send_hop(&s->event, kind, 0);
 }
 
 int collect_receive(struct bpf_raw_tracepoint_args *ctx)
@@ -68,20 +88,15 @@ int collect_consume(struct bpf_raw_tracepoint_args *ctx)
 /* net_dev_xmit(skb, rc, dev, len) */
 int collect_xmit(struct bpf_raw_tracepoint_args *ctx)
 {
-	u64 skbaddr = ctx->args[0];
-	struct hop_event *e = queued.lookup(&skbaddr);
+	u32 kind = HOP_XMIT;
+	u64 skbaddr = ctx->args[0], *slot = queued_slot(skbaddr);
+	struct hop_scratch *s = hop_scratches.lookup(&kind);
 
 	count(STAT_HOP_SEEN, 1);
-	if (!e)
+	if (!s || !slot || *slot != skbaddr)
 		return 0;
-	count(STAT_HOP_MATCHED, 1);
-	e->ktime_ns = bpf_ktime_get_ns();
-	e->cpu = bpf_get_smp_processor_id();
-	e->kind = HOP_XMIT;
-	e->rc = ctx->args[1];
-	describe_device((struct net_device *)ctx->args[2], &e->ifindex, &e->netns);
-	if (events.ringbuf_output(e, sizeof(*e), wakeup(sizeof(*e))))
-		count(STAT_HOP_LOST, 1);
-	queued.delete(&skbaddr);
-	return 0;
+	*slot = 0;
+	s->event.skbaddr = skbaddr;
+	describe_device((struct net_device *)ctx->args[2], &s->event.ifindex, &s->event.netns);
+	return send_hop(&s->event, kind, ctx->args[1]);
 }

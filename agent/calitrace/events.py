@@ -102,7 +102,7 @@ DROP = Record(
 )
 HOP = Record(
     "hop_event",
-    "A probe packet passes: netif_receive_skb, net_dev_queue, net_dev_xmit or consume_skb.",
+    "A probe packet passes. XMIT has no packet any more, only address, device and rc: QUEUE has the rest.",
     (
         *_HEADER,
         *_PACKET,

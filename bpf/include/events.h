@@ -154,7 +154,7 @@ _Static_assert(__builtin_offsetof(struct drop_event, pad) == 100, "drop_event.pa
 _Static_assert(__builtin_offsetof(struct drop_event, capture) == 104, "drop_event.capture");
 _Static_assert(sizeof(struct drop_event) == 232, "drop_event");
 
-/* A probe packet passes: netif_receive_skb, net_dev_queue, net_dev_xmit or consume_skb. */
+/* A probe packet passes. XMIT has no packet any more, only address, device and rc: QUEUE has the rest. */
 struct hop_event {
 	u64 ktime_ns; /* CLOCK_MONOTONIC */
 	u16 type; /* enum event_type */

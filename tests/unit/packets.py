@@ -64,9 +64,10 @@ class Recorder:
         return {"ktime_ns": self.now_ns, "type": int(kind), "cpu": 0, "netns": netns}
 
     def hop(self, kind: HopKind, netns: int, ifindex: int, raw: bytes, skb: int = 0xAA, rc: int = 0) -> None:
-        """A packet passes."""
+        """A packet passes; of XMIT the kernel tells its address only."""
         fields = self._common(EventType.HOP, netns)
-        self.records.append(HOP.encode(**fields, kind=int(kind), rc=rc, ifindex=ifindex, skbaddr=skb, **_packet(raw)))
+        packet = {} if kind is HopKind.XMIT else _packet(raw)
+        self.records.append(HOP.encode(**fields, kind=int(kind), rc=rc, ifindex=ifindex, skbaddr=skb, **packet))
 
     def drop(self, netns: int, ifindex: int, raw: bytes, reason: int, skb: int = 0xAA, location: int = 0) -> None:
         """A packet is dropped."""

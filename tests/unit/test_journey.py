@@ -98,3 +98,12 @@ def test_a_passage_of_another_packet_is_left_out() -> None:
     first, second = journeys.journeys[0].steps
     assert first.passages == []
     assert [passage.interface for passage in second.passages] == ["eth0"]
+
+
+def test_xmit_without_its_queue_is_counted() -> None:
+    recorder = Recorder()
+    recorder.hop(HopKind.XMIT, NS, 2, packets.syn())
+    journeys = Journeys(RUN_ID, probes(TCP), HERE)
+    for event in Decoder().iter_events(recorder.records):
+        journeys.feed(event)
+    assert (journeys.unjoined, journeys.journeys[0].steps) == (1, [])

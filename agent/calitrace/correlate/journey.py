@@ -11,12 +11,13 @@ counted as outside, never located).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
 from calitrace import identity
 from calitrace.calico.log import Assembler, Passage
+from calitrace.events import HopKind
 from calitrace.model import Drop, Event, Hop, LogLine, PacketEvent, StateCopy
 from calitrace.packet import RST, SYN, TCP
 
@@ -99,6 +100,7 @@ class Journeys:
         self._assembler = Assembler()
         self._passages: dict[int, list[Passage]] = {}
         self._last_step: dict[int, Step] = {}  # by CPU, for the state that follows its drop
+        self._queued: dict[tuple[int, int, int], Hop] = {}  # by address and device, until XMIT
         self.outside = 0  # probe packets in namespaces that are not ours to judge
         self.unjoined = 0  # packets that matched in the kernel and are no probe of this run
 
@@ -111,7 +113,15 @@ class Journeys:
             step = self._last_step.get(event.cpu)
             if step is not None and step.event.skbaddr == event.skbaddr and isinstance(step.event, Drop):
                 step.state = event
+        elif isinstance(event, Hop) and event.kind is HopKind.XMIT:
+            queued = self._queued.pop((event.skbaddr, event.netns, event.ifindex), None)
+            if queued is None:
+                self.unjoined += 1
+            else:
+                self._packet(replace(queued, ktime_ns=event.ktime_ns, cpu=event.cpu, kind=event.kind, rc=event.rc))
         elif isinstance(event, (Hop, Drop)):
+            if isinstance(event, Hop) and event.kind is HopKind.QUEUE:
+                self._queued[event.skbaddr, event.netns, event.ifindex] = event
             self._packet(event)
 
     def _packet(self, event: Hop | Drop) -> None:
