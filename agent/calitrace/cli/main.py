@@ -15,6 +15,7 @@ from calitrace.errors import Error
 COMMANDS = {
     "doctor": "Say what this machine lacks, and what is lost without it.",
     "lab": "Two Calico-like nodes in network namespaces of this machine.",
+    "log": "Read Calico's debug log and put it together into packets.",
     "probe": "Send identified probes and say where they died.",
     "report": "Print the verdicts of a recorded journal.",
 }
@@ -71,8 +72,7 @@ def run() -> None:
         sys.exit(wrong.exit_code)
     except Error as failure:
         sys.exit(explain(failure, "--debug" in sys.argv))
-    except BrokenPipeError:  # the reader of our output has gone: `calitrace ... | head`
-        sys.stderr.close()
+    except SystemExit:  # click's answer to a reader that has gone: `calitrace ... | head`
         sys.exit(141)
     sys.exit(status if isinstance(status, int) else 0)
 
