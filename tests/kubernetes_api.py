@@ -7,8 +7,10 @@ refuse, delay or cut requests (`refuse`), and a stop and start on the same port.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import socket
 import ssl
 import threading
 from dataclasses import dataclass, field
@@ -95,6 +97,7 @@ class KubernetesApi:
         self.rules: list[Rule] = []
         self.requests: list[str] = []
         self.tls = tls
+        self.connections: set[socket.socket] = set()
         self._port = 0
         self._server: ThreadingHTTPServer | None = None
         self._thread: threading.Thread | None = None
@@ -137,13 +140,16 @@ class KubernetesApi:
         self._thread.start()
 
     def stop(self) -> None:
-        """Refuse connections; the objects stay."""
+        """Refuse connections and cut those that stand; the objects stay."""
         if self._server is None or self._thread is None:
             return
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
         self._server = None
+        for connection in list(self.connections):
+            with contextlib.suppress(OSError):  # its client has gone already
+                connection.shutdown(socket.SHUT_RDWR)
         for rule in self.rules:
             if rule.wait:
                 rule.wait.set()
@@ -225,6 +231,14 @@ class KubernetesApi:
 class _Handler(BaseHTTPRequestHandler):
     server_api: KubernetesApi
     protocol_version = "HTTP/1.1"
+
+    def setup(self) -> None:
+        super().setup()
+        self.server_api.connections.add(self.connection)
+
+    def finish(self) -> None:
+        self.server_api.connections.discard(self.connection)
+        super().finish()
 
     def log_message(self, *_: object) -> None:
         """Silence."""

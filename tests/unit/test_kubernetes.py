@@ -12,7 +12,7 @@ from calitrace.cluster.kubernetes import ApiRefused, Cluster
 from calitrace.errors import EnvironmentUnfit, Exit
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 NODES = "/api/v1/nodes"
@@ -78,10 +78,11 @@ def test_merge_patch_and_conflicts(api: KubernetesApi, cluster: Cluster) -> None
         {"metadata": {"resourceVersion": version}, "spec": {"bpfLogLevel": None, "b": {"y": "2"}}},
     )
     assert changed["spec"] == {"b": {"x": "1", "y": "2"}}
-    for attempt in (
+    attempts: list[Callable[[], object]] = [
         lambda: cluster.merge(f"{FELIX}/node.a", {"metadata": {"resourceVersion": version}, "spec": {"b": None}}),
         lambda: cluster.delete(f"{FELIX}/node.a", version),
-    ):
+    ]
+    for attempt in attempts:
         with pytest.raises(ApiRefused, match="modified") as raised:
             attempt()
         assert raised.value.status == 409
@@ -157,7 +158,7 @@ def test_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_watch_by_the_official_client(api: KubernetesApi, tmp_path: Path) -> None:
-    from kubernetes import client, config, watch
+    from kubernetes import client, config, watch  # type: ignore[attr-defined, unused-ignore]
 
     api.put(f"{NODES}/a", {"metadata": {"labels": {"x": "1"}}})
     configuration = client.Configuration()
@@ -169,5 +170,5 @@ def test_a_watch_by_the_official_client(api: KubernetesApi, tmp_path: Path) -> N
         api.put(f"{NODES}/b", {})
         api.remove(f"{NODES}/a")
         events = watch.Watch().stream(core.list_node, resource_version=listed.metadata.resource_version)
-        seen = [(event["type"], event["object"].metadata.name) for event, _ in zip(events, range(2), strict=False)]
+        seen = [(event["type"], event["object"].metadata.name) for _, event in zip(range(2), events, strict=False)]
     assert seen == [("ADDED", "b"), ("DELETED", "a")]

@@ -105,7 +105,7 @@ class Cluster:
 
     def merge(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """JSON merge patch (RFC 7386). With metadata.resourceVersion in *body*: status 409 when it is another."""
-        return self._request("PATCH", path, {}, json.dumps(body), "application/merge-patch+json")
+        return self._request("PATCH", path, {}, body, "application/merge-patch+json")
 
     def delete(self, path: str, resource_version: str) -> dict[str, Any]:
         """Remove an object; ApiRefused with status 409 unless it is still of *resource_version*."""
@@ -113,7 +113,7 @@ class Cluster:
         return self._request("DELETE", path, {}, body, "application/json")
 
     def _request(
-        self, method: str, path: str, query: dict[str, str], body: dict[str, Any] | str | None = None, content: str = ""
+        self, method: str, path: str, query: dict[str, str], body: dict[str, Any] | None = None, content: str = ""
     ) -> dict[str, Any]:
         from kubernetes.client import ApiException
         from urllib3.exceptions import HTTPError
@@ -180,14 +180,14 @@ def _refusal(method: str, path: str, status: int, raw: bytes) -> ApiRefused:
 
 def _unreachable(server: str, failed: Exception) -> ApiRefused:
     """The error of a request that got no answer."""
-    from urllib3.exceptions import ConnectTimeoutError, ReadTimeoutError
+    from urllib3.exceptions import NewConnectionError, TimeoutError
 
     text = _one_line(failed)
     if "SSLError" in text or "CERTIFICATE" in text.upper():
         return ApiRefused(
             0, f"TLS with {server} failed: {text}", "the kubeconfig's certificate-authority does not fit this server"
         )
-    if isinstance(failed, ConnectTimeoutError | ReadTimeoutError):
+    if isinstance(failed, TimeoutError) and not isinstance(failed, NewConnectionError):
         return ApiRefused(0, f"{server} did not answer in time", "is it the right server, and is it healthy?")
     return ApiRefused(0, f"cannot reach {server}: {text}", "is the API server up, and reachable from this node?")
 
