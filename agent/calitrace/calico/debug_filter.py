@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 Release = tuple[int, int]
 
 FILTERS_SINCE: Release = (3, 27)
+EVERYTHING = "ip or ip6 or arp"
 COST = "Debug costs 12 to 28 microseconds for each packet that is logged, in each program that it passes"
 
 
@@ -117,7 +118,7 @@ def log_filters(text: str, interfaces: Iterable[str] = ()) -> dict[str, str]:
     names = list(interfaces)
     if not text and not names:
         return {}
-    return dict.fromkeys(names or ["all"], text or "ip or ip6 or arp")
+    return dict.fromkeys(names or ["all"], text or EVERYTHING)
 
 
 def _end(host: str, port: int) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calitrace.calico.debug_filter import COST, has_filters, preconditions
+from calitrace.calico.debug_filter import COST, has_filters, log_filters, preconditions
 from calitrace.cluster.kubernetes import ApiRefused
 from calitrace.cluster.undo import DIRECTORY, Outcome, Record, Watchdog, replacing
 from calitrace.errors import EnvironmentUnfit, NotCalico
@@ -97,7 +97,7 @@ def change(
     wanted: dict[str, Any] = {"bpfLogLevel": "Debug"}
     if has_filters(calico):
         if filters or now.get("bpfLogFilters"):
-            wanted["bpfLogFilters"] = filters
+            wanted["bpfLogFilters"] = filters or log_filters("", ["all"])  # an empty map would not win over default's
     elif filters:
         warnings.append("without bpfLogFilters the filter is applied by calitrace only, after the cost")
     ours = {name: value for name, value in wanted.items() if now.get(name) != value}
@@ -192,7 +192,9 @@ class DebugLevel:
 
     def check(self) -> None:
         """Raise EnvironmentUnfit when a program went missing: leave the ``with`` then. To be called now and then."""
-        now = self._programs()
+        self._require(self._programs())
+
+    def _require(self, now: Programs) -> None:
         missing = [place for place in self._before if now.get(place) == ()]
         if missing:
             raise EnvironmentUnfit(
@@ -252,8 +254,8 @@ class DebugLevel:
         """Until each program that was attached is replaced by another."""
         end = time.monotonic() + self._reload_s
         while True:
-            self.check()
             now = self._programs()
+            self._require(now)
             old = [place for place, ids in self._before.items() if place in now and set(ids) & set(now[place])]
             if not old:
                 return

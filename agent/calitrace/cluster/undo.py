@@ -201,7 +201,7 @@ class Watchdog:
             raise EnvironmentUnfit(f"the watchdog cannot be started: {failed}") from failed
         finally:
             os.close(descriptor)
-        answer = self._line(START_S) or {}
+        answer = self._line(START_S)
         if "ready" not in answer:
             self._process.kill()
             self._process.wait()
@@ -229,7 +229,7 @@ class Watchdog:
         assert self._process.stdin
         self._process.stdin.close()
         answer = self._line(timeout_s)
-        if answer is None:  # it ended without a word: somebody killed it, so its lock is free
+        if "ended" in answer:  # it ended without a word: somebody killed it, so its lock is free
             self._process.wait()
             with _free(self.path) as free:
                 outcome = _replay(self.path) if free else Outcome(self.record.path, False, "put back already")
@@ -242,15 +242,15 @@ class Watchdog:
         self._close_pipes()
         return outcome
 
-    def _line(self, timeout_s: float) -> dict[str, Any] | None:
-        """Its result, or else the last thing it said until *timeout_s* ({}: nothing); None when it has ended."""
+    def _line(self, timeout_s: float) -> dict[str, Any]:
+        """Its result, or else the last error that it told until *timeout_s*; "ended" in it without result."""
         assert self._process.stdout
         end = time.monotonic() + timeout_s
         answer: dict[str, Any] = {}
         while select.select([self._process.stdout], [], [], max(end - time.monotonic(), 0))[0]:
             line = self._process.stdout.readline()
             if not line:
-                return None
+                return answer | {"ended": True}
             answer = json.loads(line)
             if "error" not in answer:
                 break
