@@ -46,7 +46,7 @@ def test_releases() -> None:
         None,
         None,
     ]
-    assert [has_filters(text) for text in ("v3.26.9", "v3.27.0", "v4.0.0", "")] == [False, True, True, False]
+    assert [has_filters(text) for text in ("v3.26.9", "v3.27.0", "v4.0.0", "")] == [False, True, True, True]
 
 
 def test_the_expression_has_service_backends_and_tunnel() -> None:

@@ -19,7 +19,7 @@ from calitrace.cluster import felix
 from calitrace.cluster.felix import Change, DebugLevel
 from calitrace.cluster.kubernetes import ApiRefused, Cluster
 from calitrace.cluster.undo import Record, Watchdog, difference, replacing, replay
-from calitrace.errors import EnvironmentUnfit, NotCalico
+from calitrace.errors import EnvironmentUnfit, NotCalico, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -102,6 +102,7 @@ def place(tmp_path: Path) -> Iterator[Place]:
     with KubernetesApi(apis=("apps/v1",)) as api:
         api.put(f"{GROUP}/clusterinformations/default", {"spec": {"calicoVersion": "v3.28.1"}})
         api.put(f"{FELIX}/default", {"spec": {"bpfEnabled": True}})
+        api.put("/api/v1/nodes/a", {})
         api.put(DAEMONSET, daemonset({"name": "FELIX_LOGSEVERITYSCREEN", "value": "info"}))
         kubeconfig = api.kubeconfig(tmp_path / "config")
         directory = tmp_path / "undo"
@@ -424,13 +425,41 @@ def test_what_cannot_be_read_is_said(place: Place) -> None:
     assert "release of Calico is not known" in place.change().warnings[0]
 
 
+def test_a_node_that_is_not_there(place: Place) -> None:
+    place.api.remove("/api/v1/nodes/a")
+    with pytest.raises(UsageError, match="has no node 'a'"):
+        place.change()
+    place.api.refuse("nodes", 403)
+    assert place.change().ours == DEBUG
+
+
+def test_a_late_change_is_seen(place: Place) -> None:
+    """The request outlives our waiting for its answer: the watchdog looks, waits it out, and looks again."""
+    place.api.put(OWN, {"spec": {"bpfLogLevel": "Off"}})
+    go_on = place.api.hold("PATCH")
+
+    def looked() -> None:  # owner, then watchdog: the change arrives after it found nothing to put back
+        if any(line == f"PATCH {OWN}" for line in place.api.requests):
+            seen.append(place.spec())
+            go_on.set()
+            place.api.rules.clear()
+
+    seen: list[Any] = []
+    place.api.before(f"GET {OWN}", looked, times=-1)
+    with pytest.raises(EnvironmentUnfit, match="did not answer in time"), place.debug():
+        pytest.fail("entered")
+    assert seen == [{"bpfLogLevel": "Off"}]
+    patches = [line for line in place.api.requests if line == f"PATCH {OWN}"]
+    assert len(patches) == 2
+    assert place.spec() == {"bpfLogLevel": "Off"}
+    assert place.records() == []
+
+
 def test_a_cluster_without_calico(tmp_path: Path) -> None:
-    with (
-        KubernetesApi() as api,
-        Cluster(api.kubeconfig(tmp_path / "config")) as cluster,
-        pytest.raises(NotCalico, match="no FelixConfiguration"),
-    ):
-        felix.change(cluster, "a", {}, "6.8.0")
+    with KubernetesApi() as api, Cluster(api.kubeconfig(tmp_path / "config")) as cluster:
+        api.put("/api/v1/nodes/a", {})
+        with pytest.raises(NotCalico, match="no FelixConfiguration"):
+            felix.change(cluster, "a", {}, "6.8.0")
 
 
 def test_a_watchdog_that_cannot_work_or_record_leaves_nothing(place: Place, tmp_path: Path) -> None:

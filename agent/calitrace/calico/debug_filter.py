@@ -90,8 +90,8 @@ def preconditions(calico: str, kernel: str, lockdown: str) -> list[Precondition]
 
 
 def has_filters(calico: str) -> bool:
-    """Whether this release has bpfLogFilters; a release that is not known has none."""
-    return (release(calico) or (0, 0)) >= FILTERS_SINCE
+    """Whether this release has bpfLogFilters. One that is not known may: where they are unknown the API drops them."""
+    return (release(calico) or FILTERS_SINCE) >= FILTERS_SINCE
 
 
 def expression(ends: Iterable[tuple[str, int]], vxlan_port: int = 4789) -> str:

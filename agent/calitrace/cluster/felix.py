@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from calitrace.calico.debug_filter import COST, has_filters, log_filters, preconditions
 from calitrace.cluster.kubernetes import ApiRefused
 from calitrace.cluster.undo import DIRECTORY, Outcome, Record, Watchdog, replacing
-from calitrace.errors import EnvironmentUnfit, NotCalico
+from calitrace.errors import EnvironmentUnfit, NotCalico, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -78,8 +78,15 @@ def change(
     """What has to be changed for Debug with *filters* (see calico.debug_filter) on *node*.
 
     *kernel*: ``uname -r`` of that node; *locked*: its lockdown. Raises EnvironmentUnfit where Debug is known to cut
-    the network or to show nothing (*force* makes that a warning) and where the environment of Felix decides.
+    the network or to show nothing (*force* makes that a warning) and where the environment of Felix decides;
+    UsageError when there is no such node.
     """
+    try:
+        if cluster.find(f"/api/v1/nodes/{node}") is None:
+            raise UsageError(f"{cluster.server} has no node {node!r}", "say which one this is with --node")
+    except ApiRefused as refused:
+        if refused.status != 403:  # without that permission a wrong name shows later: no program is loaded anew
+            raise
     calico = calico_release(cluster)
     found = preconditions(calico, kernel, locked)
     refusals = [each.text for each in found if each.refuse]
