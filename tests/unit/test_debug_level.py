@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -470,6 +470,18 @@ def test_a_watchdog_that_cannot_work_or_record_leaves_nothing(place: Place, tmp_
     (tmp_path / "file").write_text("")
     with pytest.raises(EnvironmentUnfit, match="cannot write the undo record"):
         Watchdog(record, 600, tmp_path / "file" / "undo")
+
+
+def test_a_kubeconfig_that_leads_to_another_cluster_by_now(place: Place) -> None:
+    record = Record("https://other", place.kubeconfig, "", OWN, True, {}, DEBUG, 0.0, "", 1)
+    (place.directory / "x.json").write_text(json.dumps(asdict(record)))
+    place.api.put(OWN, {"spec": DEBUG})
+    (outcome,) = replay(place.directory)
+    assert outcome.pending
+    assert f"changed on https://other, and the kubeconfig says {place.api.url}" in outcome.text
+    assert (place.spec(), place.records()) == (DEBUG, ["x.json"])
+    with pytest.raises(EnvironmentUnfit, match=r"the watchdog cannot work: .* was changed on https://other"):
+        Watchdog(record, 600, place.directory)
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"path": 1}', "\x00"])

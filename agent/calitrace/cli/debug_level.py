@@ -50,6 +50,7 @@ def enabled(
     from calitrace.cluster.kubernetes import Cluster
     from calitrace.kernel.attached import calico_programs
 
+    put_back_leftovers(directory)
     with Cluster(kubeconfig) as cluster:
         behind = [each for host, port in ends for each in services.backends(cluster, host, port)]
         text = debug_filter.expression([*ends, *behind], vxlan_port)

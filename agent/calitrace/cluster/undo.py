@@ -139,10 +139,20 @@ def replay(directory: Path = DIRECTORY) -> list[Outcome]:
 def _replay(path: Path) -> Outcome:
     try:
         record = load(path)
-        with Cluster(record.kubeconfig, record.context) as cluster:
+        with _connect(record) as cluster:
             return _restored(cluster, record, path)
     except Error as failed:
         return Outcome(str(path), True, f"a change of calitrace could not be put back: {failed.cause}")
+
+
+def _connect(record: Record) -> Cluster:
+    """The cluster of the record. Raises EnvironmentUnfit when the kubeconfig leads to another one by now."""
+    cluster = Cluster(record.kubeconfig, record.context)
+    if cluster.server != record.server:
+        raise EnvironmentUnfit(
+            f"{record.path.rpartition('/')[2]} was changed on {record.server}, and the kubeconfig says {cluster.server}"
+        )
+    return cluster
 
 
 @contextlib.contextmanager
@@ -323,8 +333,8 @@ def _wait(seconds: float) -> bool:
 
 
 def _say(**answer: Any) -> None:
-    """One JSON line to the owner, who may be dead."""
-    with contextlib.suppress(BrokenPipeError):
+    """One JSON line to the owner, who may be dead, or not listening while the pipe is full."""
+    with contextlib.suppress(BrokenPipeError, BlockingIOError):
         os.write(1, json.dumps(answer).encode() + b"\n")
 
 
@@ -332,10 +342,11 @@ def main(path: Path, seconds: float) -> None:
     """The watchdog: ``python -m calitrace.cluster.undo RECORD SECONDS``; its owner is at the other end of stdin."""
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
         signal.signal(number, signal.SIG_IGN)
+    os.set_blocking(1, False)
     syslog.openlog("calitrace", syslog.LOG_PID, syslog.LOG_DAEMON)
     try:
         record = load(path)
-        cluster = Cluster(record.kubeconfig, record.context)
+        cluster = _connect(record)
     except Error as failed:
         _say(error=failed.cause)
         return
