@@ -259,8 +259,11 @@ class Passage:
         return self.facts.ports
 
     def cause(self) -> str:
-        """Why it was dropped, from the line that says so; empty when none does."""
-        for line in reversed(self.lines):
+        """Why it was dropped, from the line that says so; empty when none does.
+
+        Without a verdict only the last line can say so: those before it may speak of what was mended later.
+        """
+        for line in reversed(self.lines if self.verdict else self.lines[-1:]):
             if (found := _RPF.match(line.text)) and found["result"] == "0":
                 result = FIB_RESULTS.get(int(found["rc"]), found["rc"])
                 return f"the reverse path check of the source failed (FIB result {result})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 import signal
 import sys
 import time
@@ -17,13 +18,18 @@ from calitrace.errors import Exit, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Generator
+    from contextlib import AbstractContextManager
 
     from calitrace.calico.log import Line
     from calitrace.calico.passage import Passage
     from calitrace.cli.logsource import Input
+    from calitrace.cluster.felix import DebugLevel
     from calitrace.kernel.pcap import Filter
 
 _UNATTENDED_S = 60.0  # a live run ends by itself where no terminal is attached
+_LOOK_EVERY_S = 2.0
+_GRACE_S = 30.0
+_ENDS = re.compile(r"(?:(?:src|dst|tcp|udp|ip|ip6) )*(?:host (?P<host>\S+)|port (?P<port>\d+))")
 _COLOURS = {"DENY": "red", "": "yellow"}
 
 
@@ -62,6 +68,17 @@ Examples:
 @click.option("--stats", is_flag=True, help="Only the statistics, at the end.")
 @click.option("--all", "everything", is_flag=True, help="Also lines that belong to no packet.")
 @click.option("-v", "--verbose", is_flag=True, help="Explain each packet, and show its lines.")
+@click.option(
+    "--enable-debug", is_flag=True, help="Set bpfLogLevel=Debug on this node for the time of the run, and put it back."
+)
+@click.option("--allow-system-changes", "allowed", is_flag=True, help="Allow --enable-debug to do so.")
+@click.option("--node", default="", help="This node's name in Kubernetes.  [default: the host's]")
+@click.option(
+    "--netns", default="", help="Network namespace of Calico's programs, for --enable-debug.  [default: ours]"
+)
+@click.option("--kubeconfig", default="", help="For --enable-debug.  [default: as kubectl]")
+@click.option("--vxlan-port", default=4789, show_default=True, help="Felix's vxlanPort, for --enable-debug.")
+@click.option("--force", is_flag=True, help="Also where Debug is known to cut the network or to print nothing.")
 def command(**options: Any) -> int:
     """Read Calico's debug log and put its lines together into packets.
 
@@ -91,6 +108,13 @@ class Settings:
     stats: bool
     everything: bool
     verbose: bool
+    enable_debug: bool
+    allowed: bool
+    node: str
+    netns: str
+    kubeconfig: str
+    vxlan_port: int
+    force: bool
 
     def validate(self) -> None:
         """Raises UsageError for options that contradict each other."""
@@ -98,6 +122,16 @@ class Settings:
             raise UsageError("-f follows a file", "add -r FILE; live sources and pipes are followed anyway")
         if self.inputs is not None and self.source != "auto":
             raise UsageError("--source is for live runs", "leave out -r or --source")
+        if self.enable_debug and self.inputs is not None:
+            raise UsageError("--enable-debug is for live runs", "leave out -r or --enable-debug")
+
+    @property
+    def seconds(self) -> float | None:
+        """How long a run lasts, None for as long as the user likes."""
+        if self.duration is not None or self.inputs is not None:
+            return self.duration
+        # What changes the node ends by itself, whoever may be watching.
+        return None if sys.stdout.isatty() and not self.enable_debug else _UNATTENDED_S
 
     def wants(self, passage: Passage) -> bool:
         """Whether a passage passes the filters, but for the pcap expression."""
@@ -108,8 +142,12 @@ class Settings:
         return not self.interfaces or any(_is_named(passage, name) for name in self.interfaces)
 
 
+def _is_pattern(name: str) -> bool:
+    return any(special in name for special in "*?[")
+
+
 def _is_named(passage: Passage, name: str) -> bool:
-    if any(special in name for special in "*?["):
+    if _is_pattern(name):
         return fnmatch.fnmatchcase(passage.interface, name)
     return passage.tag.is_of(name)
 
@@ -127,6 +165,8 @@ class _Session:
         self._stats = report.Stats()
         self._shown = 0
         self._stopped = False
+        self._level: DebugLevel | None = None
+        self._look_at = 0.0
         self._filter: Filter | None = None
         if settings.expression:
             from calitrace.kernel.pcap import Filter
@@ -145,6 +185,8 @@ class _Session:
                 source = open_file(settings.inputs, follow=settings.follow, path=settings.path, stack=stack)
             else:
                 source = open_live(settings.source, interfaces=settings.interfaces, path=settings.path, stack=stack)
+            if settings.enable_debug:
+                self._level = stack.enter_context(_debug(settings))
             if source.live:
                 click.echo(f"listening to {source.live}", err=True)
             if settings.output == "table" and not settings.stats:
@@ -162,18 +204,22 @@ class _Session:
 
     def _consume(self, source: Input) -> None:
         settings = self._settings
-        seconds = settings.duration
-        if seconds is None and settings.inputs is None and not sys.stdout.isatty():
-            seconds = _UNATTENDED_S
-        deadline = time.monotonic() + seconds if seconds is not None else None
+        deadline = time.monotonic() + settings.seconds if settings.seconds is not None else None
         for batch in source.batches:
             self._take(batch)
             if self._is_full():
                 return
+            self._watch()
             if self._stopped or (deadline is not None and time.monotonic() >= deadline):
                 self._take(source.last())
                 return
             sys.stdout.flush()
+
+    def _watch(self) -> None:
+        """See to it, every few seconds, that Debug has cost no interface its program."""
+        if self._level is not None and time.monotonic() >= self._look_at:
+            self._level.check()
+            self._look_at = time.monotonic() + _LOOK_EVERY_S
 
     def _take(self, lines: Generator[Line, None, None]) -> None:
         feed, keep = self._assembler.feed, self._settings.everything and not self._settings.stats
@@ -233,6 +279,31 @@ class _Session:
             click.echo(lines[0], err=True)
         if not source.reader.total and settings.inputs is None:
             click.echo("nothing was logged: is bpfLogLevel Debug, and is there traffic?", err=True)
+
+
+def _debug(settings: Settings) -> AbstractContextManager[DebugLevel]:
+    """Debug while it is entered. Its filter is made of the addresses and ports of ours; all else is ours alone.
+
+    Calico's filter sees packets before NAT and in the tunnel: a service there needs its backends, which the API knows.
+    """
+    from calitrace.cli.debug_level import enabled
+
+    text = " ".join(settings.expression)
+    hosts = [found["host"] for found in _ENDS.finditer(text) if found["host"]]
+    ports = [int(found["port"]) for found in _ENDS.finditer(text) if found["port"]]
+    ends = [(host, port) for host in hosts or [""] for port in ports or [0]] if hosts or ports else []
+    # Leaves one more than the run needs to end: the deadline is for a run that hangs.
+    return enabled(
+        allowed=settings.allowed,
+        node=settings.node,
+        kubeconfig=settings.kubeconfig,
+        ends=[] if " not " in f" {text} " or "!" in text else ends,
+        interfaces=[each for each in settings.interfaces if not _is_pattern(each)],
+        vxlan_port=settings.vxlan_port,
+        seconds=(settings.seconds or _UNATTENDED_S) + _GRACE_S,
+        force=settings.force,
+        namespace=settings.netns,
+    )
 
 
 def _printable(text: str) -> str:

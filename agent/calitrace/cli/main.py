@@ -6,12 +6,14 @@ import importlib
 import logging
 import sys
 import traceback
+from pathlib import Path
 
 import click
 
 from calitrace import __version__
 from calitrace.errors import Error
 
+UNDO = Path("/var/lib/calitrace/undo")  # what an earlier run changed; see cluster/undo.py, which is slow to import
 COMMANDS = {
     "doctor": "Say what this machine lacks, and what is lost without it.",
     "lab": "Two Calico-like nodes in network namespaces of this machine.",
@@ -59,6 +61,10 @@ def cli(ctx: click.Context, debug: bool) -> None:
         level=logging.DEBUG if debug else logging.WARNING,
         format="%(levelname)s %(name)s: %(message)s",
     )
+    if any(UNDO.glob("*.json")):
+        from calitrace.cli.debug_level import put_back_leftovers
+
+        put_back_leftovers()
 
 
 def run() -> None:
