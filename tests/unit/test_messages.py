@@ -41,11 +41,10 @@ def texts(draw: st.DrawFn) -> tuple[Message, str, tuple[int, int], dict[str, str
     """A message of some release, as that release prints it, and the values in it."""
     message = draw(st.sampled_from(MESSAGES))
     era = draw(st.sampled_from([era for era in ERAS.values() if lives(message, era)] or [release(message.since)]))
-    version = draw(st.sampled_from([4, 6]))
     kinds: dict[str, st.SearchStrategy[str | int]] = {
         "d": st.integers(-(2**31), 2**64 - 1),
         "x": st.integers(0, 2**32 - 1),
-        "ip": st.ip_addresses(v=version).map(str),
+        "ip": st.ip_addresses().map(str),
         "w": st.from_regex(r"[a-z0-9]{1,15}", fullmatch=True),
         "t": st.sampled_from(["", " (x)", ": 1 2"]),
     }

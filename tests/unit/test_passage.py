@@ -292,6 +292,30 @@ def test_lines_of_others_are_no_packets() -> None:
     assert (reader.counts[Form.OTHER], reader.total) == (1, 2)
 
 
+@pytest.mark.parametrize(
+    "before", ["", "  12\t", "> ", "2026-01-02T03:04:05Z stdout F ", "calico-node-x7k2p calico-node | "]
+)
+def test_pasted_lines_without_a_header(before: str) -> None:
+    done, _, reader = assembled([before + line for line in eth(START, END)])
+    assert [(p.interface, p.cpu, p.verdict, p.execution_ns) for p in done] == [("eth0", -1, "ALLOW", 5)]
+    assert reader.counts[Form.CALICO] == 2
+
+
+def test_a_cache_that_is_full_is_begun_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("calitrace.calico.log._CACHED", 3)
+    for release, number in CASES[:3]:
+        raw = TRACES[release][number][1]
+        assert [line[:3] for line in Reader().read(raw)] == [line[:3] for each in raw for line in Reader().read([each])]
+
+
+def test_connect_time_and_comments_are_kept_apart() -> None:
+    lines = list(Reader().read([*printed("CALI-C: NAT miss."), "# tracer: nop"]))
+    assert [(line.form, line.tag and (line.tag.program, line.tag.hook)) for line in lines] == [
+        (Form.CALICO, ("CTLB", "")),
+        (Form.OTHER, None),
+    ]
+
+
 # -- single lines -----------------------------------------------------------------------------------------
 
 
@@ -335,6 +359,7 @@ def test_reverse_path_check_is_a_cause_only_when_it_fails() -> None:
         (["CT-6 result: 3"], {"conntrack": "result 3"}),
         (["CT-6 Hit! NORMAL entry.", "CT-6 result: 1"], {"conntrack": "established"}),
         (["pol_rc=2"], {"policy": "deny"}),
+        (["pol_rc=0"], {"policy": ""}),
         (["pol_rc=9"], {"policy": "9"}),
         (["WEP with no policy, deny."], {"policy": "no policy, deny"}),
         (["NAT: no backend"], {"no_backend": True}),

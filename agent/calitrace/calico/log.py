@@ -51,7 +51,7 @@ class Form(Enum):
 class Tag:
     """Who printed. *interface* may be *cut* to 8 characters, as v3.13 to v3.24 (*old*) do.
 
-    *direction*: I, E, X or C; empty for a *program* without interface: ``CTLB`` (connect-time), ``CT-CLEANER``.
+    *direction*: I, E or X; empty for a *program* without interface: ``CTLB`` (connect-time), ``CT-CLEANER``.
     """
 
     interface: str
@@ -71,7 +71,7 @@ class Tag:
         """The hook in the kernel's words: ingress, egress, xdp; empty where there is none."""
         if self.direction == "X":
             return "xdp"
-        if self.direction not in ("I", "E"):
+        if not self.direction:
             return ""
         return "egress" if (self.direction == "I") == self.workload else "ingress"
 
@@ -85,8 +85,8 @@ def tag(text: str) -> Tag | None:
     found = _TAG.fullmatch(text)
     if found is None:
         return None
-    if found["other"]:
-        return Tag("", "", bool(found["ipv6"]), program=found["other"])
+    if found["other"] or found["direction"] == "C":  # up to v3.24 CTLB is CALI-C
+        return Tag("", "", bool(found["ipv6"]), program=found["other"] or "CTLB")
     padded = found["name"]
     old = len(padded) == _OLD_WIDTH
     return Tag(padded.rstrip("-"), found["direction"], bool(found["ipv6"]), old and padded[-1] != "-", old)

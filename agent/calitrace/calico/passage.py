@@ -70,7 +70,7 @@ _FIB_FAILED = re.compile(r"FIB lookup failed \((?:FIB problem|bad input)\): (?P<
 _HEX = re.compile(r"[0-9a-f]{1,8}")
 
 NO_BACKEND = ("NAT: no backend", "NAT: backend miss")
-_POLICY_RESULTS = {0: "no match", 1: "allow", 2: "deny"}  # felix/bpf-gpl/policy.h
+_POLICY_RESULTS = {0: "", 1: "allow", 2: "deny"}  # felix/bpf-gpl/policy.h; 0 also where policy was not asked
 # felix/bpf-gpl/conntrack_types.h, v3.20 and later; before, there is no MID_FLOW_MISS.
 CT_RESULTS = {
     0: "new",
@@ -270,6 +270,10 @@ class Passage:
             if line.message and line.message.cause:
                 return line.message.cause
         return ""
+
+    def why(self) -> str:
+        """Why it was dropped: from the line that says so, else from the reason's number; empty when neither does."""
+        return self.cause() or reasons.MEANING.get(self.calico_reason, self.calico_reason)
 
     def decisions(self) -> list[str]:
         """What it did to the packet: NAT, tunnel, bypass; in the order of the lines."""

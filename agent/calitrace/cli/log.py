@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _UNATTENDED_S = 60.0  # a live run ends by itself where no terminal is attached
 _LOOK_EVERY_S = 2.0
-_GRACE_S = 30.0
+_GRACE_S = 120.0
 _ENDS = re.compile(r"(?:(?:src|dst|tcp|udp|ip|ip6) )*(?:host (?P<host>\S+)|port (?P<port>\d+))")
 _COLOURS = {"DENY": "red", "": "yellow"}
 
@@ -292,7 +292,7 @@ def _debug(settings: Settings) -> AbstractContextManager[DebugLevel]:
     hosts = [found["host"] for found in _ENDS.finditer(text) if found["host"]]
     ports = [int(found["port"]) for found in _ENDS.finditer(text) if found["port"]]
     ends = [(host, port) for host in hosts or [""] for port in ports or [0]] if hosts or ports else []
-    # Leaves one more than the run needs to end: the deadline is for a run that hangs.
+    # The deadline is for a run that hangs: it leaves time for Felix to load its programs first.
     return enabled(
         allowed=settings.allowed,
         node=settings.node,

@@ -8,7 +8,7 @@ other; it is not what a packet costs in production.
 from __future__ import annotations
 
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from calitrace.calico.log import Form
@@ -64,7 +64,7 @@ def details(passage: Passage) -> list[str]:
     facts = passage.facts
     found = []
     if passage.verdict != "ALLOW":
-        found += [each for each in (passage.calico_reason, passage.cause()) if each]
+        found += [each for each in dict.fromkeys((passage.calico_reason, passage.why())) if each]
     if facts.no_backend:
         found.append("no backend")
     found += [each for each in passage.decisions() if each not in found]
@@ -115,7 +115,7 @@ def _verdict_words(passage: Passage) -> str:
     if not passage.verdict:
         return "no verdict: " + (", ".join(mark.value for mark in passage.marks) or "only the policy's Log action")
     if passage.verdict == "DENY":
-        why = passage.cause() or passage.calico_reason or "the reason was not printed"
+        why = passage.why() or "the reason was not printed"
         return f"DENY: the packet was dropped: {why}"
     if passage.rc is None:
         return "ALLOW: Calico let the packet pass"
@@ -151,7 +151,7 @@ def passage_object(passage: Passage, lines: bool = False) -> dict[str, Any]:
         "verdict": passage.verdict or None,
         "code": passage.printed_code or None,
         "calico_reason": passage.calico_reason or None,
-        "cause": passage.cause() or None,
+        "cause": passage.why() or None,
         "return_code": passage.rc,
         "execution_ns": passage.execution_ns,
         "packets": [_flow(flow) for flow in facts.flows],
@@ -202,20 +202,21 @@ class Stats:
         self.causes: Counter[str] = Counter()
         self.marks: Counter[str] = Counter()
         self.packets: Counter[tuple[str, str]] = Counter()
-        # Times with three significant digits: at most 900 different ones for each power of ten.
-        self._times: defaultdict[tuple[str, str], Counter[int]] = defaultdict(Counter)
+        # With three significant digits: at most 900 different times for each power of ten.
+        self._times: dict[tuple[str, str], Counter[int]] = {}
 
     def add(self, passage: Passage) -> None:
         """Count one."""
         place = passage.interface, passage.tag.hook
         self.packets[place] += 1
+        times = self._times.setdefault(place, Counter())
         self.verdicts[passage.verdict or "none"] += 1
         if passage.verdict == "DENY":
-            self.causes[passage.cause() or passage.calico_reason or "not printed"] += 1
+            self.causes[passage.why() or "not printed"] += 1
         for mark in passage.marks:
             self.marks[mark.value] += 1
         if passage.execution_ns is not None:
-            self._times[place][_rounded(passage.execution_ns)] += 1
+            times[_rounded(passage.execution_ns)] += 1
 
     def to_object(self, reader: Reader, lost: int) -> dict[str, Any]:
         """The one object of ``--stats -o json``. *lost*: events that the kernel could not give us."""
@@ -267,8 +268,9 @@ class Stats:
             yield "dropped:"
             for cause, count in self.causes.most_common():
                 yield f"  {count:8} {cause}"
-        for place in sorted(self._times):
-            times = self._times[place]
+        for place, times in sorted(self._times.items()):
+            if not times:
+                continue
             found = ", ".join(f"p{p} {value / 1000:.1f}" for p, value in percentiles(times).items())
             yield f"{place[0]} {place[1]}: {times.total()} times, microseconds with printing: {found}"
             rows = histogram(times)
