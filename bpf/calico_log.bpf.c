@@ -14,6 +14,18 @@ struct recorder_cursor {
 BPF_PERCPU_ARRAY(recorder, struct log_event, RECORDER_LINES);
 BPF_PERCPU_ARRAY(recorder_cursors, struct recorder_cursor, 1);
 
+static __always_inline void send_line(struct log_event *e, u64 flags)
+{
+	u32 length = e->text_bytes;
+
+	if (length > TEXT_BYTES)
+		length = TEXT_BYTES;
+	if (events.ringbuf_output(e, sizeof(*e) - TEXT_BYTES + length, flags))
+		count(STAT_LOG_LOST, 1);
+	else
+		count(STAT_LOG_SENT, 1);
+}
+
 int collect_log(struct bpf_raw_tracepoint_args *ctx)
 {
 	u32 zero = 0, slot;
@@ -40,10 +52,7 @@ int collect_log(struct bpf_raw_tracepoint_args *ctx)
 	bpf_get_current_comm(e->comm, sizeof(e->comm));
 	count(STAT_LOG_SEEN, 1);
 #ifdef LOG_STREAM
-	if (events.ringbuf_output(e, sizeof(*e), wakeup(sizeof(*e))))
-		count(STAT_LOG_LOST, 1);
-	else
-		count(STAT_LOG_SENT, 1);
+	send_line(e, wakeup(sizeof(*e) - TEXT_BYTES + length));
 #else
 	cursor->next++;
 #endif
@@ -86,9 +95,6 @@ static __always_inline void recorder_flush(void)
 		e = recorder.lookup(&slot);
 		if (!e)
 			break;
-		if (events.ringbuf_output(e, sizeof(*e), BPF_RB_NO_WAKEUP))
-			count(STAT_LOG_LOST, 1);
-		else
-			count(STAT_LOG_SENT, 1);
+		send_line(e, BPF_RB_NO_WAKEUP);
 	}
 }

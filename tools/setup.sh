@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-PACKAGES=(python3-bpfcc python3-venv "$@")
+PACKAGES=(python3-bpfcc python3-venv tcpdump "$@")
 STAMP=.venv/.calitrace-setup
 
 fail() {

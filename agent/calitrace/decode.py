@@ -6,7 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, cast
 
 from calitrace.errors import Malformed
-from calitrace.events import DROP, HEADER, HOP, LOG, NO_REASON, STATE, TEXT_BYTES, EventType, HopKind, Match
+from calitrace.events import DROP, HEADER, HOP, LOG_HEAD, NO_REASON, STATE, TEXT_BYTES, EventType, HopKind, Match
 from calitrace.model import Drop, Event, Hop, LogLine, StateCopy
 from calitrace.packet import dissect
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from calitrace.packet import Packet
 
 
-def decode(raw: bytes, vxlan_port: int = 4789) -> Event:
+def decode(raw: bytes, vxlan_port: int = 4789) -> Event | LogLine:
     """One event. Raises Malformed (LayoutMismatch for a wrong size) on anything else."""
     if len(raw) < HEADER.size:
         raise Malformed(0, f"at least {HEADER.size} bytes", f"{len(raw)} bytes", HEADER.name)
@@ -68,9 +68,10 @@ def _packet(values: dict[str, int | bytes], vxlan_port: int) -> tuple[int, int, 
 
 
 def _log(raw: bytes) -> LogLine:
-    ktime_ns, _, cpu, netns, pid, length, comm, text = cast(
-        "tuple[int, int, int, int, int, int, bytes, bytes]", LOG.unpack(raw)
+    ktime_ns, _, cpu, netns, pid, length, comm = cast(
+        "tuple[int, int, int, int, int, int, bytes]", LOG_HEAD.unpack(raw[: LOG_HEAD.size])
     )
+    text = raw[LOG_HEAD.size :]
     return LogLine(
         ktime_ns,
         cpu,
@@ -89,7 +90,7 @@ class Decoder:
         self.vxlan_port = vxlan_port
         self.malformed: Counter[str] = Counter()
 
-    def iter_events(self, records: Iterable[bytes]) -> Iterator[Event]:
+    def iter_events(self, records: Iterable[bytes]) -> Iterator[Event | LogLine]:
         """The events of *records*, in their order."""
         for raw in records:
             try:

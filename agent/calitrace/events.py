@@ -111,16 +111,17 @@ HOP = Record(
         _CAPTURE,
     ),
 )
+_LOG = (
+    *_HEADER,
+    Field("pid", "u32"),
+    Field("text_bytes", "u32", "without the terminating NUL; TEXT_BYTES - 1 may mean cut"),
+    Field("comm", "u8", "task in whose context the program ran, NUL-padded", 16),
+)
+LOG_HEAD = Record("log_head", "A line without its text.", _LOG)
 LOG = Record(
     "log_event",
-    "bpf_trace:bpf_trace_printk: one line of any BPF program's log.",
-    (
-        *_HEADER,
-        Field("pid", "u32"),
-        Field("text_bytes", "u32", "without the terminating NUL; TEXT_BYTES - 1 may mean cut"),
-        Field("comm", "u8", "task in whose context the program ran, NUL-padded", 16),
-        Field("text", "u8", "NUL-terminated", TEXT_BYTES),
-    ),
+    "bpf_trace:bpf_trace_printk: one line of any BPF program's log. It is sent up to the end of its text.",
+    (*_LOG, Field("text", "u8", "NUL-terminated", TEXT_BYTES)),
 )
 STATE = Record(
     "state_event",

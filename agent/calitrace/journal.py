@@ -16,11 +16,12 @@ import msgpack
 from calitrace.errors import Malformed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
 SCHEMA = 1
-HEADER, EVENTS, PROBES, SYMBOLS, TOTALS, END = "calitrace", "events", "probes", "symbols", "totals", "end"
-KINDS = (HEADER, EVENTS, PROBES, SYMBOLS, TOTALS, END)
+HEADER, EVENTS, TEXT, PROBES = "calitrace", "events", "text", "probes"
+SYMBOLS, TOTALS, END = "symbols", "totals", "end"
+KINDS = (HEADER, EVENTS, TEXT, PROBES, SYMBOLS, TOTALS, END)
 _CHUNK = 1 << 20
 
 
@@ -65,49 +66,64 @@ class Journal:
     cut_at: int | None = None
 
 
-def read(stream: BinaryIO) -> Journal:
-    """Read all that is there.
+def iter_frames(chunks: Iterable[bytes]) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """(byte at which it ends, kind, body) of each frame, the header first.
 
-    Raises Malformed when it does not begin with a header of a schema we know, or has garbage inside; a tail
-    that is merely missing is no error: ``cut_at`` says where.
+    Raises Malformed when it does not begin with a header of a schema we know, or has garbage inside; a tail that is
+    merely missing is no error.
     """
     unpacker = msgpack.Unpacker(raw=False, strict_map_key=False, max_buffer_size=1 << 30)
-    journal: Journal | None = None
     done = 0
-    while True:
-        chunk = stream.read(_CHUNK)
-        if chunk:
-            unpacker.feed(chunk)
+    for chunk in chunks:
+        unpacker.feed(chunk)
         try:
             for item in unpacker:
-                journal = _take(journal, item, done)
+                kind, body = _checked(item, done)
                 done = unpacker.tell()
+                yield done, kind, body
         except (KeyError, TypeError, ValueError, msgpack.UnpackException) as wrong:
             raise Malformed(done, "a frame", f"{type(wrong).__name__}", "journal") from wrong
-        if not chunk:
-            break
-    if journal is None:
+    if not done:
         raise Malformed(0, "a calitrace journal", "no complete frame", "journal")
+
+
+def read(stream: BinaryIO) -> Journal:
+    """Read all that is there. Raises Malformed as iter_frames does; ``cut_at`` says where a tail is missing."""
+    journal: Journal | None = None
+    end = 0
+    for end, kind, body in iter_frames(iter(lambda: stream.read(_CHUNK), b"")):
+        if journal is None:
+            journal = Journal(body)
+            continue
+        try:
+            _take(journal, kind, body)
+        except (KeyError, TypeError, ValueError) as wrong:
+            raise Malformed(end, f"a frame of kind {kind!r}", f"{type(wrong).__name__} {wrong}", "journal") from wrong
+    assert journal is not None  # or iter_frames raised
     if not journal.complete:
-        journal.cut_at = done
+        journal.cut_at = end
     return journal
 
 
-def _take(journal: Journal | None, item: object, at: int) -> Journal:
+def _checked(item: object, at: int) -> tuple[str, dict[str, Any]]:
     if not (isinstance(item, list) and len(item) == 2 and isinstance(item[0], str) and isinstance(item[1], dict)):
         raise Malformed(at, "a frame [kind, map]", type(item).__name__, "journal")
     kind, body = item
-    if journal is None:
-        if kind != HEADER:
-            raise Malformed(at, f"a frame of kind {HEADER!r}", repr(kind), "journal")
-        if body.get("schema") != SCHEMA:
-            raise Malformed(at, f"schema {SCHEMA}", f"schema {body.get('schema')}", "journal")
-        return Journal(body)
+    if at == 0 and kind != HEADER:
+        raise Malformed(at, f"a frame of kind {HEADER!r}", repr(kind), "journal")
+    if at == 0 and body.get("schema") != SCHEMA:
+        raise Malformed(at, f"schema {SCHEMA}", f"schema {body.get('schema')}", "journal")
+    raw = body.get("raw")
+    if kind == EVENTS and not (isinstance(raw, list) and all(isinstance(each, bytes) for each in raw)):
+        raise Malformed(at, "a list of event records", type(raw).__name__, "journal")
+    if kind == TEXT and not isinstance(raw, bytes):
+        raise Malformed(at, "bytes of text", type(raw).__name__, "journal")
+    return kind, body
+
+
+def _take(journal: Journal, kind: str, body: dict[str, Any]) -> None:
     if kind == EVENTS:
-        raw = body.get("raw")
-        if not isinstance(raw, list) or not all(isinstance(each, bytes) for each in raw):
-            raise Malformed(at, "a list of event records", type(raw).__name__, "journal")
-        journal.events += raw
+        journal.events += body["raw"]
     elif kind == PROBES:
         for probe in body.get("probes", ()):  # a later record of the same probe knows its outcome
             journal.probes[probe["number"]] = probe
@@ -117,6 +133,5 @@ def _take(journal: Journal | None, item: object, at: int) -> Journal:
         journal.totals = body
     elif kind == END:
         journal.complete = True
-    else:
+    elif kind != TEXT:  # whose reader is `calitrace log`
         journal.unknown[kind] += 1
-    return journal

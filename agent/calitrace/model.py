@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from calitrace.errors import Malformed
 
@@ -51,10 +51,12 @@ class Hop(PacketEvent):
     rc: int
 
 
-@dataclass(frozen=True)
-class LogLine(Event):
-    """One line that a BPF program printed; *cut* when it filled our buffer."""
+class LogLine(NamedTuple):
+    """One line that a BPF program printed; *cut* when it filled our buffer. A tuple: there are many of them."""
 
+    ktime_ns: int
+    cpu: int
+    netns: int
     pid: int
     comm: str
     text: str

@@ -201,7 +201,7 @@ _Static_assert(__builtin_offsetof(struct hop_event, rc) == 92, "hop_event.rc");
 _Static_assert(__builtin_offsetof(struct hop_event, capture) == 96, "hop_event.capture");
 _Static_assert(sizeof(struct hop_event) == 224, "hop_event");
 
-/* bpf_trace:bpf_trace_printk: one line of any BPF program's log. */
+/* bpf_trace:bpf_trace_printk: one line of any BPF program's log. It is sent up to the end of its text. */
 struct log_event {
 	u64 ktime_ns; /* CLOCK_MONOTONIC */
 	u16 type; /* enum event_type */

@@ -45,10 +45,10 @@ def send_udp(pair: Pair, count: int, *, run_id: int = RUN_ID, port: int = 9) -> 
                 sender.sendto(payload, (pair.right_ip, port))
 
 
-def collect(collectors: Collectors, quiet: int = 3) -> list[Event]:
+def collect(collectors: Collectors, quiet: int = 3) -> list[Event | LogLine]:
     """All events until *quiet* polls bring none."""
     decoder = Decoder()
-    found: list[Event] = []
+    found: list[Event | LogLine] = []
     empty = 0
     while empty < quiet:
         records = collectors.poll(50)

@@ -11,13 +11,26 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent.parent / "agent" / "calitrace"
 EDGES = {"kernel", "probes", "cluster", "lab", "cli"}
-OUTSIDE = {"bcc", "ctypes", "pyroute2", "scapy", "socket", "subprocess", "os", "time", "click", "importlib"}
+OUTSIDE = {
+    "bcc",
+    "ctypes",
+    "pyroute2",
+    "scapy",
+    "socket",
+    "subprocess",
+    "os",
+    "time",
+    "click",
+    "importlib",
+    "kubernetes",
+}
 ONLY_IN = {
     "bcc": {"kernel", "lab"},
     "ctypes": {"kernel"},
     "pyroute2": {"kernel", "lab"},
     "scapy": {"probes"},
     "click": {"cli"},
+    "kubernetes": {"cluster"},
 }
 
 

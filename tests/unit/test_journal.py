@@ -85,12 +85,19 @@ _START = journal.frame(journal.HEADER, {"schema": journal.SCHEMA})
         (_START + journal.frame(journal.SYMBOLS, {"names": ["f"]}), "a frame"),
         (_START + journal.frame(journal.PROBES, {"probes": 3}), "a frame"),
         (_START + journal.frame(journal.PROBES, {"probes": [{}]}), "a frame"),
+        (_START + journal.frame(journal.TEXT, {"raw": "x"}), "bytes of text"),
         (_START + b"\x81\x90\x01", "a frame"),  # a map whose key is an array
     ],
 )
 def test_what_is_no_journal(raw: bytes, why: str) -> None:
     with pytest.raises(Malformed, match=why):
         journal.read(io.BytesIO(raw))
+
+
+def test_text_is_left_to_its_reader() -> None:
+    raw = _START + journal.frame(journal.TEXT, {"raw": b"line\n"})
+    found = journal.read(io.BytesIO(raw))
+    assert (found.events, found.unknown.total(), found.cut_at) == ([], 0, len(raw))
 
 
 _VALUES = st.recursive(

@@ -1,191 +1,239 @@
-"""Calico's debug log: a line of bpf_trace_printk to prefix and message, lines to one program's passage.
+"""Calico's debug log, line by line: prefix, message, and what is not Calico's.
 
-Sources: calico-v3.30..master felix/bpf-gpl/log.h and the messages in felix/bpf-gpl; older prefixes from felix
-v3.13..v3.29. The tag is the interface name padded with ``-``; ``-I`` and ``-E`` are Calico's *policy* direction,
-which on a workload interface is the opposite of the tc hook.
+A program prints ``[IPv6 ]TAG-D: MESSAGE``. TAG is the interface's name padded with ``-``: cut to 8 characters up to
+v3.24, padded to 15 since v3.25. D is Calico's *policy* direction, which on a workload interface is the opposite of
+the tc hook: I into the endpoint, E out of it, X XDP, C connect-time (old). Source: felix/bpf-gpl/log.h of
+v3.13 to master. Preamble programs and a few more print without a tag.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections import Counter
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+from calitrace.calico import messages, trace
+from calitrace.calico.trace import Context
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Generator, Iterable
 
-_TAGGED = re.compile(r"(?P<v6>IPv6 )?(?P<tag>[^ :]{1,16})-(?P<direction>[IEXC]): (?P<message>.*)", re.DOTALL)
-_ADDRESSES = re.compile(r"IP s=(?P<src>\S+) d=(?P<dst>\S+)")
-_PORTS = re.compile(r"(?P<proto>TCP|UDP); ports: s=(?P<sport>\d+) d=(?P<dport>\d+)")
-_RESULT = re.compile(
-    r"Final result=(?P<verdict>ALLOW|DENY) (?:\((?P<code>-?[0-9a-f]+)\)|rc (?P<rc>-?\d+))\."
-    r"(?: Program execution time: (?P<ns>\d+)ns)?"
+    from calitrace.calico.messages import Message
+    from calitrace.model import LogLine
+
+K = TypeVar("K")
+V = TypeVar("V")
+WORKLOAD_PREFIX = "cali"  # Felix's interfacePrefix, as it is by default
+_OLD_WIDTH = 8
+_TAG = re.compile(
+    r"(?P<ipv6>IPv6 )?(?:(?P<name>[^ :]{1,16})-(?P<direction>[IEXC])|(?P<other>CTLB|CTLB-V46|CTLB-V6|CT-CLEANER)-+)"
 )
-_START = re.compile(r"New packet at ifindex=(?P<ifindex>\d+); mark=(?P<mark>[0-9a-f]+)")
-
-POLICY_DENY = "DENY due to policy"
-
-# Lines that say why a packet was dropped, where the reason code does not: (start of the message, cause).
-DROP_LINES = (
-    (POLICY_DENY, "denied by policy"),
-    ("Workload RPF fail", "the source is not this workload's (reverse path)"),
-    ("CT: CT RPF failed", "an established flow came by another interface (reverse path)"),
-    (
-        "Workload to host traffic blocked by DefaultEndpointToHostAction",
-        "defaultEndpointToHostAction is Drop",
-    ),
-    ("WEP with no policy, deny", "no policy program is loaded for the workload"),
-    ("Packet is from an unauthorised source", "the source is not in the service's source ranges"),
-    ("missing rt found for", "the backend is not in Calico's routes map"),
-    ("Packet hit a black hole route", "the destination is a service address that no service uses"),
-    ("VXLAN with our VNI", "VXLAN from a source that is no known node, or with a checksum"),
-    ("CT mid-flow miss away from host", "no conntrack entry for a packet in mid-flow"),
-    ("dropping tunnel pkt with changed source node", "the flow now comes through another node"),
-    ("dropping non-maglev tunnel pkt with changed source node", "the flow now comes through another node"),
-    ("VXLAN encap needed but host IP unknown", "the node's own address is unknown to Felix"),
-    ("FIB not approved", "the interface the packet should leave by is not in Calico's ifstate map"),
-    ("Drop malformed", "malformed or unsupported packet"),
-    ("jump to new flow failed", "a program of Calico's tail-call chain is missing"),
-    ("jump failed", "a program of Calico's tail-call chain is missing"),
-)
-_DECISIONS = (
-    (re.compile(r"CT: DNAT to (\S+)"), "DNAT to {}"),
-    (re.compile(r"CT: SNAT from (\S+)"), "SNAT from {}"),
-    (re.compile(r"vxlan encap "), "VXLAN encap"),
-    (re.compile(r"vxlan decap$"), "VXLAN decap"),
-    (re.compile(r"NAT: no backend"), "no backend"),
-    (re.compile(r"Final result=ALLOW \(\d+\)\. Bypass"), "bypass"),
-)
-_RPF_RESULT = re.compile(r"Host RPF check rc (?P<rc>-?\d+) result (?P<result>\d)")
-NO_BACKEND_LINES = ("NAT: no backend", "NAT: backend miss")
+_PASTED = re.compile(rf"(?:.*?\s)??(?P<tag>{_TAG.pattern}): (?P<text>.*)", re.DOTALL)
+_PRINTK_WIDTH = len(trace.PRINTK)
+_CACHED = 1 << 16  # entries; a cache that is full is begun anew
 
 
-@dataclass(frozen=True)
-class CalicoLine:
-    """*interface*: the tag without its padding; *direction*: I, E, X or C; *message*: the rest."""
+class Form(Enum):
+    """What a line is. UNKNOWN bears Calico's tag, and a message that stands in no table."""
+
+    CALICO = "calico"
+    UNKNOWN = "unknown"
+    OTHER = "other"
+    LOST = "lost"
+    BLANK = "blank"
+
+    __hash__ = object.__hash__  # Enum's own is Python, and every line is counted
+
+
+@dataclass(frozen=True, slots=True)
+class Tag:
+    """Who printed. *interface* may be *cut* to 8 characters, as v3.13 to v3.24 (*old*) do.
+
+    *direction*: I, E or X; empty for a *program* without interface: ``CTLB`` (connect-time), ``CT-CLEANER``.
+    """
 
     interface: str
     direction: str
-    message: str
     ipv6: bool = False
-    hex_reason: bool = False  # releases up to v3.29 print the reason of DENY in hexadecimal
+    cut: bool = False
+    old: bool = False
+    program: str = ""
+
+    @property
+    def workload(self) -> bool:
+        """Whether it is a pod's interface."""
+        return self.interface.startswith(WORKLOAD_PREFIX)
+
+    @property
+    def hook(self) -> str:
+        """The hook in the kernel's words: ingress, egress, xdp; empty where there is none."""
+        if self.direction == "X":
+            return "xdp"
+        if not self.direction:
+            return ""
+        return "egress" if (self.direction == "I") == self.workload else "ingress"
+
+    def is_of(self, interface: str) -> bool:
+        """Whether the program may sit on *interface*: a cut name stands for all that begin so."""
+        return interface.startswith(self.interface) if self.cut else interface == self.interface
 
 
-def parse_line(text: str) -> CalicoLine | None:
-    """The parts of a tagged Calico line, or None for any other line. *text*: without the kernel's header."""
-    found = _TAGGED.fullmatch(text)
-    if not found:
+def tag(text: str) -> Tag | None:
+    """The parts of what stands before the first ``": "``, or None when it is no tag of Calico's."""
+    found = _TAG.fullmatch(text)
+    if found is None:
         return None
-    # Up to v3.29 the newline stands in Calico's format strings; later releases leave it to the kernel.
-    message = found["message"]
-    return CalicoLine(
-        found["tag"].rstrip("-"),
-        found["direction"],
-        message.rstrip("\n"),
-        bool(found["v6"]),
-        message.endswith("\n"),
-    )
+    if found["other"] or found["direction"] == "C":  # up to v3.24 CTLB is CALI-C
+        return Tag("", "", bool(found["ipv6"]), program=found["other"] or "CTLB")
+    padded = found["name"]
+    old = len(padded) == _OLD_WIDTH
+    return Tag(padded.rstrip("-"), found["direction"], bool(found["ipv6"]), old and padded[-1] != "-", old)
 
 
-@dataclass
-class Passage:
-    """One packet through one Calico program, as far as its lines tell."""
+class Printed(NamedTuple):
+    """What a program printed. *text*: the message after the tag, or all of it where there is no tag."""
 
-    interface: str
-    direction: str
-    cpu: int
-    started_ns: int
-    hex_reason: bool = False
-    ended_ns: int = 0
-    lines: list[str] = field(default_factory=list)
-    tuples: list[tuple[str, str, int, int]] = field(default_factory=list)  # src, dst, sport, dport
-    verdict: str = ""  # ALLOW, DENY or empty when the end was not seen
-    code: int | None = None  # number in the Final result line
-    execution_ns: int | None = None
-    _addresses: tuple[str, str] | None = None
-
-    def add(self, message: str, ktime_ns: int) -> bool:
-        """Take the next line; returns whether it was the passage's last."""
-        self.lines.append(message)
-        self.ended_ns = ktime_ns
-        if found := _ADDRESSES.match(message):
-            self._addresses = (found["src"], found["dst"])
-            self.tuples.append((*self._addresses, 0, 0))
-        elif found := _PORTS.match(message):
-            src, dst = self._addresses or ("", "")
-            self.tuples.append((src, dst, int(found["sport"]), int(found["dport"])))
-        elif message.startswith(POLICY_DENY):
-            self.verdict = "DENY"
-            return True
-        elif found := _RESULT.match(message):
-            self.verdict = found["verdict"]
-            code = found["rc"] or found["code"]
-            hexadecimal = (self.hex_reason and self.verdict == "DENY") or not code.lstrip("-").isdecimal()
-            self.code = int(code, 16 if hexadecimal else 10)
-            self.execution_ns = int(found["ns"]) if found["ns"] else None
-            return True
-        return False
-
-    def ports(self) -> set[tuple[int, int]]:
-        """All (source, destination) port pairs that its lines name: outer and inner."""
-        return {(sport, dport) for _, _, sport, dport in self.tuples if sport or dport}
-
-    def cause(self) -> str:
-        """Why it was dropped, from the line that says so; empty when none does."""
-        for line in reversed(self.lines):
-            if (found := _RPF_RESULT.match(line)) and found["result"] == "0":
-                return f"the reverse path check of the source failed (FIB result {found['rc']})"
-            for start, cause in DROP_LINES:
-                if line.startswith(start):
-                    return cause
-        return ""
-
-    def decisions(self) -> list[str]:
-        """What it did to the packet, in the order of the lines: NAT, tunnel, flow."""
-        return [
-            pattern_words.format(*found.groups())
-            for line in self.lines
-            for pattern, pattern_words in _DECISIONS
-            if (found := pattern.match(line))
-        ]
-
-    def no_backend(self) -> bool:
-        """Whether the service was found without an endpoint."""
-        return any(line.startswith(NO_BACKEND_LINES) for line in self.lines)
+    tag: Tag | None
+    text: str
+    message: Message | None
+    form: Form
 
 
-class Assembler:
-    """Lines of one CPU in order to passages; interleaved CPUs are kept apart. Unknown lines are counted."""
+class Line(NamedTuple):
+    """One line. *raw*: as it came; *ktime_ns*: CLOCK_MONOTONIC, of a line whose header the kernel gave in numbers."""
+
+    raw: str
+    context: Context
+    printed: Printed
+    ktime_ns: int = 0
+
+    @property
+    def tag(self) -> Tag | None:
+        """Who printed it."""
+        return self.printed.tag
+
+    @property
+    def text(self) -> str:
+        """The message."""
+        return self.printed.text
+
+    @property
+    def message(self) -> Message | None:
+        """Its place in the table of messages."""
+        return self.printed.message
+
+    @property
+    def form(self) -> Form:
+        """What kind of line it is."""
+        return self.printed.form
+
+    @property
+    def time_ns(self) -> int:
+        """Nanoseconds of the clock that the line was stamped with; 0 where there is no stamp."""
+        return self.ktime_ns or trace.time_ns(self.raw)
+
+    def fields(self) -> dict[str, str]:
+        """The values in the message, by the names in its template; none for an unknown one."""
+        found = messages.pattern(self.message).fullmatch(self.text) if self.message else None
+        return found.groupdict() if found else {}
+
+
+class Reader:
+    """Turns text into lines, and counts them by their form. All that it is given comes out again, in order."""
 
     def __init__(self) -> None:
-        self._open: dict[int, Passage] = {}
-        self.other_lines = 0
+        self.counts: Counter[Form] = Counter()
+        self.events_lost = 0  # by what the kernel says in the text itself; a place of unknown size counts as one
+        self._contexts: dict[str, Context] = {}  # by what stands before the time
+        self._stamp_width = 0  # of the line before
+        self._tasks: dict[tuple[str, int, int], Context] = {}
+        self._printed: dict[str, Printed] = {}
+        self._tags: dict[str, Tag] = {}
+        self._shapes: dict[bytes, Message] = {}
 
-    def feed(self, cpu: int, ktime_ns: int, text: str) -> list[Passage]:
-        """Take a line; returns the passages that it completed or cut short, in that order of time."""
-        line = parse_line(text)
-        if line is None:
-            self.other_lines += 1
-            return []
-        done = []
-        current = self._open.get(cpu)
-        starts = _START.match(line.message) is not None
-        if current and (starts or (current.interface, current.direction) != (line.interface, line.direction)):
-            done.append(self._open.pop(cpu))
-            current = None
-        if current is None:
-            current = self._open[cpu] = Passage(line.interface, line.direction, cpu, ktime_ns, line.hex_reason)
-        if current.add(line.message, ktime_ns):
-            done.append(self._open.pop(cpu))
-        return done
+    @property
+    def total(self) -> int:
+        """Lines read so far."""
+        return self.counts.total()
 
-    def cut(self, cpu: int) -> list[Passage]:
-        """The passage still open on a CPU, where its program is known to have ended without a last line."""
-        found = self._open.pop(cpu, None)
-        return [found] if found else []
+    def read(self, raw: Iterable[str]) -> Generator[Line, None, None]:
+        """The lines of a trace_pipe, a log file or a paste; each without its newline."""
+        contexts, known, printk, new = self._contexts, self._printed, trace.PRINTK, tuple.__new__
+        calico, known_form = 0, Form.CALICO
+        try:
+            for line in raw:
+                # The common case: the header of a line before, but for its time. All else takes the slow way.
+                at = line.find(printk)
+                context = contexts.get(line[: at - self._stamp_width])
+                if context is not None and at > 0:
+                    text = line[at + _PRINTK_WIDTH :]
+                    result = new(Line, (line, context, known.get(text) or self._print(text), 0))
+                else:
+                    result = self._slow(line)
+                if result[2][3] is known_form:
+                    calico += 1
+                else:
+                    self.counts[result.form] += 1
+                yield result
+        finally:
+            self.counts[known_form] += calico
 
-    def flush(self) -> Iterable[Passage]:
-        """All passages still open, cut short by the end."""
-        left = list(self._open.values())
-        self._open.clear()
-        return left
+    def line(self, event: LogLine) -> Line:
+        """A line whose header the kernel gave in numbers."""
+        who = event.comm, event.pid, event.cpu
+        context = self._tasks.get(who)
+        if context is None:
+            context = Context(*who)
+            _remember(self._tasks, who, context)
+        text = event.text
+        printed = self._printed.get(text) or self._print(text.rstrip("\n"))
+        self.counts[printed.form] += 1
+        return Line(text, context, printed, event.ktime_ns)
+
+    def _slow(self, raw: str) -> Line:
+        if not raw or raw.isspace():
+            return Line(raw, trace.UNKNOWN, Printed(None, raw, None, Form.BLANK))
+        if raw.startswith("#"):  # the kernel's own comments, and people's
+            return Line(raw, trace.UNKNOWN, Printed(None, raw, None, Form.OTHER))
+        if lost := trace.lost(raw):
+            self.events_lost += lost.count or 1
+            return Line(raw, trace.UNKNOWN, Printed(None, raw, None, Form.LOST))
+        context, stamp, text = trace.split(raw)
+        at = raw.find(f"{stamp}{trace.PRINTK}")
+        if context.cpu >= 0 and at > 0:
+            self._stamp_width = len(stamp)
+            _remember(self._contexts, raw[:at], context)
+        text = text.rstrip("\r\n")
+        printed = self._print(text)
+        if printed.form is Form.OTHER and context is trace.UNKNOWN and (pasted := _PASTED.fullmatch(text)):
+            printed = self._print(f"{pasted['tag']}: {pasted['text']}")
+        return Line(raw, context, printed)
+
+    def _print(self, text: str) -> Printed:
+        before, colon, message_text = text.partition(": ")
+        found = self._tags.get(before) or (tag(before) if colon else None)
+        if found is None:
+            untagged = messages.classify_untagged(text)
+            printed = Printed(None, text, untagged, Form.CALICO if untagged else Form.OTHER)
+        else:
+            _remember(self._tags, before, found)
+            message = self._message(message_text)
+            printed = Printed(found, message_text, message, Form.CALICO if message else Form.UNKNOWN)
+        _remember(self._printed, text, printed)
+        return printed
+
+    def _message(self, text: str) -> Message | None:
+        # What all messages of one template share, but for hexadecimal letters. (str.translate is slow.)
+        shape = text.encode(errors="surrogateescape").translate(None, b"0123456789")
+        message = self._shapes.get(shape) or messages.classify(text)
+        if message is not None:
+            _remember(self._shapes, shape, message)
+        return message
+
+
+def _remember(cache: dict[K, V], key: K, value: V) -> None:
+    if len(cache) >= _CACHED:
+        cache.clear()
+    cache[key] = value

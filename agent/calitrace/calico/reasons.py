@@ -42,6 +42,27 @@ _COUNTERS = (14, 17, 25, 26, 27)
 # v3.29 moved them by one without another counter: 15 is NATIFACE before it and WEP_NOT_READY in it, so it has no
 # name here. Only drops are named, and ACCEPTED_BY_XDP is none.
 _BEHIND_14 = {14: "WEP_NOT_READY", 16: "NATIFACE"}
+# v3.13 to v3.23, which print them in hexadecimal; no counters map goes with them. v3.24 keeps their short tags and
+# has today's numbers: 6 could be either.
+OLD_REASONS = {
+    0x01: "SHORT",
+    0x06: "V6_WORKLOAD or CSUM_FAIL",
+    0x1C: "ICMP_DF",
+    0xBE: "DROPPED_BY_POLICY",
+    0xC0: "CT",
+    0xC1: "CT_NAT",
+    0xCF: "CSUM_FAIL",
+    0xD0: "DNT",
+    0xD1: "PREDNAT",
+    0xDF: "DECAP_FAIL",
+    0xEA: "NOT_IP",
+    0xEB: "IP_OPTIONS",
+    0xEC: "IP_MALFORMED",
+    0xED: "UNAUTH_SOURCE",
+    0xEF: "ENCAP_FAIL",
+    0xFA: "FAILSAFE",
+    0xDEAD: "RT_UNKNOWN",
+}
 # In words that a user understands.
 MEANING = {
     "DROPPED_BY_POLICY": "denied by policy",

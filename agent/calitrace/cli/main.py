@@ -6,15 +6,18 @@ import importlib
 import logging
 import sys
 import traceback
+from pathlib import Path
 
 import click
 
 from calitrace import __version__
 from calitrace.errors import Error
 
+UNDO = Path("/var/lib/calitrace/undo")  # what an earlier run changed; see cluster/undo.py, which is slow to import
 COMMANDS = {
     "doctor": "Say what this machine lacks, and what is lost without it.",
     "lab": "Two Calico-like nodes in network namespaces of this machine.",
+    "log": "Read Calico's debug log and put it together into packets.",
     "probe": "Send identified probes and say where they died.",
     "report": "Print the verdicts of a recorded journal.",
 }
@@ -58,6 +61,10 @@ def cli(ctx: click.Context, debug: bool) -> None:
         level=logging.DEBUG if debug else logging.WARNING,
         format="%(levelname)s %(name)s: %(message)s",
     )
+    if any(UNDO.glob("*.json")):
+        from calitrace.cli.debug_level import put_back_leftovers
+
+        put_back_leftovers()
 
 
 def run() -> None:
@@ -71,8 +78,7 @@ def run() -> None:
         sys.exit(wrong.exit_code)
     except Error as failure:
         sys.exit(explain(failure, "--debug" in sys.argv))
-    except BrokenPipeError:  # the reader of our output has gone: `calitrace ... | head`
-        sys.stderr.close()
+    except SystemExit:  # click's answer to a reader that has gone: `calitrace ... | head`
         sys.exit(141)
     sys.exit(status if isinstance(status, int) else 0)
 

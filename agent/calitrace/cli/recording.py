@@ -64,7 +64,7 @@ class Recording:
         self._idle_polls = 0
 
     def __enter__(self) -> Recording:
-        self._stream: BinaryIO = io.BytesIO() if self._path is None else _create(self._path)
+        self._stream: BinaryIO = io.BytesIO() if self._path is None else create(self._path)
         try:
             self._collectors.__enter__()
             wanted = discover.state_maps(self.topology)
@@ -174,7 +174,8 @@ class Recording:
         }
 
 
-def _create(path: Path) -> BinaryIO:
+def create(path: Path) -> BinaryIO:
+    """A new file. Raises UsageError when it exists or cannot be made."""
     try:
         return path.open("xb")
     except FileExistsError:

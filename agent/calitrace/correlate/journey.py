@@ -16,7 +16,8 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from calitrace import identity
-from calitrace.calico.log import Assembler, Passage
+from calitrace.calico.log import Reader
+from calitrace.calico.passage import Assembler, Passage
 from calitrace.events import HopKind
 from calitrace.model import Drop, Event, Hop, LogLine, PacketEvent, StateCopy
 from calitrace.packet import RST, SYN, TCP
@@ -97,6 +98,7 @@ class Journeys:
         for journey in self.journeys.values():
             probe = journey.probe
             self._by_port.setdefault((probe.proto, probe.sport), []).append(probe)
+        self._reader = Reader()
         self._assembler = Assembler()
         self._passages: dict[int, list[Passage]] = {}
         self._last_step: dict[int, Step] = {}  # by CPU, for the state that follows its drop
@@ -104,10 +106,10 @@ class Journeys:
         self.outside = 0  # probe packets in namespaces that are not ours to judge
         self.unjoined = 0  # packets that matched in the kernel and are no probe of this run
 
-    def feed(self, event: Event) -> None:
+    def feed(self, event: Event | LogLine) -> None:
         """Take the next event."""
         if isinstance(event, LogLine):
-            done = self._assembler.feed(event.cpu, event.ktime_ns, event.text)
+            done = self._assembler.feed(self._reader.line(event))
             self._passages.setdefault(event.cpu, []).extend(done)
         elif isinstance(event, StateCopy):
             step = self._last_step.get(event.cpu)

@@ -31,7 +31,7 @@ from calitrace.packet import PROTOCOLS
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from calitrace.calico.log import Passage
+    from calitrace.calico.passage import Passage
     from calitrace.model import Link, Namespace, Topology
 
 
@@ -319,7 +319,7 @@ class _Judge:
         foreign = link.foreign.get(hook, ()) if link else ()
         said = passage is not None or (held is not None and held.denied)
         if passage is not None:
-            evidence += [f"{passage.interface}-{passage.direction}: {line}" for line in passage.lines[-6:]]
+            evidence += [f"{passage.interface}-{passage.direction}: {line}" for line in passage.texts[-6:]]
         if not said and (foreign or not ours):
             who = ", ".join((*ours, *foreign)) or "a program that we did not see attached"
             return Verdict(
@@ -360,7 +360,7 @@ class _Judge:
     def _denial(self, step: Step, link: Link | None) -> Passage | None:
         for passage in reversed(step.passages):
             denied = passage.verdict == "DENY" or (not passage.verdict and passage.cause())
-            if denied and (link is None or passage.interface == link.name):
+            if denied and (link is None or passage.tag.is_of(link.name)):
                 return passage
         return None
 
@@ -418,7 +418,7 @@ class _Judge:
             (p, line)
             for step in self.journey.steps
             for p in step.passages
-            for line in p.lines
+            for line in p.texts
             if line.startswith(start)
         ]
 

@@ -18,6 +18,7 @@ from calitrace import identity
 from calitrace.errors import EnvironmentUnfit
 from calitrace.events import STATE_BYTES, Stat
 from calitrace.kernel import headers, loader, syscall
+from calitrace.kernel.ring import Ring
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -107,7 +108,6 @@ class Collectors:
         self.plan = plan
         self._types = types
         self._stack = ExitStack()
-        self._records: list[bytes] = []
         self._bpf: Any = None
         self._descriptors: dict[str, int] = {}
 
@@ -120,7 +120,9 @@ class Collectors:
             self._stack.callback(self._bpf.cleanup)
             for _, function in self.plan.attachments():
                 self._descriptors[function] = loader.load_raw_tracepoint(self._bpf, function)
-            self._bpf[b"events"].open_ring_buffer(self._keep)
+            events = self._bpf[b"events"]
+            self._ring = Ring(events.map_fd, syscall.map_info(events.map_fd).max_entries)
+            self._stack.callback(self._ring.close)
             for tracepoint, function in self.plan.attachments():
                 loader.attach_raw_tracepoint(self._bpf, tracepoint, function)
             self._stack = self._stack.pop_all()
@@ -128,11 +130,6 @@ class Collectors:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
-
-    def _keep(self, _context: object, data: Any, size: int) -> int:
-        # BCC swallows every exception raised here and exits on a broken pipe: only copy.
-        self._records.append(ctypes.string_at(data, size))
-        return 0
 
     def watch_state(self, maps: Mapping[int, int]) -> None:
         """Read Calico's state at each drop. *maps*: namespace inode number to id of its cali_state map.
@@ -158,14 +155,12 @@ class Collectors:
 
     def poll(self, timeout_ms: int) -> list[bytes]:
         """Wait until the ring is filling up or *timeout_ms* has passed; returns all events, oldest first."""
-        self._bpf.ring_buffer_poll(timeout_ms)
-        return self.drain()
+        self._ring.wait(timeout_ms)
+        return self._ring.read()
 
     def drain(self) -> list[bytes]:
         """All events now in the ring, without waiting."""
-        self._bpf.ring_buffer_consume()
-        records, self._records = self._records, []
-        return records
+        return self._ring.read()
 
     def stats(self) -> dict[Stat, int]:
         """The exact totals, summed over CPUs."""

@@ -78,7 +78,7 @@ def _hop(analysis: Analysis, step: Step, sent_ns: int) -> dict[str, Any]:
                 "policy_direction": p.direction,
                 "verdict": p.verdict or None,
                 "execution_ns": p.execution_ns,
-                "lines": p.lines,
+                "lines": p.texts,
             }
             for p in step.passages
         ],

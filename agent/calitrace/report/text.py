@@ -14,7 +14,7 @@ from calitrace.model import Drop, Outcome
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from calitrace.calico.log import Passage
+    from calitrace.calico.passage import Passage
     from calitrace.correlate.analysis import Analysis
     from calitrace.correlate.journey import Journey
 
@@ -130,7 +130,7 @@ def _passage(
     else:
         yield head
     if verbose:
-        for line in passage.lines:
+        for line in passage.texts:
             yield f"{_BELOW}{line}"
 
 

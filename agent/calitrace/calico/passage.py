@@ -1,0 +1,538 @@
+"""One packet through one Calico program, put together from the lines that the program printed.
+
+A program runs on one CPU, so its lines follow each other on that CPU, all with one tag. What breaks that, and what
+we do then:
+
+- Another program's lines come in between, in the context of the same task: the first is kept open, and goes on
+  when its tag comes again before anything begins anew. A line of another task ends all that is open on that CPU
+  (with PREEMPT_RT, where that is not so, the two pieces are marked).
+- The line that begins a passage was lost, or the one that ends it: the passage stands with a mark. A passage never
+  goes on over a place where the kernel says that it lost lines.
+- Some programs print no last line: XDP, and those that drop where they have nothing to print with.
+
+Programs of v3.13 to v3.17 print no first line either: there the lines of a passage begin after the end of another.
+Source of the order of lines: felix/bpf-gpl/tc.c, v3.13 to master.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import struct
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from functools import cached_property
+
+from calitrace.calico import reasons, trace
+from calitrace.calico.log import Form, Line, Tag
+from calitrace.packet import ICMP, ICMP6, PROTOCOLS, TCP, UDP
+
+POLICY_DENY = "DENY due to policy"
+_START = "New packet at ifindex="
+_FIRST = (_START, "IP id=", "CT-6 lookup from", "CT-17 lookup from", "CT-1 lookup from")
+_RESULT_LINE = "Final result="
+# Last lines of programs that drop without a Final result.
+_DROPS = (
+    POLICY_DENY,
+    "Egress HEP should drop packet with no CT state",
+    "no globals: DROP",
+    "no counters for ",
+    "State map lookup failed: DROP",
+    "Main program not loaded for IP packet version",
+    "tc_preamble iface ",
+    "xdp_preamble iface ",
+)
+_LAST = (_RESULT_LINE, *_DROPS)
+_INFO = (_RESULT_LINE, "Workload RPF fail", "Source collision unresolved")  # at level Info there is nothing before
+_BEFORE = ("No metadata is shared by XDP", "Received metadata from XDP")  # without a tag, before the first line
+_PREAMBLE = re.compile(r"(?:tc|xdp)_preamble iface (?P<padded>\S+) ")
+_LOG_ACTION = "policy "
+_ENTRY_PARSE = re.compile(r"IP (?:id=\d+ )?s=(?P<src>\S+) d=(?P<dst>\S+)")
+_PORTS = re.compile(r"(?P<proto>TCP|UDP); ports: s=(?P<sport>\d+) d=(?P<dport>\d+)")
+_LOOKUP = re.compile(r"CT(?:-(?P<proto>\d+)|:) lookup (?P<side>from|to) +(?P<address>\S+):(?P<port>\d+)")
+_ICMP = re.compile(r"ICMP(?P<v6>V6)?; type=(?P<type>\d+) code=(?P<code>\d+)")
+_ACTION = re.compile(
+    r"policy (?P<verdict>ALLOWED|DENIED) +proto (?P<proto>\d+) src (?P<src>\S+):(?P<sport>\d+) "
+    r"dest (?P<dst>\S+):(?P<dport>\d+)"
+)
+_RESULT = re.compile(
+    r"Final result=(?P<verdict>ALLOW|DENY) (?:\((?P<code>-?[0-9a-f]+)\)|rc (?P<rc>-?\d+))\."
+    r"(?: Program execution time: (?P<ns>\d+)ns)?"
+)
+_RPF = re.compile(r"Host RPF check rc (?P<rc>-?\d+) result (?P<result>\d)")
+_CT_RESULT = re.compile(r"CT(?:-\d+|:) result: (?:(?P<word>NEW|INVALID)|(?P<hex>0x[0-9a-f]+)|(?P<number>\d+))")
+_POLICY_RC = re.compile(r"pol_rc=(?P<rc>-?\d+)")
+_NAT_TO = re.compile(r"CT: (?P<kind>DNAT to|SNAT from) (?P<address>\S+):(?P<port>\d+)")
+_ENCAP = re.compile(r"vxlan encap (?P<src>\S+) : (?P<dst>\S+)")
+_DECAP = re.compile(r"vxlan decap origin (?P<src>\S+)")
+_REDIRECT = re.compile(r"(?:Got Linux FIB hit, redirecting to iface|Redirect\w* .*?)[ (](?P<ifindex>\d+)\)?")
+_FIB_FAILED = re.compile(r"FIB lookup failed \((?:FIB problem|bad input)\): (?P<rc>-?\d+)")
+_HEX = re.compile(r"[0-9a-f]{1,8}")
+
+NO_BACKEND = ("NAT: no backend", "NAT: backend miss")
+_POLICY_RESULTS = {0: "", 1: "allow", 2: "deny"}  # felix/bpf-gpl/policy.h; 0 also where policy was not asked
+# felix/bpf-gpl/conntrack_types.h, v3.20 and later; before, there is no MID_FLOW_MISS.
+CT_RESULTS = {
+    0: "new",
+    1: "mid-flow miss",
+    2: "established",
+    3: "established, bypass",
+    4: "established, SNAT",
+    5: "established, DNAT",
+    6: "invalid",
+    7: "Maglev mid-flow miss",
+}
+_CT_FLAGS = {0x100: "related", 0x200: "RPF failed", 0x400: "tunnel source changed"}
+FIB_RESULTS = {  # include/uapi/linux/bpf.h, BPF_FIB_LKUP_RET_*
+    1: "BLACKHOLE",
+    2: "UNREACHABLE",
+    3: "PROHIBIT",
+    4: "NOT_FWDED",
+    5: "FWD_DISABLED",
+    6: "UNSUPP_LWT",
+    7: "NO_NEIGH",
+    8: "FRAG_NEEDED",
+    9: "NO_SRC_ADDR",
+}
+
+
+class Mark(str, Enum):
+    """What is not whole about a passage."""
+
+    BEGINNING_LOST = "beginning lost"
+    END_LOST = "end lost"
+    INTERRUPTED = "interrupted"
+    NO_RESULT = "this program prints no result"
+
+
+@dataclass(frozen=True)
+class Flow:
+    """A five-tuple in Calico's words: *src* and *dst* are addresses, or what stands in their place in a paste."""
+
+    proto: int = 0
+    src: str = ""
+    sport: int = 0
+    dst: str = ""
+    dport: int = 0
+
+    def __str__(self) -> str:
+        name = PROTOCOLS.get(self.proto, f"proto {self.proto}") + " " if self.proto else ""
+        if not self.sport and not self.dport:
+            return f"{name}{self.src or '?'} > {self.dst or '?'}"
+        return f"{name}{_endpoint(self.src, self.sport)} > {_endpoint(self.dst, self.dport)}"
+
+    def packet(self) -> bytes:
+        """An IP header and ports such as this packet had, for a filter to look at; empty without addresses."""
+        try:
+            src, dst = ipaddress.ip_address(self.src), ipaddress.ip_address(self.dst)
+        except ValueError:
+            return b""
+        ports = struct.pack("!HHII", self.sport, self.dport, 0, 0) + bytes(8)
+        if src.version == 6:
+            header = struct.pack("!IHBB", 6 << 28, len(ports), self.proto, 64)
+        else:
+            header = struct.pack("!BBHIBBH", 0x45, 0, 20 + len(ports), 0, 64, self.proto, 0)
+        return header + src.packed + dst.packed + ports
+
+
+def _endpoint(address: str, port: int) -> str:
+    return f"[{address}]:{port}" if ":" in address else f"{address or '?'}:{port}"
+
+
+@dataclass
+class Facts:
+    """What the lines of a passage say. Empty where they say nothing.
+
+    *flows*: as the packet came, and what was in it after decapsulation. *after_nat*: of the innermost, translated.
+    """
+
+    flows: list[Flow] = field(default_factory=list)
+    after_nat: Flow | None = None
+    ports: set[tuple[int, int]] = field(default_factory=set)
+    conntrack: str = ""
+    policy: str = ""
+    tunnel_from: str = ""
+    tunnel_to: str = ""
+    no_backend: bool = False
+    forwarding: str = ""
+
+
+class Passage:
+    """One packet through one program. *lines*: all of it, in order."""
+
+    def __init__(self, tag: Tag, first: Line) -> None:
+        self.tag = tag
+        self.lines = [first]
+        self.marks: list[Mark] = []
+        self.suspended = False
+        self._own_newline = False
+        self.verdict = ""  # ALLOW, DENY, or empty when none was seen
+        self.printed_code = ""  # the number in the last line, as it stands there
+        self.rc: int | None = None  # what the program returned to the kernel, where the last line says it
+        self.execution_ns: int | None = None  # with the time that printing took
+
+    @property
+    def interface(self) -> str:
+        """As the tag names it: up to v3.24 cut to 8 characters."""
+        return self.tag.interface
+
+    @property
+    def direction(self) -> str:
+        """Calico's policy direction: I, E or X."""
+        return self.tag.direction
+
+    @property
+    def cpu(self) -> int:
+        """-1 where the header was cut off."""
+        return self.lines[-1].context.cpu
+
+    @property
+    def pid(self) -> int:
+        """Of the task in whose context the program ran."""
+        return self.lines[-1].context.pid
+
+    @property
+    def started_ns(self) -> int:
+        """Time of the first line."""
+        return self.lines[0].time_ns
+
+    @property
+    def ended_ns(self) -> int:
+        """Time of the last line."""
+        return self.lines[-1].time_ns
+
+    @property
+    def texts(self) -> list[str]:
+        """The messages without prefix."""
+        return [line.text for line in self.lines]
+
+    def finish(self, text: str, own_newline: bool) -> None:
+        """Take what the last line says. *own_newline*: whether messages bring one, as they do up to v3.29."""
+        self._own_newline = own_newline
+        found = _RESULT.match(text)
+        if found is None:
+            self.verdict = "DENY"
+            return
+        self.verdict = found["verdict"]
+        self.execution_ns = int(found["ns"]) if found["ns"] else None
+        self.printed_code = found["rc"] or found["code"]
+        if found["rc"] or self.printed_code in ("-1", "7"):  # no reason to allow has these numbers
+            self.rc = int(self.printed_code)
+
+    @cached_property
+    def code(self) -> int | None:
+        """Calico's reason. None where none was printed, or where its base is not known.
+
+        DENY is hexadecimal up to v3.29, whose addresses are so too, and decimal since.
+        """
+        if not self.printed_code or self.rc is not None:
+            return None
+        if self.verdict == "ALLOW" or (self.printed_code.isdecimal() and int(self.printed_code) < 10):
+            return int(self.printed_code)
+        base = self._base()
+        return int(self.printed_code, base) if base else None
+
+    def _base(self) -> int:
+        """16 or 10 by what else shows the release; 0 when nothing does."""
+        if not self.printed_code.isdecimal() or self.tag.old:
+            return 16
+        parsed = next((found["dst"] for text in self.texts if (found := _ENTRY_PARSE.match(text))), "")
+        if parsed:
+            return 16 if _HEX.fullmatch(parsed) else 10
+        if self._own_newline:
+            return 16
+        return 10 if self.lines[-1].ktime_ns else 0
+
+    @property
+    def calico_reason(self) -> str:
+        """Name of the reason of a DENY; empty where there is none, its number where the release is not known."""
+        if self.verdict != "DENY":
+            return ""
+        if self.code is None and self.printed_code:
+            return f"reason {self.printed_code}, hexadecimal or decimal"
+        if self.code in reasons.OLD_REASONS and self.tag.old:
+            return reasons.OLD_REASONS[self.code]
+        return reasons.name(self.code, 0) if self.code else ""
+
+    def ports(self) -> set[tuple[int, int]]:
+        """All (source, destination) port pairs that its lines name: outer and inner."""
+        return self.facts.ports
+
+    def cause(self) -> str:
+        """Why it was dropped, from the line that says so; empty when none does.
+
+        Without a verdict only the last line can say so: those before it may speak of what was mended later.
+        """
+        for line in reversed(self.lines if self.verdict else self.lines[-1:]):
+            if (found := _RPF.match(line.text)) and found["result"] == "0":
+                result = FIB_RESULTS.get(int(found["rc"]), found["rc"])
+                return f"the reverse path check of the source failed (FIB result {result})"
+            if line.message and line.message.cause:
+                return line.message.cause
+        return ""
+
+    def why(self) -> str:
+        """Why it was dropped: from the line that says so, else from the reason's number; empty when neither does."""
+        return self.cause() or reasons.MEANING.get(self.calico_reason, self.calico_reason)
+
+    def decisions(self) -> list[str]:
+        """What it did to the packet: NAT, tunnel, bypass; in the order of the lines."""
+        found = []
+        for text in self.texts:
+            if nat := _NAT_TO.match(text):
+                found.append(f"{nat['kind']} {address(nat['address'], self.tag)}:{nat['port']}")
+            elif encap := _ENCAP.match(text):
+                found.append(f"VXLAN encap to {address(encap['dst'], self.tag)}")
+            elif text == "vxlan decap":
+                found.append(f"VXLAN decap from {self.facts.tunnel_from}")
+            elif text.startswith("NAT: no backend"):
+                found.append("no backend")
+            elif text.startswith(_RESULT_LINE) and " Bypass" in text:
+                found.append("bypass")
+        return found
+
+    def no_backend(self) -> bool:
+        """Whether the service was found without an endpoint."""
+        return any(text.startswith(NO_BACKEND) for text in self.texts)
+
+    @cached_property
+    def facts(self) -> Facts:
+        """What all the lines say, read once."""
+        return _read(self.texts, self.tag)
+
+
+def address(token: str, of: Tag) -> str:
+    """An address as people write it. *token*: dotted, bracketed IPv6, or up to v3.29 hexadecimal in host order.
+
+    Up to v3.29 an IPv6 address shows its last 32 bits only: it stays as printed, as does a word in a pasted log.
+    """
+    if token.startswith("["):
+        try:
+            return str(ipaddress.IPv6Address(token.strip("[]")))
+        except ValueError:
+            return token
+    if not of.ipv6 and _HEX.fullmatch(token):
+        return str(ipaddress.IPv4Address(int(token, 16)))
+    return token
+
+
+def _read(texts: list[str], tag: Tag) -> Facts:
+    facts = Facts()
+    outer, inner = Flow(), Flow()
+    decapsulated = False
+    dnat: tuple[str, int] | None = None
+    snat: tuple[str, int] | None = None
+    for text in texts:
+        if (found := _ENTRY_PARSE.match(text)) and not outer.src:
+            outer = replace(outer, src=address(found["src"], tag), dst=address(found["dst"], tag))
+        elif found := _PORTS.match(text):
+            pair = int(found["sport"]), int(found["dport"])
+            facts.ports.add(pair)
+            flow = replace(
+                inner if decapsulated else outer,
+                proto=TCP if found["proto"] == "TCP" else UDP,
+                sport=pair[0],
+                dport=pair[1],
+            )
+            outer, inner = (outer, flow) if decapsulated else (flow, inner)
+        elif found := _ICMP.match(text):
+            flow = replace(inner if decapsulated else outer, proto=ICMP6 if found["v6"] else ICMP)
+            outer, inner = (outer, flow) if decapsulated else (flow, inner)
+        elif found := _LOOKUP.match(text):
+            end, port = address(found["address"], tag), int(found["port"])
+            inner = replace(inner, proto=inner.proto or int(found["proto"] or outer.proto))
+            if found["side"] == "from":
+                inner = replace(inner, src=end, sport=port)
+            else:
+                inner = replace(inner, dst=end, dport=port)
+        elif found := _ACTION.match(text):
+            outer = Flow(
+                int(found["proto"]),
+                address(found["src"], tag),
+                int(found["sport"]),
+                address(found["dst"], tag),
+                int(found["dport"]),
+            )
+            facts.ports.add((outer.sport, outer.dport))
+            facts.policy = "allow" if found["verdict"] == "ALLOWED" else "deny"
+        elif found := _CT_RESULT.match(text):
+            facts.conntrack = _conntrack(found, facts.conntrack)
+        elif text.startswith("CT"):
+            facts.conntrack = _hit(text) or facts.conntrack
+            if found := _NAT_TO.match(text):
+                new = address(found["address"], tag), int(found["port"])
+                dnat, snat = (new, snat) if found["kind"] == "DNAT to" else (dnat, new)
+        elif found := _POLICY_RC.match(text):
+            facts.policy = facts.policy or _POLICY_RESULTS.get(int(found["rc"]), found["rc"])
+        elif text.startswith(POLICY_DENY):
+            facts.policy = "deny"
+        elif text == "HEP with no policy, allow.":
+            facts.policy = "no policy, allow"
+        elif text == "WEP with no policy, deny.":
+            facts.policy = "no policy, deny"
+        elif text == "vxlan decap":
+            decapsulated = True
+            facts.tunnel_from = outer.src
+        elif found := _DECAP.match(text):
+            facts.tunnel_from = address(found["src"], tag)
+        elif found := _ENCAP.match(text):
+            facts.tunnel_to = address(found["dst"], tag)
+        elif text.startswith(NO_BACKEND):
+            facts.no_backend = True
+        elif found := _FIB_FAILED.match(text):
+            facts.forwarding = f"FIB {FIB_RESULTS.get(int(found['rc']), found['rc'])}"
+        elif found := _REDIRECT.match(text):
+            facts.forwarding = f"to ifindex {found['ifindex']}"
+    facts.flows = [outer] if outer != Flow() else []
+    if inner != Flow() and inner != outer:
+        facts.flows.append(inner)
+    if facts.flows:
+        after = facts.flows[-1]
+        after = replace(after, dst=dnat[0], dport=dnat[1]) if dnat else after
+        after = replace(after, src=snat[0], sport=snat[1]) if snat else after
+        facts.after_nat = after if after != facts.flows[-1] else None
+    return facts
+
+
+def _conntrack(found: re.Match[str], before: str) -> str:
+    if found["word"]:
+        return found["word"].lower()
+    if found["number"]:  # its numbering changed within the releases that print it so: the line before said it
+        return before or f"result {found['number']}"
+    value = int(found["hex"], 16)
+    words = [CT_RESULTS.get(value & 0xFF, f"result {value & 0xFF}")]
+    words += [name for bit, name in _CT_FLAGS.items() if value & bit]
+    return ", ".join(words)
+
+
+_HITS = (
+    ("NEW flow", "new"),
+    ("short-circuiting lookup", "new"),
+    ("mid-flow", "mid-flow miss"),
+    (": SNAT.", "established, SNAT"),
+    ("doing secondary lookup", "established, DNAT"),
+    (": ESTABLISHED.", "established"),
+    ("Hit! NORMAL entry", "established"),
+)
+
+
+def _hit(text: str) -> str:
+    return next((words for part, words in _HITS if part in text), "")
+
+
+class Assembler:
+    """Lines, in the order of the buffer, to passages. A line of no packet gives none."""
+
+    _DEPTH = 4  # programs that can interrupt one another; with more, the ends of some were lost
+
+    def __init__(self) -> None:
+        self._open: dict[int, list[Passage]] = {}
+        self._before: dict[int, Line] = {}
+        self._own_newline = False
+        self._old_starts = False
+        self.attached = False  # whether the last line without a tag became part of a passage
+
+    def feed(self, line: Line) -> list[Passage]:
+        """Take a line; returns the passages that are now over, in the order in which they ended."""
+        _, context, (tag, text, _, _), _ = line
+        if tag is None or not tag.direction:
+            return self._untagged(line)
+        stack = self._open.setdefault(context.cpu, [])
+        if stack:
+            passage = stack[-1]
+            last = passage.lines[-1].context
+            same = passage.tag is tag or passage.tag == tag
+            if same and not passage.suspended and (last is context or last.pid == context.pid):
+                if not text.startswith(_START):
+                    passage.lines.append(line)
+                    return self._ended(stack, line) if text.startswith(_LAST) else []
+                return [_cut(stack.pop()), *self._begin(line, tag, stack)]
+        done = []
+        # Nothing preempts a program: another task on its CPU means that all before is over.
+        if stack and stack[-1].pid != context.pid:
+            done = self._cut_from(stack, 0)
+        depth = next((at for at, passage in enumerate(stack) if passage.tag == tag), None)
+        if depth is None:
+            if len(stack) >= self._DEPTH:
+                done.append(_cut(stack.pop(0)))
+            if stack:
+                stack[-1].suspended = True
+            return done + self._begin(line, tag, stack)
+        done += self._cut_from(stack, depth + 1)
+        if line.text.startswith(_FIRST):
+            done.append(_cut(stack.pop()))
+            return done + self._begin(line, tag, stack)
+        stack[-1].suspended = False
+        stack[-1].marks.append(Mark.INTERRUPTED)
+        stack[-1].lines.append(line)
+        return done + self._ended(stack, line)
+
+    def _ended(self, stack: list[Passage], line: Line) -> list[Passage]:
+        if not line.text.startswith(_LAST):
+            return []
+        passage = stack.pop()
+        passage.finish(line.text, self._own_newline or line.raw.endswith("\n"))
+        return [passage]
+
+    def _begin(self, line: Line, tag: Tag, stack: list[Passage]) -> list[Passage]:
+        passage = Passage(tag, line)
+        before = self._before.pop(line.context.cpu, None)
+        if before is not None and before.context.pid == line.context.pid:
+            passage.lines.insert(0, before)
+        text = line.text
+        stack.append(passage)
+        if text.startswith(_LOG_ACTION):
+            passage.verdict = "DENY" if text.startswith("policy DENIED") else ""
+            return [stack.pop()]
+        # v3.13 to v3.17 have the short tags of v3.18 to v3.24, but no first line that one could miss.
+        self._old_starts = self._old_starts or (tag.old and text.startswith(_START))
+        if not text.startswith((_START, *_INFO)) and (self._old_starts or not tag.old):
+            passage.marks.append(Mark.BEGINNING_LOST)
+        return self._ended(stack, line)
+
+    def _untagged(self, line: Line) -> list[Passage]:
+        cpu, text = line.context.cpu, line.text
+        if line.form is Form.BLANK:  # Calico's messages bring a newline of their own, up to v3.29
+            self._own_newline = True
+            return []
+        if lost := trace.lost(line.text) if line.form is Form.LOST else None:
+            return self.cut(lost.cpu)
+        self.attached = False
+        if line.message is None or line.tag is not None:
+            return []
+        if text.startswith(_BEFORE):
+            self._before[cpu] = line
+            self.attached = True
+            return []
+        stack = self._open.get(cpu, [])
+        preamble = _PREAMBLE.match(text)
+        same = bool(stack) and stack[-1].pid == line.context.pid
+        self.attached = bool(preamble or same or text.startswith(_LAST))
+        if same and not preamble:
+            stack[-1].lines.append(line)
+            return self._ended(stack, line)
+        if not text.startswith(_LAST):
+            return []
+        interface = preamble["padded"].rstrip("-") if preamble else ""
+        alone = [Passage(Tag(interface, "X" if text.startswith("xdp") else ""), line)]
+        return self._ended(alone, line)
+
+    def cut(self, cpu: int) -> list[Passage]:
+        """What is still open on a CPU, where its programs are known to be over."""
+        self._before.pop(cpu, None)
+        return self._cut_from(self._open.get(cpu, []), 0)
+
+    @staticmethod
+    def _cut_from(stack: list[Passage], depth: int) -> list[Passage]:
+        over = [_cut(passage) for passage in stack[depth:]]
+        del stack[depth:]
+        return over
+
+    def flush(self) -> list[Passage]:
+        """All passages still open, cut short by the end."""
+        return [passage for cpu in list(self._open) for passage in self.cut(cpu)]
+
+
+def _cut(passage: Passage) -> Passage:
+    passage.marks.append(Mark.NO_RESULT if passage.direction == "X" else Mark.END_LOST)
+    return passage

@@ -1,0 +1,420 @@
+"""Calico's debug log put together into packets, against traces of real Calico programs of three eras."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from calitrace.calico.log import Form, Reader
+from calitrace.calico.passage import Assembler, Flow, Mark, Passage
+from calitrace.model import LogLine
+from calitrace.packet import dissect
+
+_DATA = Path(__file__).resolve().parent.parent / "data"
+_FILES = {
+    "master": _DATA / "trace-master.log",
+    "v3.28": _DATA / "real-calico" / "trace-v3.28.log",
+    "v3.17": _DATA / "real-calico" / "trace-v3.17.log",
+}
+
+
+def scenarios(release: str) -> dict[str, tuple[str, list[str]]]:
+    """Result and lines of each scenario of a trace, by its number."""
+    found: dict[str, tuple[str, list[str]]] = {}
+    number = ""
+    for line in _FILES[release].read_text().splitlines():
+        if line.startswith("##### SCENARIO: "):
+            number = line.split()[2]
+        elif line.startswith("##### RESULT: "):
+            found[number] = (line.split()[2], [])
+        else:
+            found[number][1].append(line)
+    return found
+
+
+TRACES = {release: scenarios(release) for release in _FILES}
+CASES = [(release, number) for release, each in TRACES.items() for number in each]
+
+
+def assembled(raw: list[str]) -> tuple[list[Passage], list[Passage], Reader]:
+    """(ended by their own last line, cut short by the end of input, the reader)."""
+    reader, assembler, done = Reader(), Assembler(), []
+    for line in reader.read(raw):
+        done += assembler.feed(line)
+    return done, assembler.flush(), reader
+
+
+def printed(*texts: str, comm: str = "curl", pid: int = 7, cpu: int = 0) -> list[str]:
+    """Lines as trace_pipe shows them."""
+    return [f"{comm:>16}-{pid:<7} [{cpu:03d}] ..s2.     5.000001: bpf_trace_printk: {text}" for text in texts]
+
+
+START = "New packet at ifindex=2; mark=0"
+END = "Final result=ALLOW rc -1. Program execution time: 5ns"
+
+
+def eth(*messages: str) -> list[str]:
+    """The lines of eth0's ingress program."""
+    return [f"eth0------------I: {message}" for message in messages]
+
+
+def cali(*messages: str) -> list[str]:
+    """The lines of a program on a pod's interface."""
+    return [f"cali1-----------E: {message}" for message in messages]
+
+
+@pytest.mark.parametrize(("release", "number"), CASES)
+def test_each_packet_is_one_passage(release: str, number: str) -> None:
+    lines = TRACES[release][number][1]
+    done, cut, reader = assembled(lines)
+    ends = sum("Final result=" in line or line.endswith(": DENY due to policy") for line in lines)
+    assert (len(done), cut) == (ends, [])
+    assert all(passage.verdict and not passage.marks for passage in done)
+    assert (reader.counts[Form.CALICO], reader.counts[Form.BLANK]) == (
+        len([each for each in lines if each]),
+        lines.count(""),
+    )
+    assert reader.total == len(lines)
+    assert sorted(line.raw for passage in done for line in passage.lines) == sorted(each for each in lines if each)
+    for passage in done:
+        assert len({(line.context.pid, line.context.cpu) for line in passage.lines}) == 1
+    if release != "v3.17":  # which prints no such line
+        assert len(done) == sum(START[:22] in line for line in lines)
+
+
+_DENIED = {
+    ("master", "S07"): ("ens192", "I", 11, "UNAUTH_SOURCE", "the source is not in the service's source ranges"),
+    ("master", "S08"): ("ens192", "I", 12, "RT_UNKNOWN", "the backend is not in Calico's routes map"),
+    ("v3.28", "V02"): ("calif00dbeef012", "I", None, "", "denied by policy"),
+}
+_NO_BACKEND = {("master", "S05"), ("master", "S06"), ("v3.28", "V03")}
+
+
+@pytest.mark.parametrize(("release", "number"), CASES)
+def test_verdicts_agree_with_what_the_client_saw(release: str, number: str) -> None:
+    result, lines = TRACES[release][number]
+    done, _, _ = assembled(lines)
+    denied = {(p.interface, p.direction, p.code, p.calico_reason, p.cause()) for p in done if p.verdict == "DENY"}
+    expected = _DENIED.get((release, number))
+    assert denied == ({expected} if expected else set())
+    assert any(p.no_backend() for p in done) == ((release, number) in _NO_BACKEND)
+    assert (result == "OK") == (expected is None and (release, number) not in _NO_BACKEND)
+
+
+# The way of the first SYN through a NodePort with a remote backend: the same in all eras but for what is printed.
+CLIENT, NODE_A, NODE_B, POD = "10.10.0.100", "10.10.0.1", "10.10.0.2", "10.65.1.2"
+
+
+@pytest.mark.parametrize(
+    ("release", "number", "sport", "outer"), [("master", "S01", 40001, 59841), ("v3.28", "V01", 43001, 4789)]
+)
+def test_the_way_of_a_syn(release: str, number: str, sport: int, outer: int) -> None:
+    done, _, _ = assembled(TRACES[release][number][1])
+    entry, leaving, arriving, to_pod, from_pod = done[:5]
+    syn, at_pod = Flow(6, CLIENT, sport, NODE_A, 30080), Flow(6, CLIENT, sport, POD, 8080)
+    assert (entry.interface, entry.tag.hook, entry.facts.flows) == ("ens192", "ingress", [syn])
+    assert (entry.facts.after_nat, entry.facts.tunnel_to) == (at_pod, NODE_B)
+    assert (entry.facts.conntrack, entry.facts.policy) == ("new", "no policy, allow")
+    assert entry.facts.forwarding == "to ifindex 2"
+    assert (leaving.interface, leaving.tag.hook) == ("ens192", "egress")
+    assert arriving.facts.flows == [Flow(17, NODE_A, outer, NODE_B, 4789), syn]
+    assert arriving.ports() == {(outer, 4789), (sport, 30080)}
+    assert (arriving.facts.tunnel_from, arriving.facts.after_nat) == (NODE_A, at_pod)
+    assert (to_pod.tag.workload, to_pod.tag.hook, to_pod.facts.flows) == (True, "egress", [at_pod])
+    assert (from_pod.tag.hook, from_pod.facts.conntrack) == ("ingress", "established, SNAT")
+    assert from_pod.facts.after_nat == Flow(6, NODE_A, 30080, CLIENT, sport)
+    assert (entry.execution_ns or 0) > 0
+    assert entry.decisions() == [f"DNAT to {POD}:8080", f"VXLAN encap to {NODE_B}"]
+    assert arriving.decisions() == [f"VXLAN decap from {NODE_A}", f"DNAT to {POD}:8080"]
+
+
+def test_the_oldest_era() -> None:
+    done, _, _ = assembled(TRACES["v3.17"]["O01"][1])
+    to_pod, from_pod = done[4:6]
+    assert (to_pod.interface, to_pod.tag.cut, to_pod.tag.is_of("calif00dbeef012")) == ("calif00d", True, True)
+    assert to_pod.facts.flows == [Flow(6, CLIENT, 44001, POD, 8080)]
+    assert (to_pod.facts.conntrack, to_pod.rc, to_pod.code) == ("new", -1, None)
+    assert (from_pod.facts.conntrack, from_pod.facts.tunnel_to) == ("established, SNAT", NODE_A)
+    assert from_pod.facts.forwarding == "FIB NO_NEIGH"
+
+
+@pytest.mark.parametrize(
+    ("lines", "code", "reason"),
+    [
+        (["eth0-----I: Final result=DENY (10). Program execution time: 1ns"], 0x10, "reason 16"),
+        (["eth0-----I: Final result=DENY (ed). Program execution time: 1ns"], 0xED, "UNAUTH_SOURCE"),
+        (eth("Final result=DENY (b). Program execution time: 1ns"), 11, "UNAUTH_SOURCE"),
+        (eth("Final result=DENY (4). Program execution time: 1ns"), 4, "DROPPED_BY_POLICY"),
+        (eth("Final result=DENY (0). Program execution time: 1ns"), 0, ""),
+        (eth("Final result=DENY (10). Program execution time: 1ns"), None, "reason 10, hexadecimal or decimal"),
+        (eth(START, "IP s=1.2.3.4 d=1.2.3.5", "Final result=DENY (11)."), 11, "UNAUTH_SOURCE"),
+        (eth(START, "IP s=CLIENT d=NODE", "Final result=DENY (11)."), 11, "UNAUTH_SOURCE"),
+        (eth(START, "IP s=a0a0001 d=a0a0002", "Final result=DENY (11)."), 0x11, "reason 17"),
+        (eth("Final result=ALLOW (3). Bypass mark set."), 3, ""),
+        (eth("Final result=ALLOW (-1). Program execution time: 1ns"), None, ""),
+    ],
+)
+def test_the_reason_of_the_last_line(lines: list[str], code: int | None, reason: str) -> None:
+    (passage,), _, _ = assembled(printed(*lines))
+    assert (passage.code, passage.calico_reason) == (code, reason)
+
+
+def test_a_newline_of_their_own_shows_the_old_releases() -> None:
+    first, second = assembled(
+        [each for line in printed(*eth("Final result=DENY (10).", "Final result=DENY (10).")) for each in (line, "")]
+    )[0]
+    assert (first.code, second.code) == (None, 0x10)
+    live, new = (
+        Assembler().feed(Reader().line(LogLine(1, 0, 0, 7, "curl", eth("Final result=DENY (10).")[0] + end, False)))[0]
+        for end in ("\n", "")
+    )
+    assert (live.code, new.code) == (0x10, 10)
+
+
+def test_what_the_program_returned() -> None:
+    (passage,), _, _ = assembled(printed(*eth("Final result=ALLOW rc 7. Program execution time: 1ns")))
+    assert (passage.rc, passage.code, passage.execution_ns) == (7, None, 1)
+
+
+# -- whose lines ------------------------------------------------------------------------------------------
+
+
+def test_cpus_are_kept_apart() -> None:
+    one, two = printed(*eth(START, END), cpu=0), printed(*eth(START, END), cpu=1)
+    done, cut, _ = assembled([one[0], two[0], two[1], one[1]])
+    assert [(p.cpu, len(p.lines), p.marks) for p in done] == [(1, 2, []), (0, 2, [])]
+    assert cut == []
+
+
+def test_an_interrupted_packet_goes_on() -> None:
+    done, cut, _ = assembled(printed(*eth(START), *cali(START, END), *eth("CT: result: NEW.", END)))
+    assert [(p.interface, len(p.lines), p.marks) for p in done] == [
+        ("cali1", 2, []),
+        ("eth0", 3, [Mark.INTERRUPTED]),
+    ]
+    assert cut == []
+
+
+def test_a_packet_whose_end_was_lost() -> None:
+    done, cut, _ = assembled(printed(*eth(START), *eth(START, END)))
+    assert [(len(p.lines), p.verdict, p.marks) for p in done] == [(1, "", [Mark.END_LOST]), (2, "ALLOW", [])]
+    done, cut, _ = assembled(printed(*eth(START), *cali(START, END), *eth(START, END)))
+    assert [(p.interface, p.marks) for p in done] == [("cali1", []), ("eth0", [Mark.END_LOST]), ("eth0", [])]
+    assert cut == []
+
+
+@pytest.mark.parametrize(
+    ("lines", "marks"),
+    [
+        (["eth0-----I: CT-6 result: NEW.", "eth0-----I: Final result=ALLOW (0)."], [[]]),
+        (
+            [f"eth0-----I: {each}" for each in (START, "Final result=ALLOW (0).", "CT-6 result: NEW.")],
+            [[], [Mark.BEGINNING_LOST, Mark.END_LOST]],
+        ),
+        (eth("Workload RPF fail: missing route.", "Final result=DENY (0)."), [[]]),
+        (eth("CT: result: NEW.", END), [[Mark.BEGINNING_LOST]]),
+    ],
+)
+def test_a_beginning_is_lost_only_where_the_release_prints_one(lines: list[str], marks: list[list[Mark]]) -> None:
+    done, cut, _ = assembled(printed(*lines))
+    assert [p.marks for p in done + cut] == marks
+
+
+def test_another_task_on_the_cpu_ends_what_was_open() -> None:
+    done, cut, _ = assembled(printed(*eth(START), pid=7) + printed(*eth("CT: result: NEW.", END), pid=8))
+    assert [(p.pid, p.marks) for p in done] == [(7, [Mark.END_LOST]), (8, [Mark.BEGINNING_LOST])]
+    assert cut == []
+
+
+def test_the_outer_program_goes_on_when_the_end_of_the_inner_was_lost() -> None:
+    done, _, _ = assembled(printed(*eth(START), *cali(START), *eth("CT: result: NEW.", END)))
+    assert [(p.interface, p.marks) for p in done] == [("cali1", [Mark.END_LOST]), ("eth0", [Mark.INTERRUPTED])]
+
+
+def test_more_programs_than_can_interrupt_each_other() -> None:
+    lines = [f"cali{n}-----------E: {START}" for n in range(5)]
+    done, cut, _ = assembled(printed(*lines))
+    assert [p.interface for p in done] == ["cali0"]
+    assert [p.interface for p in cut] == [f"cali{n}" for n in range(1, 5)]
+
+
+def test_nothing_goes_on_over_lost_lines() -> None:
+    done, cut, reader = assembled(
+        [*printed(*eth(START)), "CPU:0 [LOST 9 EVENTS]", *printed(*eth("CT: result: NEW.", END))]
+    )
+    assert [p.marks for p in done] == [[Mark.END_LOST], [Mark.BEGINNING_LOST]]
+    assert (cut, reader.events_lost, reader.counts[Form.LOST]) == ([], 9, 1)
+    assert Assembler().feed(next(Reader().read(["CPU:0 [LOST EVENTS]"]))) == []
+
+
+# -- lines without a tag ----------------------------------------------------------------------------------
+
+METADATA = "No metadata is shared by XDP"
+
+
+def test_the_line_before_the_first() -> None:
+    done, _, _ = assembled(printed(METADATA, *eth(START, END)))
+    assert done[0].texts == [METADATA, START, END]
+    done, _, _ = assembled(printed(METADATA, pid=1) + printed(*eth(START, END), pid=2))
+    assert done[0].texts == [START, END]
+
+
+def test_a_preamble_that_cannot_enter_the_chain() -> None:
+    assembler = Assembler()
+    (line,) = Reader().read(printed("tc_preamble iface ens192--------- failed to call main 0"))
+    (passage,) = assembler.feed(line)
+    assert (passage.interface, passage.direction, passage.verdict, passage.marks) == ("ens192", "", "DENY", [])
+    assert assembler.attached
+    (line,) = Reader().read(printed("Main program not loaded for IP packet version 2048, DROP"))
+    assert [(p.interface, p.verdict) for p in assembler.feed(line)] == [("", "DENY")]
+
+
+def test_untagged_lines_inside_a_packet() -> None:
+    done, _, _ = assembled(printed(*eth(START), "no globals: DROP"))
+    assert [(p.texts, p.verdict) for p in done] == [([START, "no globals: DROP"], "DENY")]
+    assembler = Assembler()
+    lines = Reader().read(
+        printed("connlimit: decremented count to 1/2", *eth(START), "connlimit: decremented count to 1/2")
+    )
+    attached = []
+    for line in lines:
+        assembler.feed(line)
+        attached.append(assembler.attached)
+    assert attached == [False, False, True]
+
+
+def test_lines_of_others_are_no_packets() -> None:
+    done, cut, reader = assembled(printed("hello: world", "CTLB------------: NAT miss."))
+    assert (done, cut) == ([], [])
+    assert (reader.counts[Form.OTHER], reader.total) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    "before", ["", "  12\t", "> ", "2026-01-02T03:04:05Z stdout F ", "calico-node-x7k2p calico-node | "]
+)
+def test_pasted_lines_without_a_header(before: str) -> None:
+    done, _, reader = assembled([before + line for line in eth(START, END)])
+    assert [(p.interface, p.cpu, p.verdict, p.execution_ns) for p in done] == [("eth0", -1, "ALLOW", 5)]
+    assert reader.counts[Form.CALICO] == 2
+
+
+def test_a_cache_that_is_full_is_begun_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("calitrace.calico.log._CACHED", 3)
+    for release, number in CASES[:3]:
+        raw = TRACES[release][number][1]
+        assert [line[:3] for line in Reader().read(raw)] == [line[:3] for each in raw for line in Reader().read([each])]
+
+
+def test_connect_time_and_comments_are_kept_apart() -> None:
+    lines = list(Reader().read([*printed("CALI-C: NAT miss."), "# tracer: nop"]))
+    assert [(line.form, line.tag and (line.tag.program, line.tag.hook)) for line in lines] == [
+        (Form.CALICO, ("CTLB", "")),
+        (Form.OTHER, None),
+    ]
+
+
+# -- single lines -----------------------------------------------------------------------------------------
+
+
+def test_the_log_action_of_a_policy() -> None:
+    action = "policy {}  proto 6 src 10.0.0.1:1 dest 10.0.0.2:80"
+    allowed, denied = assembled(printed(*cali(action.format("ALLOWED"), action.format("DENIED"))))[0]
+    assert (allowed.verdict, allowed.facts.policy) == ("", "allow")
+    assert (denied.verdict, denied.facts.policy) == ("DENY", "deny")
+    assert denied.facts.flows == [Flow(6, "10.0.0.1", 1, "10.0.0.2", 80)]
+
+
+def test_xdp_prints_no_result() -> None:
+    done, cut, _ = assembled(printed("eth0------------X: New packet at ifindex=2; mark=0", *eth(START, END)))
+    assert [p.marks for p in cut] == [[Mark.NO_RESULT]]
+    assert cut[0].tag.hook == "xdp"
+    assert len(done) == 1
+
+
+def test_reverse_path_check_is_a_cause_only_when_it_fails() -> None:
+    failed, passed = assembled(
+        printed(
+            *eth(START, "Host RPF check rc 4 result 0", "Final result=DENY (0)."),
+            *eth(START, "Host RPF check rc 0 result 1", "Final result=DENY (0)."),
+        )
+    )[0]
+    assert failed.cause() == "the reverse path check of the source failed (FIB result NOT_FWDED)"
+    assert passed.cause() == ""
+
+
+@pytest.mark.parametrize(
+    ("messages", "facts"),
+    [
+        (["ICMP; type=8 code=0", "IP s=10.0.0.1 d=10.0.0.2"], {"flows": [Flow(1, "10.0.0.1", 0, "10.0.0.2", 0)]}),
+        (["CT: lookup from [fd00::1]:1", "CT: lookup to   [fd00::2]:2"],
+         {"flows": [Flow(0, "fd00::1", 1, "fd00::2", 2)]}),
+        (["CT: lookup from CLIENT:1", "CT: lookup to   NODE:2"], {"flows": [Flow(0, "CLIENT", 1, "NODE", 2)]}),
+        (["CT: lookup from [fd00::zz]:1"], {"flows": [Flow(0, "[fd00::zz]", 1, "", 0)]}),
+        (["CT: result: 0x2301"], {"conntrack": "mid-flow miss, related, RPF failed"}),
+        (["CT: result: 0x9"], {"conntrack": "result 9"}),
+        (["CT: result: INVALID."], {"conntrack": "invalid"}),
+        (["CT-6 result: 3"], {"conntrack": "result 3"}),
+        (["CT-6 Hit! NORMAL entry.", "CT-6 result: 1"], {"conntrack": "established"}),
+        (["pol_rc=2"], {"policy": "deny"}),
+        (["pol_rc=0"], {"policy": ""}),
+        (["pol_rc=9"], {"policy": "9"}),
+        (["WEP with no policy, deny."], {"policy": "no policy, deny"}),
+        (["NAT: no backend"], {"no_backend": True}),
+        (["FIB lookup failed (bad input): -22."], {"forwarding": "FIB -22"}),
+        (["Redirect directly to interface (7) succeeded."], {"forwarding": "to ifindex 7"}),
+        (["IP s=10.0.0.1 d=10.0.0.2", "vxlan decap", "ICMP; type=0 code=0"],
+         {"flows": [Flow(0, "10.0.0.1", 0, "10.0.0.2", 0), Flow(1)], "tunnel_from": "10.0.0.1"}),
+        (["hello"], {"flows": []}),
+    ],
+)  # fmt: skip
+def test_facts(messages: list[str], facts: dict[str, object]) -> None:
+    (passage,), _, _ = assembled(printed(*eth(START, *messages, END)))
+    assert {name: getattr(passage.facts, name) for name in facts} == facts
+
+
+def test_a_short_ipv6_address_stays_as_printed() -> None:
+    (passage,), _, _ = assembled(printed(*(f"IPv6 {each}" for each in eth(START, "IP s=a0a0001 d=2", END))))
+    assert passage.tag.ipv6
+    assert passage.facts.flows == [Flow(0, "a0a0001", 0, "2", 0)]
+
+
+def test_flows_as_text_and_as_packets() -> None:
+    assert str(Flow(6, "fd00::1", 1, "10.0.0.1", 2)) == "tcp [fd00::1]:1 > 10.0.0.1:2"
+    assert str(Flow(132, "", 1, "b", 2)) == "proto 132 ?:1 > b:2"
+    assert str(Flow(0, "", 0, "b", 0)) == "? > b"
+    assert Flow(6, "CLIENT", 1, "10.0.0.1", 2).packet() == b""
+    for src, dst in (("10.0.0.1", "10.0.0.2"), ("fd00::1", "fd00::2")):
+        layer = dissect(Flow(17, src, 5, dst, 53).packet(), 4789).inner
+        assert layer is not None
+        assert (layer.proto, str(layer.src), layer.sport, str(layer.dst), layer.dport) == (17, src, 5, dst, 53)
+
+
+_WORDS = st.sampled_from(
+    ["Final result=", "DENY ", "ALLOW ", "(", "ed", "-", "12", ").", "rc ", START, METADATA, "CPU:0 [LOST 1 EVENTS]",
+     "IP s=1 d=2", "TCP; ports: s=1 d=2", "Host RPF check rc 1 result 0", "DENY due to policy", "vxlan decap",
+     "CT: DNAT to 1:2", "CT: lookup from 1:2", "CT: result: 0x1"]
+)  # fmt: skip
+_TEXTS = st.one_of(
+    st.text(),
+    _WORDS,
+    st.tuples(st.sampled_from(["eth0------------I", "calif00d-E", "eth0------------X"]), st.lists(_WORDS)).map(
+        lambda found: f"{found[0]}: {''.join(found[1])}"
+    ),
+)
+
+
+@given(st.lists(st.tuples(_TEXTS, st.integers(1, 2), st.integers(0, 1))))
+def test_any_lines_are_taken_and_kept(texts: list[tuple[str, int, int]]) -> None:
+    raw = [printed(text, pid=pid, cpu=cpu)[0] for text, pid, cpu in texts if "\n" not in text]
+    done, cut, reader = assembled(raw)
+    assert reader.total == len(raw)
+    held = [line for passage in done + cut for line in passage.lines]
+    tagged = [line for line in Reader().read(raw) if line.tag and line.tag.direction]
+    assert sorted(line.raw for line in held if line.tag) == sorted(line.raw for line in tagged)
+    for passage in done + cut:
+        assert passage.verdict or passage.marks or passage.facts.policy
+        assert len({line.context.pid for line in passage.lines}) == 1
+        assert isinstance(passage.calico_reason, str)
