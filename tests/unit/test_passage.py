@@ -264,12 +264,36 @@ def test_the_line_before_the_first() -> None:
 
 def test_a_preamble_that_cannot_enter_the_chain() -> None:
     assembler = Assembler()
-    (line,) = Reader().read(printed("tc_preamble iface ens192--------- failed to call main 0"))
-    (passage,) = assembler.feed(line)
-    assert (passage.interface, passage.direction, passage.verdict, passage.marks) == ("ens192", "", "DENY", [])
-    assert assembler.attached
     (line,) = Reader().read(printed("Main program not loaded for IP packet version 2048, DROP"))
     assert [(p.interface, p.verdict) for p in assembler.feed(line)] == [("", "DENY")]
+    assert assembler.attached
+
+
+def preamble(*texts: str) -> list[str]:
+    """Lines of ens192's preamble."""
+    return [f"tc_preamble iface ens192--------- {text}" for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("lines", "found"),
+    [
+        (preamble("failed to call main 0"), [("ens192", "DENY", 1)]),
+        (preamble("failed to call main 0", "failed to call main 0"), [("ens192", "DENY", 1), ("ens192", "DENY", 1)]),
+        (
+            preamble("failed to call main 0", "jump to 9", "failed to call debug main 9", "failed to call main 0"),
+            [("ens192", "DENY", 4)],
+        ),
+        ([*preamble("failed to call main 0"), *eth(START, END)], [("ens192", "DENY", 1), ("eth0", "ALLOW", 2)]),
+        ([*preamble("failed to call main 0", "jump to 9"), *eth(START, END)], [("eth0", "ALLOW", 4)]),
+        ([*preamble("failed to call log filter 3"), *eth(START, END)], [("eth0", "ALLOW", 3)]),
+        ([*preamble("failed to call log filter 3")], []),
+        (["xdp_preamble iface ens192--------- failed to call main 0"], [("ens192", "DENY", 1)]),
+    ],
+)
+def test_what_a_preamble_could_not_call(lines: list[str], found: list[tuple[str, str, int]]) -> None:
+    done, cut, _ = assembled(printed(*lines))
+    assert [(p.interface, p.verdict, len(p.lines)) for p in done + cut] == found
+    assert all("preamble" in p.cause() for p in done + cut if p.interface == "ens192")
 
 
 def test_untagged_lines_inside_a_packet() -> None:

@@ -9,6 +9,8 @@ we do then:
 - The line that begins a passage was lost, or the one that ends it: the passage stands with a mark. A passage never
   goes on over a place where the kernel says that it lost lines.
 - Some programs print no last line: XDP, and those that drop where they have nothing to print with.
+- A preamble prints when it cannot enter its chain. It tries the debug chain then; if that fails too, the packet is
+  dropped. What it printed stands before the lines of the program that it could enter.
 
 Programs of v3.13 to v3.17 print no first line either: there the lines of a passage begin after the end of another.
 Source of the order of lines: felix/bpf-gpl/tc.c, v3.13 to master.
@@ -39,13 +41,13 @@ _DROPS = (
     "no counters for ",
     "State map lookup failed: DROP",
     "Main program not loaded for IP packet version",
-    "tc_preamble iface ",
-    "xdp_preamble iface ",
 )
 _LAST = (_RESULT_LINE, *_DROPS)
 _INFO = (_RESULT_LINE, "Workload RPF fail", "Source collision unresolved")  # at level Info there is nothing before
 _BEFORE = ("No metadata is shared by XDP", "Received metadata from XDP")  # without a tag, before the first line
-_PREAMBLE = re.compile(r"(?:tc|xdp)_preamble iface (?P<padded>\S+) ")
+_PREAMBLE = re.compile(
+    r"(?P<kind>tc|xdp)_preamble iface (?P<padded>\S+)(?: failed to call (?P<called>main|debug main))?"
+)
 _LOG_ACTION = "policy "
 _ENTRY_PARSE = re.compile(r"IP (?:id=\d+ )?s=(?P<src>\S+) d=(?P<dst>\S+)")
 _PORTS = re.compile(r"(?P<proto>TCP|UDP); ports: s=(?P<sport>\d+) d=(?P<dport>\d+)")
@@ -427,7 +429,7 @@ class Assembler:
 
     def __init__(self) -> None:
         self._open: dict[int, list[Passage]] = {}
-        self._before: dict[int, Line] = {}
+        self._before: dict[int, list[Line]] = {}  # lines that belong to the program which begins next on that CPU
         self._own_newline = False
         self._old_starts = False
         self.attached = False  # whether the last line without a tag became part of a passage
@@ -476,19 +478,34 @@ class Assembler:
 
     def _begin(self, line: Line, tag: Tag, stack: list[Passage]) -> list[Passage]:
         passage = Passage(tag, line)
-        before = self._before.pop(line.context.cpu, None)
-        if before is not None and before.context.pid == line.context.pid:
-            passage.lines.insert(0, before)
         text = line.text
+        before = self._before.pop(line.context.cpu, None)
+        done = []
+        if before is not None and _failed(before) in ("main", "debug main"):
+            done = [_dropped(before)]
+        elif before is not None and before[0].context.pid == line.context.pid:
+            passage.lines[:0] = before
         stack.append(passage)
         if text.startswith(_LOG_ACTION):
             passage.verdict = "DENY" if text.startswith("policy DENIED") else ""
-            return [stack.pop()]
+            return [*done, stack.pop()]
         # v3.13 to v3.17 have the short tags of v3.18 to v3.24, but no first line that one could miss.
         self._old_starts = self._old_starts or (tag.old and text.startswith(_START))
         if not text.startswith((_START, *_INFO)) and (self._old_starts or not tag.old):
             passage.marks.append(Mark.BEGINNING_LOST)
-        return self._ended(stack, line)
+        return done + self._ended(stack, line)
+
+    def _preamble(self, line: Line) -> list[Passage]:
+        """A preamble's line; returns the packet that it drops with it, or dropped before."""
+        cpu, done = line.context.cpu, []
+        before = self._before.get(cpu, [])
+        called = _failed([line])
+        if before and called == "main" and _failed(before) in ("main", "debug main"):
+            if any(_failed([each]) == "debug main" for each in before):
+                return [_dropped([*self._before.pop(cpu), line])]
+            done = [_dropped(self._before.pop(cpu))]
+        self._before.setdefault(cpu, []).append(line)
+        return done
 
     def _untagged(self, line: Line) -> list[Passage]:
         cpu, text = line.context.cpu, line.text
@@ -501,26 +518,27 @@ class Assembler:
         if line.message is None or line.tag is not None:
             return []
         if text.startswith(_BEFORE):
-            self._before[cpu] = line
+            self._before[cpu] = [line]
             self.attached = True
             return []
+        if _PREAMBLE.match(text):
+            self.attached = True
+            return self._preamble(line)
         stack = self._open.get(cpu, [])
-        preamble = _PREAMBLE.match(text)
         same = bool(stack) and stack[-1].pid == line.context.pid
-        self.attached = bool(preamble or same or text.startswith(_LAST))
-        if same and not preamble:
+        self.attached = same or text.startswith(_LAST)
+        if same:
             stack[-1].lines.append(line)
             return self._ended(stack, line)
         if not text.startswith(_LAST):
             return []
-        interface = preamble["padded"].rstrip("-") if preamble else ""
-        alone = [Passage(Tag(interface, "X" if text.startswith("xdp") else ""), line)]
-        return self._ended(alone, line)
+        return self._ended([Passage(Tag("", ""), line)], line)
 
     def cut(self, cpu: int) -> list[Passage]:
         """What is still open on a CPU, where its programs are known to be over."""
-        self._before.pop(cpu, None)
-        return self._cut_from(self._open.get(cpu, []), 0)
+        before = self._before.pop(cpu, [])
+        dropped = [_dropped(before)] if _failed(before) in ("main", "debug main") else []
+        return dropped + self._cut_from(self._open.get(cpu, []), 0)
 
     @staticmethod
     def _cut_from(stack: list[Passage], depth: int) -> list[Passage]:
@@ -530,7 +548,23 @@ class Assembler:
 
     def flush(self) -> list[Passage]:
         """All passages still open, cut short by the end."""
-        return [passage for cpu in list(self._open) for passage in self.cut(cpu)]
+        return [passage for cpu in sorted({*self._open, *self._before}) for passage in self.cut(cpu)]
+
+
+def _failed(lines: list[Line]) -> str:
+    """What the last line's preamble could not call: main, debug main, or nothing."""
+    found = _PREAMBLE.match(lines[-1].text) if lines else None
+    return (found["called"] or "") if found else ""
+
+
+def _dropped(lines: list[Line]) -> Passage:
+    """The packet of a preamble that could not enter its chain."""
+    found = _PREAMBLE.match(lines[-1].text)
+    assert found is not None
+    passage = Passage(Tag(found["padded"].rstrip("-"), "X" if found["kind"] == "xdp" else ""), lines[-1])
+    passage.lines = lines
+    passage.verdict = "DENY"
+    return passage
 
 
 def _cut(passage: Passage) -> Passage:
