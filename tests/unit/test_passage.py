@@ -351,6 +351,19 @@ def test_the_log_action_of_a_policy() -> None:
     assert denied.facts.flows == [Flow(6, "10.0.0.1", 1, "10.0.0.2", 80)]
 
 
+def test_the_silence_by_which_the_oldest_releases_deny() -> None:
+    asked = "About to jump to policy program; lack of further logs means policy dropped the packet..."
+    denied = [f"eth0-----I: {each}" for each in ("CT-6 result: NEW.", asked)]
+    done, cut, _ = assembled(printed(*denied, *denied))
+    assert [(p.verdict, p.cause(), p.marks) for p in done] == [("DENY", "denied by policy", [])]
+    assert [(p.verdict, p.cause(), p.marks) for p in cut] == [("", "", [Mark.END_LOST])]
+    done, cut, _ = assembled(printed(*denied, pid=1) + printed(*denied, pid=2))
+    assert [(p.verdict, p.cause(), p.marks) for p in done] == [("DENY", "denied by policy", [])]
+    assert [(p.verdict, p.cause(), p.marks) for p in cut] == [("", "", [Mark.END_LOST])]
+    done, cut, _ = assembled([*printed(*denied), "CPU:0 [LOST 1 EVENTS]"])
+    assert [p.verdict for p in done] == [""]
+
+
 def test_xdp_prints_no_result() -> None:
     done, cut, _ = assembled(printed("eth0------------X: New packet at ifindex=2; mark=0", *eth(START, END)))
     assert [p.marks for p in cut] == [[Mark.NO_RESULT]]

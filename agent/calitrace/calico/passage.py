@@ -43,6 +43,8 @@ _DROPS = (
     "Main program not loaded for IP packet version",
 )
 _LAST = (_RESULT_LINE, *_DROPS)
+_AFTER_POLICY = ("Entering ", "Tail call to ", _RESULT_LINE)
+_OLD_POLICY = "About to jump to policy program; lack of further"  # ... logs means policy dropped the packet
 _INFO = (_RESULT_LINE, "Workload RPF fail", "Source collision unresolved")  # at level Info there is nothing before
 _BEFORE = ("No metadata is shared by XDP", "Received metadata from XDP")  # without a tag, before the first line
 _PREAMBLE = re.compile(
@@ -265,6 +267,8 @@ class Passage:
 
         Without a verdict only the last line can say so: those before it may speak of what was mended later.
         """
+        if self.verdict and self.lines[-1].text.startswith(_OLD_POLICY):
+            return "denied by policy"
         for line in reversed(self.lines if self.verdict else self.lines[-1:]):
             if (found := _RPF.match(line.text)) and found["result"] == "0":
                 result = FIB_RESULTS.get(int(found["rc"]), found["rc"])
@@ -445,7 +449,7 @@ class Assembler:
             last = passage.lines[-1].context
             same = passage.tag is tag or passage.tag == tag
             if same and not passage.suspended and (last is context or last.pid == context.pid):
-                if not text.startswith(_START):
+                if not text.startswith(_START) and not _is_over(passage, text):
                     passage.lines.append(line)
                     return self._ended(stack, line) if text.startswith(_LAST) else []
                 return [_cut(stack.pop()), *self._begin(line, tag, stack)]
@@ -513,7 +517,7 @@ class Assembler:
             self._own_newline = True
             return []
         if lost := trace.lost(line.text) if line.form is Form.LOST else None:
-            return self.cut(lost.cpu)
+            return self.cut(lost.cpu, whole=False)
         self.attached = False
         if line.message is None or line.tag is not None:
             return []
@@ -534,21 +538,26 @@ class Assembler:
             return []
         return self._ended([Passage(Tag("", ""), line)], line)
 
-    def cut(self, cpu: int) -> list[Passage]:
-        """What is still open on a CPU, where its programs are known to be over."""
+    def cut(self, cpu: int, whole: bool = True) -> list[Passage]:
+        """What is still open on a CPU, where its programs are known to be over. *whole*: no line of them was lost."""
         before = self._before.pop(cpu, [])
         dropped = [_dropped(before)] if _failed(before) in ("main", "debug main") else []
-        return dropped + self._cut_from(self._open.get(cpu, []), 0)
+        return dropped + self._cut_from(self._open.get(cpu, []), 0, whole)
 
     @staticmethod
-    def _cut_from(stack: list[Passage], depth: int) -> list[Passage]:
-        over = [_cut(passage) for passage in stack[depth:]]
+    def _cut_from(stack: list[Passage], depth: int, whole: bool = True) -> list[Passage]:
+        over = [_cut(passage, whole) for passage in stack[depth:]]
         del stack[depth:]
         return over
 
     def flush(self) -> list[Passage]:
         """All passages still open, cut short by the end."""
-        return [passage for cpu in sorted({*self._open, *self._before}) for passage in self.cut(cpu)]
+        return [passage for cpu in sorted({*self._open, *self._before}) for passage in self.cut(cpu, whole=False)]
+
+
+def _is_over(passage: Passage, text: str) -> bool:
+    """Whether policy has denied in silence, as up to v3.17, and *text* is the next packet's."""
+    return passage.lines[-1].text.startswith(_OLD_POLICY) and not text.startswith(_AFTER_POLICY)
 
 
 def _failed(lines: list[Line]) -> str:
@@ -567,6 +576,9 @@ def _dropped(lines: list[Line]) -> Passage:
     return passage
 
 
-def _cut(passage: Passage) -> Passage:
+def _cut(passage: Passage, whole: bool = True) -> Passage:
+    if whole and passage.lines[-1].text.startswith(_OLD_POLICY):
+        passage.verdict = "DENY"
+        return passage
     passage.marks.append(Mark.NO_RESULT if passage.direction == "X" else Mark.END_LOST)
     return passage
