@@ -134,9 +134,11 @@ def read(stream: BinaryIO, *, keep: bool = False) -> Journal:
                 journal = _take(journal, item, done)
                 done = unpacker.tell()
         except (KeyError, TypeError, ValueError, msgpack.UnpackException, Malformed) as wrong:
-            failure = wrong
-            if not isinstance(wrong, Malformed):
-                failure = Malformed(done, "a frame", f"{type(wrong).__name__}", "journal")
+            failure = (
+                wrong
+                if isinstance(wrong, Malformed)
+                else Malformed(done, "a frame", f"{type(wrong).__name__}", "journal")
+            )
             if not keep or journal is None:
                 raise failure from wrong
             journal.broken = failure
@@ -183,16 +185,24 @@ def _take(journal: Journal | None, item: object, at: int) -> Journal:
 
 def _take_map(journal: Journal, body: dict[str, Any], at: int) -> None:
     keys, values = body["keys"], body["values"]
-    if not (isinstance(keys, bytes) and isinstance(values, bytes) and body["key_size"] > 0):
-        raise Malformed(at, "packed keys and values", type(keys).__name__, "journal")
+    numbers = {name: body[name] for name in ("map_type", "key_size", "value_size", "max_entries", "cpus")}
+    texts = {name: body[name] for name in ("name", "pin")}
+    if not (
+        isinstance(keys, bytes)
+        and isinstance(values, bytes)
+        and all(isinstance(each, int) and each > 0 for each in numbers.values())
+        and all(isinstance(each, str) for each in (*texts.values(), *body["notes"]))
+    ):
+        raise Malformed(at, "a block of a map", "other types", "journal")
     if body["first"]:
-        width = body["value_size"] if body["cpus"] == 1 else body["cpus"] * (-(-body["value_size"] // 8) * 8)
-        stored = Stored(body["key_size"], width)
-        about = {name: body[name] for name in ("name", "pin", "map_type", "key_size", "value_size", "max_entries")}
-        journal.maps.append(RawMap(**about, cpus=body["cpus"], entries=stored, notes=tuple(body["notes"])))
+        each_cpu = -(-body["value_size"] // 8) * 8
+        width = body["value_size"] if body["cpus"] == 1 else body["cpus"] * each_cpu
+        entries = Stored(body["key_size"], width)
+        journal.maps.append(RawMap(**texts, **numbers, entries=entries, notes=tuple(body["notes"])))
     if not journal.maps or journal.maps[-1].pin != body["pin"]:
         raise Malformed(at, "the first block of a map", "a later one", "journal")
     stored = journal.maps[-1].entries
+    assert isinstance(stored, Stored)
     count, rest = divmod(len(keys), stored.key_size)
     if rest or len(values) != count * stored.value_size:
         raise Malformed(at, f"{count} values", f"{len(values)} bytes", "journal")
