@@ -15,6 +15,7 @@ from calitrace.errors import Error
 COMMANDS = {
     "doctor": "Say what this machine lacks, and what is lost without it.",
     "lab": "Two Calico-like nodes in network namespaces of this machine.",
+    "maps": "Read Calico's BPF maps: dump, get, summary, walk and diff.",
     "probe": "Send identified probes and say where they died.",
     "report": "Print the verdicts of a recorded journal.",
 }

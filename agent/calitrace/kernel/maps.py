@@ -201,6 +201,11 @@ def open_map(found: Found) -> int:
         ) from None
 
 
+def readable(found: Found) -> bool:
+    """Whether it holds data: program arrays and rings do not."""
+    return found.info.type not in _NOT_READABLE
+
+
 def read(found: Found) -> RawMap:
     """A map whose entries are read from the kernel as they are asked for.
 
