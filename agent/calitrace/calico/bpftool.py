@@ -8,14 +8,15 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from calitrace.calico.maps import RawMap
+from calitrace.calico.maps import RawMap, identify
+from calitrace.calico.maptables import layouts
 from calitrace.errors import Malformed
 
 _RECORD = "bpftool dump"
 
 
 def read(text: str, name: str) -> RawMap:
-    """A map called *name*. Sizes are those of its entries; of an empty map 0. Raises Malformed."""
+    """A map called *name*. Sizes are those of its entries; of an empty map those we know. Raises Malformed."""
     try:
         document = json.loads(text)
     except (ValueError, RecursionError) as wrong:
@@ -37,7 +38,10 @@ def read(text: str, name: str) -> RawMap:
     sizes = {(len(key), len(value)) for key, value in entries}
     if len(sizes) > 1:
         raise Malformed(0, "entries of one size", f"{len(sizes)} sizes", _RECORD)
-    key_size, value_size = sizes.pop() if sizes else (0, 0)
+    if not sizes:
+        base, version, _ = identify(name)
+        sizes = {(e.key.size, e.value.size) for e in layouts() if (e.base, e.version) == (base, version)} or {(0, 0)}
+    key_size, value_size = sizes.pop()
     return RawMap(name, name, 0, key_size, value_size // cpus, len(entries), cpus, entries)
 
 

@@ -43,7 +43,7 @@ def _name(raw: bytes) -> str:
 
 
 def _ip4(raw: bytes) -> str:
-    return "%d.%d.%d.%d" % (*raw,)
+    return f"{raw[0]}.{raw[1]}.{raw[2]}.{raw[3]}"
 
 
 def _ip6(raw: bytes) -> str:
@@ -191,10 +191,8 @@ def _layouts() -> Iterator[Layout]:
         (20, "0 u32 prefixlen;4 be64 set_id;12 ip4 addr;16 u16 port;18 u8 proto"), one)  # fmt: skip
     yield layout("cali_v6_ip_sets", 1,
         (32, "0 u32 prefixlen;4 be64 set_id;12 ip6 addr;28 u16 port;30 u8 proto"), one)  # fmt: skip
-    for version in (1, 2):
-        key = "0 u16 port;2 u8 proto;3 u8 flags" if version == 1 else ""
-        yield layout("cali_v4_fsafes", version,
-            (4, key) if key else (12, "0 u32 prefixlen;4 u16 port;6 u8 proto;7 u8 flags;8 ip4 addr"), one)  # fmt: skip
+    yield layout("cali_v4_fsafes", 1, (4, "0 u16 port;2 u8 proto;3 u8 flags"), one)
+    yield layout("cali_v4_fsafes", 2, (12, "0 u32 prefixlen;4 u16 port;6 u8 proto;7 u8 flags;8 ip4 addr"), one)
     yield layout("cali_v6_fsafes", 2, (24, "0 u32 prefixlen;4 u16 port;6 u8 proto;7 u8 flags;8 ip6 addr"), one)
     ifindex = (4, "0 u32 ifindex")
     yield layout("cali_iface", 2, ifindex, (20, "0 u32 flags;4 name name"))
@@ -206,10 +204,16 @@ def _layouts() -> Iterator[Layout]:
         yield layout("cali_counters", version, (4, "0 u32 zero") if version == 1 else hook, (8 * count, cells))
     yield layout("cali_rule_ctrs", 2, (8, "0 u64 rule_id"), (8, "0 u64 packets"))
     yield layout("cali_profiling", 2, (8, "0 u32 ifindex;4 u32 kind"), (16, "0 u64 total_ns;8 u64 samples"))
-    yield layout("cali_v4_srmsg", 1, (16, "0 u64 cookie;8 ip4 addr;12 port_be port"), (8, "0 ip4 orig_dst;4 port_be orig_dport"))
-    yield layout("cali_v6_srmsg", 1, (32, "0 u64 cookie;8 ip6 addr;24 port_be port"), (20, "0 ip6 orig_dst;16 port_be orig_dport"))
-    yield layout("cali_v4_ct_nats", 1, (24, "0 u64 cookie;8 ip4 addr;12 port_be port;16 u8 proto"),
-        (8, "0 ip4 orig_dst;4 port_be orig_dport"))  # fmt: skip
+    yield layout(
+        "cali_v4_srmsg", 1, (16, "0 u64 cookie;8 ip4 addr;12 port_be port"), (8, "0 ip4 orig_dst;4 port_be orig_dport")
+    )
+    yield layout(
+        "cali_v6_srmsg",
+        1,
+        (32, "0 u64 cookie;8 ip6 addr;24 port_be port"),
+        (20, "0 ip6 orig_dst;16 port_be orig_dport"),
+    )
+    yield layout("cali_v4_ct_nats", 1, (24, "0 u64 cookie;8 ip4 addr;12 port_be port;16 u8 proto"), before4)
     for version in (1, 2):
         for base, key, rev, at, size in (("v4", ct4, "ip4", 16, 32), ("v6", ct6, "ip6", 40, 56)):
             wide = 4 if rev == "ip4" else 16

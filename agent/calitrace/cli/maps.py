@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -274,7 +274,9 @@ def _text(name: str, objects: Iterable[dict[str, Any]], options: dict[str, Any])
     if name == "nat":
         entries = list(objects)
         yield from mapdump.iter_nat(
-            (e for e in entries if _base(e["map"]) == "nat_fe"), (e for e in entries if _base(e["map"]) == "nat_be")
+            (e for e in entries if _base(e["map"]) == "nat_fe"),
+            (e for e in entries if _base(e["map"]) == "nat_be"),
+            both=options["bpftool"] is None,
         )
     elif name == "ipsets":
         yield from mapdump.iter_ip_sets(objects)
@@ -388,7 +390,7 @@ def _summary(name: str, **options: Any) -> int:
 
 
 def _subject(name: str) -> click.Group:
-    about, bases = SUBJECTS[name]
+    about = SUBJECTS[name][0]
     group = click.Group(name, help=about)
     extra: tuple[Callable[[Any], Any], ...] = ()
     if name == "conntrack":
@@ -460,7 +462,7 @@ def _snapshot(path: Path, **options: Any) -> int:
     return _finish(source)
 
 
-_snapshot.params += [parameter for parameter in click.command()(_with(_WHERE, lambda: None)).params]
+_snapshot.params += click.command()(_with(_WHERE, lambda: None)).params
 
 
 def save(source: Source, path: Path) -> None:
@@ -492,3 +494,253 @@ def _blocks(raw: RawMap) -> Iterable[tuple[int, bytes, bytes]]:
     from calitrace.calico import maptables
 
     return maptables.blocks(raw)
+
+
+# --- Questions across maps ---------------------------------------------------------------------------------------
+
+
+def _endpoint(text: str, *, port: bool) -> tuple[str, int]:
+    """``1.2.3.4:80``, ``[fd00::1]:80`` or, unless a *port* is needed, an address alone."""
+    address, _, number = text.rpartition(":") if ("]:" in text or text.count(":") == 1) else (text, "", "")
+    if port and not number:
+        raise UsageError(f"{text!r} has no port", "such as 10.10.0.1:30080/tcp or [fd00::1]:80/udp")
+    if number and not (number.isdigit() and int(number) < 1 << 16):
+        raise UsageError(f"{number!r} is no port", "a number from 0 to 65535")
+    return _address(address.strip("[]")), int(number or 0)
+
+
+def _tables(source: Source, *, ipv6: bool) -> Any:
+    from calitrace.correlate.walk import Tables
+
+    def of(base: str) -> list[dict[str, Any]]:
+        return list(_objects(source, source.pick((base,), ipv6=ipv6)))
+
+    known = bool(source.pick(("iface",)))
+    return Tables(
+        of("ct"), of("nat_fe"), of("nat_be"), of("nat_aff"), of("routes"), of("iface") if known else None, of("fsafes")
+    )
+
+
+@command.command("walk")
+@click.argument("source_end", metavar="SRC[:PORT]")
+@click.argument("target", metavar="DST:PORT/PROTO")
+@click.option("--ingress", default="", help="The interface at which the packet arrives.")
+def _walk(source_end: str, target: str, ingress: str, **options: Any) -> int:
+    """Do Calico's lookups for a packet, in Calico's order, and say where the chain breaks.
+
+    Exit status 1 when it breaks.
+    """
+    from dataclasses import asdict
+
+    from calitrace.correlate import walk
+
+    place, _, proto = target.partition("/")
+    if proto not in ("tcp", "udp"):
+        raise UsageError(f"{target!r} names no protocol", "end it with /tcp or /udp")
+    (src, sport), (dst, dport) = _endpoint(source_end, port=False), _endpoint(place, port=True)
+    if (":" in src) is not (":" in dst):
+        raise UsageError("source and destination are of different families")
+    source = _source(options)
+    steps = walk.walk(walk.Packet(src, sport, dst, dport, proto, ingress), _tables(source, ipv6=":" in dst))
+    broken = [step for step in steps if step.broken]
+    for step in steps:
+        if options["as_json"] or options["output"] == "json":
+            click.echo(json.dumps(asdict(step)))
+        else:
+            click.echo(f"{'BROKEN' if step.broken else 'ok':7} {step.lookup:13} {step.found}")
+            if step.broken:
+                click.echo(f"{'':7} {'':13} {step.broken}: {step.suffers}")
+    if not broken and options["output"] == "table" and not options["as_json"]:
+        click.echo("the chain is whole")
+    _finish(source)
+    return int(Exit.FINDINGS if broken else Exit.DONE)
+
+
+@command.command("diff")
+@click.argument("files", nargs=-1, type=click.Path(path_type=Path), metavar="[A B]")
+@click.option("--wait", type=click.FloatRange(min=0.1, max=3600), help="Compare now and so many seconds later.")
+@click.option("--check", is_flag=True, help="Exit with status 1 when services differ.")
+def _diff(files: tuple[Path, ...], wait: float | None, check: bool, **options: Any) -> int:
+    """Compare two snapshots, of two nodes or of one node at two times, or now and --wait seconds later.
+
+    Services are compared by address and backends, not by the ids that each node gives them.
+    """
+    if (len(files), wait is None) not in ((2, True), (0, False)):
+        raise UsageError("diff needs two snapshots, or --wait SECONDS", "calitrace maps snapshot -w A")
+    if wait is None:
+        sides = [_journal(path) for path in files]
+        views = [_view(side, options["ipv6"]) for side in sides]
+    else:
+        sides = [_source(options)]
+        views = [_view(sides[0], options["ipv6"])]
+        time.sleep(wait)
+        sides.append(_source(options))
+        views.append(_view(sides[1], options["ipv6"]))
+    as_json = options["as_json"] or options["output"] == "json"
+    count = 0
+    for each in _differences(views[0], views[1], (sides[1].now_ns - sides[0].now_ns) / 1e9):
+        count += each["what"] == "service"
+        click.echo(json.dumps(each) if as_json else _difference(each))
+    for side in sides:
+        _finish(side)
+    if not as_json:
+        click.echo(f"{count} services differ")
+    return int(Exit.FINDINGS if check and count else Exit.DONE)
+
+
+def _view(source: Source, ipv6: bool) -> dict[str, Any]:
+    """All that diff compares, read now."""
+    bases = ("routes", "iface", "arp", "fsafes", "ip_sets", "nat_aff", "ct", "qos", "counters")
+    found = {base: list(_objects(source, source.pick((base,), ipv6=ipv6))) for base in bases}
+    return {**found, "tables": _tables(source, ipv6=ipv6)}
+
+
+def _differences(a: dict[str, Any], b: dict[str, Any], seconds: float) -> Iterator[dict[str, Any]]:
+    from calitrace.correlate import mapdiff
+
+    yield from mapdiff.differences("service", mapdiff.services(a["tables"]), mapdiff.services(b["tables"]))
+    for base in a:
+        if mapdiff.compared(base):
+            yield from mapdiff.differences(base, mapdiff.entries(base, a[base]), mapdiff.entries(base, b[base]))
+    yield from mapdiff.rates(a["counters"], b["counters"], seconds)
+
+
+_TITLES = {"ct": "conntrack", "iface": "ifstate", "fsafes": "failsafe", "ip_sets": "ipset", "nat_aff": "affinity"}
+
+
+def _difference(each: dict[str, Any]) -> str:
+    head = f"{_TITLES.get(each['what'], each['what']):10} {each['key']}"
+    if each["what"] == "counter":
+        rate = "" if each["per_second"] is None else f" ({each['per_second']:.1f}/s)"
+        return f"{head}: {each['packets']} packets{rate}"
+    if each["a"] is None or each["b"] is None:
+        return f"{head}: only in {'b' if each['a'] is None else 'a'}"
+    changed = (name for name in each["a"] if each["a"][name] != each["b"].get(name))
+    return f"{head}: " + ", ".join(f"{n} {_shown(each['a'][n])} -> {_shown(each['b'].get(n))}" for n in changed)
+
+
+def _shown(value: object) -> str:
+    return "[" + " ".join(str(each) for each in value) + "]" if isinstance(value, list) else str(value)
+
+
+# --- What changes the node ---------------------------------------------------------------------------------------
+
+
+def _may_change(options: dict[str, Any]) -> bool:
+    """Whether to do it. Raises UsageError when neither that nor a dry run was asked for."""
+    if options["dry_run"]:
+        return False
+    if not options["allowed"]:
+        raise UsageError("this changes the node", "see what would go with --dry-run, do it with --allow-system-changes")
+    return True
+
+
+def _live_maps(options: dict[str, Any], base: str) -> list[tuple[Any, RawMap]]:
+    """(what discovery found, the map) of every version and family that programs may use."""
+    from calitrace.calico.maps import identify
+    from calitrace.kernel import maps
+
+    found = maps.find(maps.root(options["bpffs"], options["netns"], options["pid"]))
+    wanted = {f"cali_{base}", f"cali_v4_{base}", f"cali_v6_{base}"}
+    chosen = [(each, maps.read(each)) for each in found if identify(each.name)[0] in wanted]
+    if not chosen:
+        raise NotCalico(f"no map cali_*{base}*", "`calitrace maps versions dump` lists the maps that are here")
+    return chosen
+
+
+def _remove_connections(options: dict[str, Any], wanted: Callable[[dict[str, Any]], bool]) -> int:
+    from calitrace.kernel import maps
+    from calitrace.report import mapdump
+
+    change = _may_change(options)
+    for found, raw in _live_maps(options, "ct"):
+        try:
+            entries = list(raw.entries)  # read once: what is shown is what goes
+            objects = mapdump.iter_objects(replace(raw, entries=entries), mapdump.Context(time.monotonic_ns()))
+            pairs = [(key, entry) for (key, _), entry in zip(entries, objects, strict=True) if wanted(entry)]
+        except LayoutMismatch as wrong:
+            raise _refused(wrong) from wrong
+        for _, entry in pairs:
+            if not change:
+                click.echo(mapdump.text("ct", entry, raw=True))
+        gone = maps.delete(found, [key for key, _ in pairs]) if change else len(pairs)
+        click.echo(f"{found.name}: {gone} entries {'removed' if change else 'would be removed'}", err=True)
+    return int(Exit.DONE)
+
+
+_PROTO_NUMBERS = {"tcp": "tcp", "udp": "udp", "6": "tcp", "17": "udp", "icmp": "icmp", "1": "icmp", "58": "icmp6"}
+
+
+def _clean_conntrack(**options: Any) -> int:
+    """Remove all conntrack entries: every connection through Calico starts anew, those with NAT break."""
+    return _remove_connections(options, lambda _: True)
+
+
+def _remove_conntrack(proto: str, ip1: str, ip2: str, **options: Any) -> int:
+    """Remove the entries between two addresses. PROTO: tcp, udp or a number."""
+    if proto not in _PROTO_NUMBERS and not proto.isdigit():
+        raise UsageError(f"{proto!r} is no protocol", "tcp, udp or a number")
+    name = _PROTO_NUMBERS.get(proto, f"proto-{proto}")
+    ends = {_address(ip1), _address(ip2)}
+    return _remove_connections(options, lambda e: e["proto"] == name and {e["addr_a"], e["addr_b"]} == ends)
+
+
+def _flush_counters(iface: str | None, **options: Any) -> int:
+    """Set counters back to zero."""
+    from calitrace.calico import maptables
+    from calitrace.kernel import maps
+
+    change = _may_change(options)
+    known = maps.interfaces(options["netns"], options["pid"])
+    if iface is not None and iface not in known.values():
+        raise UsageError(f"no interface {iface}", "list them with `calitrace maps counters dump`")
+    for found, raw in _live_maps(options, "counters"):
+        try:
+            layout = maptables.resolve(raw)
+        except LayoutMismatch as wrong:
+            raise _refused(wrong) from wrong
+        keys = []
+        for key, _ in raw.entries:
+            name = known.get(layout.key.decode(key).get("ifindex", 0), found.directory)
+            if iface is None or name == iface or name.rsplit("/", 1)[-1].startswith(f"{iface}_"):
+                keys.append(key)
+        if change:
+            maps.clear(found, keys)
+        click.echo(f"{found.name}: {len(keys)} rows {'set to zero' if change else 'would be set to zero'}", err=True)
+    return int(Exit.DONE)
+
+
+def _clean_connect_time(**options: Any) -> int:
+    """Detach connect-time load balancing: remove the pinned links of its programs (v3.27 and newer)."""
+    from calitrace.kernel import maps
+
+    change = _may_change(options)
+    where = maps.root(options["bpffs"], options["netns"], options["pid"]) / CTLB
+    try:
+        links = sorted(each for each in where.iterdir() if each.name.startswith("calico_"))
+    except FileNotFoundError:
+        links = []
+    except PermissionError:
+        raise UsageError(f"no permission to look into {where}", "run as root") from None
+    if not links:
+        raise NotCalico(f"no connect-time load balancer pinned below {where}", "older releases do not pin theirs")
+    for link in links:
+        click.echo(f"{link.name} {'detached' if change else 'would be detached'}")
+        if change:
+            link.unlink(missing_ok=True)
+    return int(Exit.DONE)
+
+
+def _add(path: str, function: Callable[..., int], *options: Callable[[Any], Any]) -> None:
+    group, _, verb = path.partition(" ")
+    parent = command.commands[group]
+    assert isinstance(parent, click.Group)
+    parent.add_command(click.command(verb)(_with((*options, *_CHANGE), function)))
+
+
+_add("conntrack clean", _clean_conntrack)
+_add("conntrack remove", _remove_conntrack, *(click.argument(each) for each in ("proto", "ip1", "ip2")))
+_add("counters flush", _flush_counters, click.option("--iface", help="Only this interface."))
+_add("connect-time clean", _clean_connect_time)
+for _with_reading in (_walk, _diff):
+    _with_reading.params += click.command()(_with(_READ, lambda: None)).params

@@ -57,6 +57,8 @@ _FORWARD4 = "0 u32 rev_proto;4 ip4 rev_addr_a;8 ip4 rev_addr_b;12 u16 rev_port_a
 _FORWARD6 = "0 u32 rev_proto;4 ip6 rev_addr_a;20 ip6 rev_addr_b;36 u16 rev_port_a;38 u16 rev_port_b;40 u16 nat_sport"
 _FORWARD = {False: Table(_FORWARD4, 20), True: Table(_FORWARD6, 44)}
 _TYPE_AT, _FORWARD_AT = 16, 24
+_LEG = ("bytes", "packets", "seqno", "ifindex")
+_ORIGINAL = ("orig_dst", "orig_dport", "orig_sport", "orig_src", "tun_ip")
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,12 @@ def _conntrack(layout: Layout, key: bytes, value: bytes, context: Context) -> di
     proto, kind = entry["proto"], entry["type"]
     flags = sum(entry.get(f"flags{index}", 0) << 8 * index for index in range(4))
     found = {name: entry[name] for name in ("addr_a", "port_a", "addr_b", "port_b")}
-    found = {"proto": protocol(proto), **found, "type": _TYPES.get(kind, f"type-{kind}"), "flags": names(flags, CT_FLAGS)}
+    found = {
+        "proto": protocol(proto),
+        **found,
+        "type": _TYPES.get(kind, f"type-{kind}"),
+        "flags": names(flags, CT_FLAGS),
+    }
     # v3.30 has the time of the first RST in place of the creation: small maps do not tell which, so both are one name.
     found |= {"created_or_rst_ns": entry["created_ns"], "last_seen_ns": entry["last_seen_ns"]}
     found["age_ns"] = max(context.now_ns - entry["last_seen_ns"], 0) if context.now_ns else None
@@ -147,9 +154,13 @@ def _conntrack(layout: Layout, key: bytes, value: bytes, context: Context) -> di
     found |= {"state": state(proto, flags, ab, ba), "timeout_s": limit}
     for leg in ("ab", "ba"):
         found[leg] = {
-            name: entry[f"{leg}_{name}"] for name in ("bytes", "packets", "seqno", "ifindex") if f"{leg}_{name}" in entry
+            name: entry[f"{leg}_{name}"]
+            for name in ("bytes", "packets", "seqno", "ifindex")
+            if f"{leg}_{name}" in entry
         } | {"flags": names(entry[f"{leg}_bits"], LEG_FLAGS)}
-    return found | {name: entry[name] for name in ("orig_dst", "orig_dport", "orig_sport", "orig_src", "tun_ip") if name in entry}
+    return found | {
+        name: entry[name] for name in ("orig_dst", "orig_dport", "orig_sport", "orig_src", "tun_ip") if name in entry
+    }
 
 
 def _frontend(layout: Layout, key: bytes, value: bytes, context: Context) -> dict[str, Any]:
@@ -249,7 +260,9 @@ def text(kind: str, entry: dict[str, Any], *, raw: bool = False) -> str:
             for name, key in (("IngressFilter", "filter_in"), ("EgressFilter", "filter_eg"))
             if key in entry
         )
-        return f"{entry['ifindex']:5d} : {{flags: {','.join(entry['flags'])}, {policies}{filters}name: {entry['name']}}}"
+        return (
+            f"{entry['ifindex']:5d} : {{flags: {','.join(entry['flags'])}, {policies}{filters}name: {entry['name']}}}"
+        )
     if kind == "nat_aff":
         number = next((n for n, name in PROTOCOLS.items() if name == entry["proto"]), entry["proto"])
         return (
@@ -329,8 +342,10 @@ _RAW_BITS = (
 )  # fmt: skip
 
 
-def iter_nat(frontends: Iterable[dict[str, Any]], backends: Iterable[dict[str, Any]]) -> Iterator[str]:
-    """Frontends, each with its backends; those that are missing are named."""
+def iter_nat(
+    frontends: Iterable[dict[str, Any]], backends: Iterable[dict[str, Any]], *, both: bool = True
+) -> Iterator[str]:
+    """Frontends, each with its backends; those that are missing are named. *both*: both maps were there."""
     known = {(b["id"], b["ordinal"]): f"{b['addr']}:{b['port']}" for b in backends}
     for front in frontends:
         number = next((n for n, name in PROTOCOLS.items() if name == front["proto"]), front["proto"])
@@ -342,7 +357,7 @@ def iter_nat(frontends: Iterable[dict[str, Any]], backends: Iterable[dict[str, A
             f"local {front['local']}{flags}{source}"
         )
         for ordinal in range(max(count, 0)):
-            place = known.get((front["id"], ordinal), " is missing")
+            place = known.get((front["id"], ordinal), " is missing" if both else " (backends were not read)")
             yield f"\t{front['id']}:{ordinal}\t {place}"
 
 
@@ -398,24 +413,24 @@ def _select(layout: Layout, keys: bytes, values: bytes, chosen: list[bool] | Non
     return parts[0], parts[1]
 
 
-def _json_lines(
-    raw: RawMap, layout: Layout, context: Context, kind: int, keys: bytes, values: bytes
-) -> Iterable[str]:
+def _json_lines(raw: RawMap, layout: Layout, context: Context, kind: int, keys: bytes, values: bytes) -> Iterable[str]:
     """Records of one type. What depends on few bits is put into words once for each combination of them."""
     if kind == NAT_FWD or layout.version < 3:
         pairs = zip(_cut(keys, layout.key.size), _cut(values, layout.value.size), strict=True)
         return [json.dumps({"map": raw.name, **_conntrack(layout, *each, context)}) + "\n" for each in pairs]
     c = dict((*layout.key.iter_columns(keys), *layout.value.iter_columns(values)))
-    bits = list(zip(c["proto"], c["flags0"], c["flags1"], c["flags2"], c["flags3"], c["ab_bits"], c["ba_bits"]))
+    bits = list(
+        zip(c["proto"], c["flags0"], c["flags1"], c["flags2"], c["flags3"], c["ab_bits"], c["ba_bits"], strict=True)
+    )
     known = {each: _fragments(kind, *each) for each in set(bits)}
-    head, middle, after, ab, ba = zip(*map(known.__getitem__, bits))
+    head, middle, after, ab, ba = zip(*map(known.__getitem__, bits), strict=True)
     now = context.now_ns
     age = [max(now - seen, 0) for seen in c["last_seen_ns"]] if now else ["null"] * len(bits)
+    legs = [c[f"{leg}_{name}"] for leg in ("ab", "ba") for name in _LEG]
     rows = zip(
-        *(head, c["addr_a"], c["port_a"], c["addr_b"], c["port_b"], middle, c["created_ns"], c["last_seen_ns"], age, after),
-        *(c["ab_bytes"], c["ab_packets"], c["ab_seqno"], c["ab_ifindex"], ab),
-        *(c["ba_bytes"], c["ba_packets"], c["ba_seqno"], c["ba_ifindex"], ba),
-        *(c["orig_dst"], c["orig_dport"], c["orig_sport"], c["orig_src"], c["tun_ip"]),
+        *(head, c["addr_a"], c["port_a"], c["addr_b"], c["port_b"], middle, c["created_ns"], c["last_seen_ns"]),
+        *(age, after, *legs[:4], ab, *legs[4:], ba, *(c[name] for name in _ORIGINAL)),
+        strict=True,
     )
     return map(_line(raw.name).__mod__, rows)
 
