@@ -204,15 +204,9 @@ def _layouts() -> Iterator[Layout]:
         yield layout("cali_counters", version, (4, "0 u32 zero") if version == 1 else hook, (8 * count, cells))
     yield layout("cali_rule_ctrs", 2, (8, "0 u64 rule_id"), (8, "0 u64 packets"))
     yield layout("cali_profiling", 2, (8, "0 u32 ifindex;4 u32 kind"), (16, "0 u64 total_ns;8 u64 samples"))
-    yield layout(
-        "cali_v4_srmsg", 1, (16, "0 u64 cookie;8 ip4 addr;12 port_be port"), (8, "0 ip4 orig_dst;4 port_be orig_dport")
-    )
-    yield layout(
-        "cali_v6_srmsg",
-        1,
-        (32, "0 u64 cookie;8 ip6 addr;24 port_be port"),
-        (20, "0 ip6 orig_dst;16 port_be orig_dport"),
-    )
+    before4, before6 = (8, "0 ip4 orig_dst;4 port_be orig_dport"), (20, "0 ip6 orig_dst;16 port_be orig_dport")
+    yield layout("cali_v4_srmsg", 1, (16, "0 u64 cookie;8 ip4 addr;12 port_be port"), before4)
+    yield layout("cali_v6_srmsg", 1, (32, "0 u64 cookie;8 ip6 addr;24 port_be port"), before6)
     yield layout("cali_v4_ct_nats", 1, (24, "0 u64 cookie;8 ip4 addr;12 port_be port;16 u8 proto"), before4)
     for version in (1, 2):
         for base, key, rev, at, size in (("v4", ct4, "ip4", 16, 32), ("v6", ct6, "ip6", 40, 56)):
