@@ -329,8 +329,11 @@ def _missing_interfaces(source: Source, maps: list[RawMap]) -> None:
 
 
 def _matches(entry: dict[str, Any], words: tuple[str, ...]) -> bool:
-    """Whether each word is a value of the entry, or an address inside one of its networks."""
-    return all(any(_is(value, word) for key, value in entry.items() if key != "map") for word in words)
+    """Whether each word is a value of the entry, or an address inside one of its networks.
+
+    Backends of the nat maps always match: it is the frontends that are asked for.
+    """
+    return _base(entry["map"]) == "nat_be" or all(any(_is(value, word) for key, value in entry.items() if key != "map") for word in words)
 
 
 def _is(value: object, word: str) -> bool:
@@ -358,6 +361,8 @@ def _get(name: str, words: tuple[str, ...], **options: Any) -> int:
     words = tuple(_address(word) if any(c in word for c in ".:") and "/" not in word else word for word in words)
     source = _source(options)
     found = [e for e in _objects(source, _chosen(source, name, options)) if _matches(e, words)]
+    if all(_base(entry["map"]) == "nat_be" for entry in found):
+        found = []
     if options["as_json"] or options["output"] == "json":
         for entry in found:
             click.echo(json.dumps(entry))
@@ -427,11 +432,11 @@ def _versions(**options: Any) -> int:
 
     source = _source(options)
     for raw in source.maps:
-        _, version, old = identify(raw.name)
+        base, version, old = identify(raw.name)
         try:
             layout = f"v{maptables.resolve(raw).version}"
         except LayoutMismatch:
-            layout = "unknown"
+            layout = "unknown" if any(each.base == base for each in maptables.layouts()) else "not shown"
         about = {
             "map": raw.name, "version": version, "old": old, "layout": layout, "key_bytes": raw.key_size,
             "value_bytes": raw.value_size, "max_entries": raw.max_entries, "in_use": raw.pin in source.in_use,
@@ -442,7 +447,7 @@ def _versions(**options: Any) -> int:
         else:
             used = "in use" if about["in_use"] else "not used"
             click.echo(
-                f"{raw.name:18} v{version:<2} {raw.key_size:>3}+{raw.value_size:<5} layout {layout:8} "
+                f"{raw.name:18} v{version:<2} {raw.key_size:>3}+{raw.value_size:<5} layout {layout:9} "
                 f"max {raw.max_entries:<8} {used:9} {raw.pin}"
             )
     return _finish(source)
