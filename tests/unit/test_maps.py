@@ -140,6 +140,10 @@ def test_forward_and_reverse_of_one_block_and_expiry() -> None:
     raw = made("cali_v4_ct4", (KEY, conntrack(4, type=1)), (KEY, bytes(old)))
     forward, reverse = mapdump.iter_objects(raw, late)
     assert forward["type"] == "nat-fwd"
+    line = mapdump.text("ct", forward)
+    assert line.startswith("TCP 10.0.0.1:80 -> 10.0.0.2:4000  forward to 0.0.0.0:0 <-> 0.0.0.0:0  Active ago 991")
+    assert "REVKey: ConntrackKey{proto=6 0.0.0.0:0 <-> 0.0.0.0:0} NATSPort: 0}" in mapdump.text("ct", forward, raw=True)
+    assert "A2B:{Bytes:0 Packets:0 Seqno:0 SynSeen:false" in mapdump.text("ct", reverse, raw=True)
     assert mapdump.text("ct", reverse) == (
         "TCP 10.0.0.2:4000 -> 10.9.0.1:443 -> 10.0.0.1:80, service forwarded from 10.9.9.9"
         "  source port changed from 55  Active ago 1000.000s SYN-SENT  expired"
@@ -178,7 +182,7 @@ def test_what_a_real_connection_left() -> None:
         "   10.10.0.2/32: remote host",
         "   10.65.0.2/32: local workload in-pool nat-out idx 3",
         "   10.65.1.0/26: remote workload in-pool nat-out same-subnet nh 10.10.0.2",
-        "  10.96.0.0/12: blackhole-drop",
+        "   10.96.0.0/12: blackhole-drop",
         "   127.0.0.0/8: local host",
     ]
     (arp,) = mapdump.iter_objects(real("a", "cali_v4_arp2"), NOW)
@@ -372,7 +376,11 @@ def entry(kind: str, backend: str, **members: Any) -> dict[str, Any]:
 )
 @pytest.mark.parametrize("sport", [4000, 0])
 def test_tracked_connections(conntrack: list[str], broken: list[str], sport: int) -> None:
-    entries = [{"proto": "udp", "type": "normal"}, *(entry(*each.split()) for each in conntrack)]
+    entries = [
+        {"proto": "udp", "type": "normal"},
+        entry("normal", "10.65.0.3", port_b=1),
+        *(entry(*each.split()) for each in conntrack),
+    ]
     packet = walk.Packet("10.10.0.100", sport, "10.10.0.1", 30080, "tcp")
     assert kinds(walk.walk(packet, tables(conntrack=entries))) == broken
 
