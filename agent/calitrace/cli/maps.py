@@ -333,7 +333,9 @@ def _matches(entry: dict[str, Any], words: tuple[str, ...]) -> bool:
 
     Backends of the nat maps always match: it is the frontends that are asked for.
     """
-    return _base(entry["map"]) == "nat_be" or all(any(_is(value, word) for key, value in entry.items() if key != "map") for word in words)
+    return _base(entry["map"]) == "nat_be" or all(
+        any(_is(value, word) for key, value in entry.items() if key != "map") for word in words
+    )
 
 
 def _is(value: object, word: str) -> bool:
