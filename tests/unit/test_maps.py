@@ -375,13 +375,11 @@ def entry(kind: str, backend: str, **members: Any) -> dict[str, Any]:
     ],
 )
 def test_tracked_connections(conntrack: list[str], broken: list[str]) -> None:
-    entries = [
-        {"proto": "udp", "type": "normal"},
-        entry("normal", "10.65.0.3", port_b=1),
-        *(entry(*each.split()) for each in conntrack),
-    ]
-    packet = walk.Packet("10.10.0.100", sport, "10.10.0.1", 30080, "tcp")
-    assert kinds(walk.walk(packet, tables(conntrack=entries))) == broken
+    others = [entry("normal", "10.65.0.3", port_b=1), {**entry("nat-fwd", "10.65.0.9"), "proto": "udp"}]
+    found = tables(conntrack=[*others, *(entry(*each.split()) for each in conntrack)])
+    assert kinds(walk.walk(PACKET, found)) == broken
+    new = walk.Packet(PACKET.src, 0, PACKET.dst, PACKET.dport, PACKET.proto)
+    assert kinds(walk.walk(new, found)) == []
 
 
 def test_straight_to_a_pod_and_elsewhere() -> None:
