@@ -209,3 +209,12 @@ def test_conntrack_remove_needs_permission_and_takes_only_what_it_names(lab: Lab
         assert len(tracked(lab, "node-a", sport)) == 2
         assert calitrace(*words, "--allow-system-changes").returncode == 0
         assert [e["type"] for e in tracked(lab, "node-a", sport)] == ["nat-rev"]
+
+
+def test_policy_rules_with_their_hits(lab: Lab) -> None:
+    with tcp(lab, "client", *TARGET):
+        words = ("maps", "policy", "dump", "calif00dbeef012", "ingress", "--bpffs", str(lab.pins / "node-b"))
+        done = calitrace(*words, "--policy-dir", str(lab.policy_directory("node-b")), "-o", "json")
+    (rule,) = [json.loads(line) for line in done.stdout.splitlines()]
+    assert rule["rule"] == "default.allow-lab-clients rule 0 (allow)"
+    assert rule["packets"] > 0

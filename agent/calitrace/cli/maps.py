@@ -57,7 +57,7 @@ class Source:
     broken: Malformed | None = None
 
     def context(self) -> Context:
-        """What gives numbers their names; ifstate's names where the interfaces themselves are unknown."""
+        """What gives numbers their names; Felix's own, in ifstate, come first."""
         from calitrace.calico import maptables
         from calitrace.report.mapdump import Context
 
@@ -65,7 +65,7 @@ class Source:
         for raw in self.pick(("iface",)):
             with suppress(LayoutMismatch):
                 known.update({e["ifindex"]: e["name"] for e in maptables.iter_entries(raw, maptables.resolve(raw))})
-        return Context(self.now_ns, {**known, **self.interfaces}, self.rules)
+        return Context(self.now_ns, {**self.interfaces, **known}, self.rules)
 
     def pick(self, bases: Iterable[str], *, ipv6: bool = False, version: int | None = None) -> list[RawMap]:
         """The live maps of these base names: of several versions the newest that loaded programs use."""
@@ -100,7 +100,8 @@ def _live(bpffs: Path | None, netns: str | None, pid: int | None, policy_dir: Pa
     source = Source(
         [maps.read(each) for each in found if maps.readable(each)],
         {each.pin for each in found if each.in_use},
-        maps.interfaces(netns, pid),
+        # Maps from elsewhere with ifindices of elsewhere: ours would give them wrong names.
+        {} if bpffs is not None and netns is None and pid is None else maps.interfaces(netns, pid),
         now_ns=time.monotonic_ns(),
     )
     source.rules = _rules(policy_dir, source)
@@ -317,6 +318,46 @@ def _dump(name: str, **options: Any) -> int:
         sys.stdout.flush()
     if name == "ifstate":
         _missing_interfaces(source, maps)
+    return _finish(source)
+
+
+def _policy(words: tuple[str, ...], **options: Any) -> int:
+    """Print the hits of policy rules: of all, or of the rules of an interface and hook (ingress, egress, xdp, all).
+
+    Rules are named by Felix's policy debug files (bpfPolicyDebugEnabled).
+    """
+    from calitrace.calico import policy
+
+    if not words:
+        return _dump("policy", **options)
+    interface, *hooks = words
+    if len(hooks) != 1 or hooks[0] not in ("ingress", "egress", "xdp", "all"):
+        raise UsageError("name an interface and a hook", "calitrace maps policy dump cali1234 ingress|egress|xdp|all")
+    wanted = ("ingress", "egress", "xdp") if hooks[0] == "all" else (hooks[0],)
+    family = "v6" if options["ipv6"] else "v4"
+    source = _source(options)
+    hits = {entry["rule_id"]: entry["packets"] for entry in _objects(source, source.pick(("rule_ctrs",)))}
+    found = False
+    for hook in wanted:
+        file = options["policy_dir"] / f"{interface}_{hook}_{family}.json"
+        try:
+            rules = policy.rule_names(file.read_bytes())
+        except FileNotFoundError:
+            continue
+        except (OSError, Malformed) as failure:
+            raise UsageError(f"cannot read {file}: {failure}") from failure
+        found = True
+        if options["as_json"] or options["output"] == "json":
+            for rule, name in rules.items():
+                about = {"interface": interface, "policy_direction": hook, "rule_id": rule, "rule": name}
+                click.echo(json.dumps({**about, "packets": hits.get(rule, 0)}))
+            continue
+        click.echo(f"IfaceName: {interface}\nPolicy: {hook}")
+        for rule, name in rules.items():
+            click.echo(f"  {name}  hit count {hits.get(rule, 0)}")
+    if not found:
+        raise UsageError(f"no policy debug file of {interface} in {options['policy_dir']}",
+                         "set bpfPolicyDebugEnabled, or name the directory with --policy-dir")  # fmt: skip
     return _finish(source)
 
 
@@ -698,7 +739,8 @@ def _flush_counters(iface: str | None, **options: Any) -> int:
     from calitrace.kernel import maps
 
     change = _may_change(options)
-    known = maps.interfaces(options["netns"], options["pid"])
+    source = _live(options["bpffs"], options["netns"], options["pid"], options["policy_dir"])
+    known = source.context().interfaces
     if iface is not None and iface not in known.values():
         raise UsageError(f"no interface {iface}", "list them with `calitrace maps counters dump`")
     for found, raw in _live_maps(options, "counters"):
@@ -745,6 +787,10 @@ def _add(path: str, function: Callable[..., int], *options: Callable[[Any], Any]
     parent.add_command(click.command(verb)(_with((*options, *_CHANGE), function)))
 
 
+_policy_group = command.commands["policy"]
+assert isinstance(_policy_group, click.Group)
+_policy_words = click.argument("words", nargs=-1, metavar="[IFACE HOOK]")
+_policy_group.add_command(click.command("dump")(_with((_policy_words, *_READ), _policy)))
 _add("conntrack clean", _clean_conntrack)
 _add("conntrack remove", _remove_conntrack, *(click.argument(each) for each in ("proto", "ip1", "ip2")))
 _add("counters flush", _flush_counters, click.option("--iface", help="Only this interface."))
