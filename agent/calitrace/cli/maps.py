@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from calitrace.calico.maps import RawMap
+    from calitrace.kernel.maps import Found
     from calitrace.report.mapdump import Context
 
 POLICY_DIRECTORY = Path("/var/run/calico/bpf/policy")
 CTLB = "ctlb"
+_NEVER_GUESS = "a newer Calico? calitrace never guesses a layout"
 # Command: what it shows, and the maps' base names without cali_ and family.
 SUBJECTS = {
     "arp": ("Neighbours that NodePort tunnels were received from.", ("arp",)),
@@ -46,7 +48,10 @@ SUBJECTS = {
 
 @dataclass
 class Source:
-    """Maps to read, wherever from. *broken*: what ended a snapshot too early, told after what was read."""
+    """Maps to read, wherever from. *broken*: what ended a snapshot too early, told after what was read.
+
+    *differing*: what a map's own BTF says against our table, by pin.
+    """
 
     maps: list[RawMap]
     in_use: set[str]
@@ -55,6 +60,7 @@ class Source:
     now_ns: int = 0
     notes: list[str] = field(default_factory=list)
     broken: Malformed | None = None
+    differing: dict[str, str] = field(default_factory=dict)
 
     def context(self) -> Context:
         """What gives numbers their names; Felix's own, in ifstate, come first."""
@@ -85,6 +91,9 @@ class Source:
             if len({raw.name for raw in found}) > 1:
                 names = ", ".join(sorted({raw.name for raw in found}))
                 self.note(f"several versions are here ({names}): the node is in mid-upgrade; shown: v{newest}")
+        for raw in chosen:
+            if raw.pin in self.differing:
+                raise Error(f"map {raw.name} is not as we know it: {self.differing[raw.pin]}", _NEVER_GUESS)
         return chosen
 
     def note(self, text: str) -> None:
@@ -105,7 +114,34 @@ def _live(bpffs: Path | None, netns: str | None, pid: int | None, policy_dir: Pa
         now_ns=time.monotonic_ns(),
     )
     source.rules = _rules(policy_dir, source)
+    source.differing = _compare(zip(found, map(maps.read, found), strict=True))
     return source
+
+
+def _compare(maps: Iterable[tuple[Found, RawMap]]) -> dict[str, str]:
+    """Pin to what a map's own BTF says against our table."""
+    from calitrace.btf import Btf
+    from calitrace.calico import maptables
+    from calitrace.kernel.maps import types
+
+    known: dict[int, Btf] = {}
+    differing = {}
+    for found, raw in maps:
+        try:
+            layout = maptables.resolve(raw)
+        except LayoutMismatch:
+            continue  # refused when it is asked for
+        info = found.info
+        if info.btf_id not in known:
+            blob = types(found)
+            if blob is None:
+                continue
+            known[info.btf_id] = Btf(blob)
+        for table, type_id in ((layout.key, info.btf_key_type_id), (layout.value, info.btf_value_type_id)):
+            said = maptables.disagreement(table, known[info.btf_id], type_id) if type_id else ""
+            if said:
+                differing[found.pin] = said
+    return differing
 
 
 def _rules(directory: Path, source: Source) -> dict[int, str]:
@@ -249,7 +285,7 @@ def _chosen(source: Source, name: str, options: dict[str, Any]) -> list[RawMap]:
 
 def _refused(wrong: LayoutMismatch) -> Error:
     return Error(f"cannot read {wrong.record}: it has {wrong.actual}, known are {wrong.expected}",
-                 "a newer Calico? calitrace never guesses a layout")  # fmt: skip
+                 _NEVER_GUESS)  # fmt: skip
 
 
 def _objects(source: Source, maps: Iterable[RawMap]) -> Iterator[dict[str, Any]]:
