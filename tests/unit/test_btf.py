@@ -190,7 +190,7 @@ def test_a_table_beside_the_btf_of_its_map() -> None:
     blob.add(btf.KIND_INT, "u8", 1, tail=struct.pack("<I", 8))
     blob.add(btf.KIND_ARRAY, tail=struct.pack("<III", 2, 1, 4))
     blob.add(btf.KIND_STRUCT, "value", 8, 2, blob.members(("flags", 1, 0), ("addr", 3, 32)))
-    types = Btf(blob.bytes())
+    types = Btf(blob.raw())
     assert maptables.disagreement(maptables.Table("0 u32 flags;6 u16 half", 8), types, 4) == ""
     moved = maptables.disagreement(maptables.Table("0 u32 flags;2 u16 half", 8), types, 4)
     assert moved == "BTF has no member where our table has half at byte 2"
