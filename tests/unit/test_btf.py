@@ -192,6 +192,6 @@ def test_a_table_beside_the_btf_of_its_map() -> None:
     blob.add(btf.KIND_STRUCT, "value", 8, 2, blob.members(("flags", 1, 0), ("addr", 3, 32)))
     types = Btf(blob.raw())
     assert maptables.disagreement(maptables.Table("0 u32 flags;6 u16 half", 8), types, 4) == ""
-    moved = maptables.disagreement(maptables.Table("0 u32 flags;2 u16 half", 8), types, 4)
+    moved = maptables.disagreement(maptables.Table("0 u16 low;2 u16 half", 8), types, 4)
     assert moved == "BTF has no member where our table has half at byte 2"
     assert maptables.disagreement(maptables.Table("0 u32 flags", 12), types, 4) == "BTF has 8 bytes, our table 12"
