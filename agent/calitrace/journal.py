@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import msgpack
 
+from calitrace.calico.maps import RawMap
 from calitrace.errors import Malformed
 
 if TYPE_CHECKING:
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 HEADER, EVENTS, TEXT, PROBES = "calitrace", "events", "text", "probes"
-SYMBOLS, TOTALS, END = "symbols", "totals", "end"
-KINDS = (HEADER, EVENTS, TEXT, PROBES, SYMBOLS, TOTALS, END)
+SYMBOLS, TOTALS, MAPS, END = "symbols", "totals", "maps", "end"
+KINDS = (HEADER, EVENTS, TEXT, PROBES, SYMBOLS, TOTALS, MAPS, END)
 _CHUNK = 1 << 20
 
 
@@ -54,16 +55,64 @@ class Writer:
 class Journal:
     """A journal read back. *probes*: by number.
 
-    *cut_at*: byte at which it was cut short, None when it has its end frame."""
+    *cut_at*: byte at which it was cut short, None when it has its end frame. *broken*: what garbage ended it, see
+    :func:`read`.
+    """
 
     header: dict[str, Any]
     events: list[bytes] = field(default_factory=list)
     probes: dict[int, dict[str, Any]] = field(default_factory=dict)
     symbols: dict[int, str] = field(default_factory=dict)
     totals: dict[str, Any] = field(default_factory=dict)
+    maps: list[RawMap] = field(default_factory=list)
     unknown: Counter[str] = field(default_factory=Counter)
     complete: bool = False
     cut_at: int | None = None
+    broken: Malformed | None = None
+
+
+def map_bodies(raw: RawMap, blocks: Iterable[tuple[int, bytes, bytes]]) -> Iterator[dict[str, Any]]:
+    """The bodies of a map's MAPS frames, one for each block: (number of entries, packed keys, packed values).
+
+    An empty map has one frame too.
+    """
+    about = {
+        "name": raw.name,
+        "pin": raw.pin,
+        "map_type": raw.map_type,
+        "key_size": raw.key_size,
+        "value_size": raw.value_size,
+        "max_entries": raw.max_entries,
+        "cpus": raw.cpus,
+        "notes": list(raw.notes),
+    }
+    first = True
+    for _, keys, values in blocks:
+        yield {**about, "first": first, "keys": keys, "values": values}
+        first = False
+    if first:
+        yield {**about, "first": True, "keys": b"", "values": b""}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The entries of a map of a journal: packed *keys* and *values*, of these sizes each, block by block."""
+
+    key_size: int
+    value_size: int
+    blocks: list[tuple[int, bytes, bytes]] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[tuple[bytes, bytes]]:
+        for count, keys, values in self.iter_blocks():
+            for index in range(count):
+                yield (
+                    keys[index * self.key_size : (index + 1) * self.key_size],
+                    values[index * self.value_size : (index + 1) * self.value_size],
+                )
+
+    def iter_blocks(self) -> Iterator[tuple[int, bytes, bytes]]:
+        """(number of entries, packed keys, packed values)."""
+        yield from self.blocks
 
 
 def iter_frames(chunks: Iterable[bytes]) -> Iterator[tuple[int, str, dict[str, Any]]]:
@@ -87,18 +136,29 @@ def iter_frames(chunks: Iterable[bytes]) -> Iterator[tuple[int, str, dict[str, A
         raise Malformed(0, "a calitrace journal", "no complete frame", "journal")
 
 
-def read(stream: BinaryIO) -> Journal:
-    """Read all that is there. Raises Malformed as iter_frames does; ``cut_at`` says where a tail is missing."""
+def read(stream: BinaryIO, *, keep: bool = False) -> Journal:
+    """Read all that is there.
+
+    Raises Malformed as iter_frames does; with *keep* garbage after the header is no error: the journal has what came
+    before, and ``broken`` says what was found. ``cut_at`` says where a tail is missing.
+    """
     journal: Journal | None = None
     end = 0
-    for end, kind, body in iter_frames(iter(lambda: stream.read(_CHUNK), b"")):
-        if journal is None:
-            journal = Journal(body)
-            continue
-        try:
-            _take(journal, kind, body)
-        except (KeyError, TypeError, ValueError) as wrong:
-            raise Malformed(end, f"a frame of kind {kind!r}", f"{type(wrong).__name__} {wrong}", "journal") from wrong
+    try:
+        for end, kind, body in iter_frames(iter(lambda: stream.read(_CHUNK), b"")):
+            if journal is None:
+                journal = Journal(body)
+                continue
+            try:
+                _take(journal, kind, body, end)
+            except (KeyError, TypeError, ValueError) as wrong:
+                raise Malformed(
+                    end, f"a frame of kind {kind!r}", f"{type(wrong).__name__} {wrong}", "journal"
+                ) from wrong
+    except Malformed as wrong:
+        if not keep or journal is None:
+            raise
+        journal.broken = wrong
     assert journal is not None  # or iter_frames raised
     if not journal.complete:
         journal.cut_at = end
@@ -121,7 +181,7 @@ def _checked(item: object, at: int) -> tuple[str, dict[str, Any]]:
     return kind, body
 
 
-def _take(journal: Journal, kind: str, body: dict[str, Any]) -> None:
+def _take(journal: Journal, kind: str, body: dict[str, Any], at: int) -> None:
     if kind == EVENTS:
         journal.events += body["raw"]
     elif kind == PROBES:
@@ -131,7 +191,36 @@ def _take(journal: Journal, kind: str, body: dict[str, Any]) -> None:
         journal.symbols.update(body.get("names", {}))
     elif kind == TOTALS:
         journal.totals = body
+    elif kind == MAPS:
+        _take_map(journal, body, at)
     elif kind == END:
         journal.complete = True
     elif kind != TEXT:  # whose reader is `calitrace log`
         journal.unknown[kind] += 1
+
+
+def _take_map(journal: Journal, body: dict[str, Any], at: int) -> None:
+    keys, values = body["keys"], body["values"]
+    numbers = {name: body[name] for name in ("map_type", "key_size", "value_size", "max_entries", "cpus")}
+    texts = {name: body[name] for name in ("name", "pin")}
+    if not (
+        isinstance(keys, bytes)
+        and isinstance(values, bytes)
+        and all(isinstance(each, int) and each > 0 for each in numbers.values())
+        and all(isinstance(each, str) for each in (*texts.values(), *body["notes"]))
+    ):
+        raise Malformed(at, "a block of a map", "other types", "journal")
+    if body["first"]:
+        each_cpu = -(-body["value_size"] // 8) * 8
+        width = body["value_size"] if body["cpus"] == 1 else body["cpus"] * each_cpu
+        entries = Stored(body["key_size"], width)
+        journal.maps.append(RawMap(**texts, **numbers, entries=entries, notes=tuple(body["notes"])))
+    if not journal.maps or journal.maps[-1].pin != body["pin"]:
+        raise Malformed(at, "the first block of a map", "a later one", "journal")
+    stored = journal.maps[-1].entries
+    assert isinstance(stored, Stored)
+    count, rest = divmod(len(keys), stored.key_size)
+    if rest or len(values) != count * stored.value_size:
+        raise Malformed(at, f"{count} values", f"{len(values)} bytes", "journal")
+    if count:
+        stored.blocks.append((count, keys, values))

@@ -18,6 +18,7 @@ COMMANDS = {
     "doctor": "Say what this machine lacks, and what is lost without it.",
     "lab": "Two Calico-like nodes in network namespaces of this machine.",
     "log": "Read Calico's debug log and put it together into packets.",
+    "maps": "Read Calico's BPF maps: dump, get, summary, walk and diff.",
     "probe": "Send identified probes and say where they died.",
     "report": "Print the verdicts of a recorded journal.",
 }
