@@ -23,7 +23,7 @@ BPF_TABLE("percpu_hash", struct drop_key, u64, drop_counts, 4096);
 BPF_PERCPU_ARRAY(drop_scratches, struct drop_scratch, 1);
 BPF_PERCPU_ARRAY(state_scratches, struct state_event, 1);
 BPF_TABLE("percpu_array", u32, struct calico_state, state_template, 2);
-BPF_HASH_OF_MAPS(states, u32, "state_template", 256);
+BPF_TABLE("hash_of_maps$state_template", u32, int, states, 256); /* BCC 0.18 cannot name the key in BPF_HASH_OF_MAPS */
 
 /* Calico still holds the dropped packet in its per-CPU state: each node has its own map, found by namespace. */
 static __always_inline void send_state(const struct drop_event *drop)
