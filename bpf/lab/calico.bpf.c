@@ -198,21 +198,31 @@ struct lab_iface {
 };
 
 #define NO_PREALLOC 1
-BPF_F_TABLE("lpm_trie:" PIN_DIR "/cali_v4_nat_fe3", struct calico_nat_key, struct calico_nat_value,
+/*
+ * BCC before 0.25 takes only pins that are there: the maps are made and pinned by a first pass, without PIN_DIR, and
+ * found by the second.
+ */
+#ifdef PIN_DIR
+#define PINNED(type, name) type ":" PIN_DIR "/" name
+#else
+#define PINNED(type, name) type
+#endif
+BPF_F_TABLE(PINNED("lpm_trie", "cali_v4_nat_fe3"), struct calico_nat_key, struct calico_nat_value,
 	    cali_v4_nat_fe3, 4096, NO_PREALLOC);
-BPF_F_TABLE("hash:" PIN_DIR "/cali_v4_nat_be", struct calico_nat_backend_key, struct calico_nat_dest,
+BPF_F_TABLE(PINNED("hash", "cali_v4_nat_be"), struct calico_nat_backend_key, struct calico_nat_dest,
 	    cali_v4_nat_be, 4096, NO_PREALLOC);
-BPF_F_TABLE("lru_hash:" PIN_DIR "/cali_v4_ct4", struct calico_ct_key, struct calico_ct_value, cali_v4_ct4, 16384, 0);
-BPF_F_TABLE("lpm_trie:" PIN_DIR "/cali_v4_routes", struct cali_rt_key, struct cali_rt, cali_v4_routes, 4096,
+BPF_F_TABLE(PINNED("lru_hash", "cali_v4_ct4"), struct calico_ct_key, struct calico_ct_value, cali_v4_ct4, 16384, 0);
+BPF_F_TABLE(PINNED("lpm_trie", "cali_v4_routes"), struct cali_rt_key, struct cali_rt, cali_v4_routes, 4096,
 	    NO_PREALLOC);
-BPF_F_TABLE("lru_hash:" PIN_DIR "/cali_v4_arp2", struct arp_key, struct arp_value, cali_v4_arp2, 1024, 0);
-BPF_F_TABLE("hash:" PIN_DIR "/cali_iface4", u32, struct ifstate_val, cali_iface4, 1000, NO_PREALLOC);
-BPF_F_TABLE("percpu_hash:" PIN_DIR "/cali_counters6", struct counters_key, struct counters, cali_counters6, 64,
+BPF_F_TABLE(PINNED("lru_hash", "cali_v4_arp2"), struct arp_key, struct arp_value, cali_v4_arp2, 1024, 0);
+BPF_F_TABLE(PINNED("hash", "cali_iface4"), u32, struct ifstate_val, cali_iface4, 1000, NO_PREALLOC);
+BPF_F_TABLE(PINNED("percpu_hash", "cali_counters6"), struct counters_key, struct counters, cali_counters6, 64,
 	    NO_PREALLOC);
-BPF_F_TABLE("percpu_array:" PIN_DIR "/cali_state6", u32, struct cali_tc_state, cali_state6, 2, 0);
-BPF_F_TABLE("percpu_hash:" PIN_DIR "/cali_rule_ctrs2", u64, u64, cali_rule_ctrs2, 1024, NO_PREALLOC);
-BPF_F_TABLE("hash:" PIN_DIR "/lab_iface", u32, struct lab_iface, lab_iface, 64, NO_PREALLOC);
+BPF_F_TABLE(PINNED("percpu_array", "cali_state6"), u32, struct cali_tc_state, cali_state6, 2, 0);
+BPF_F_TABLE(PINNED("percpu_hash", "cali_rule_ctrs2"), u64, u64, cali_rule_ctrs2, 1024, NO_PREALLOC);
+BPF_F_TABLE(PINNED("hash", "lab_iface"), u32, struct lab_iface, lab_iface, 64, NO_PREALLOC);
 
+#ifdef PIN_DIR
 struct ip4 {
 	u8 version_ihl, tos;
 	u16 tot_len, id, frag_off;
@@ -1408,3 +1418,4 @@ int cali_from_wep(struct __sk_buff *skb)
 	rewrite(&p, 1, st->ct_result.nat_ip, st->ct_result.nat_port);
 	return forward(&p, 0);
 }
+#endif /* PIN_DIR */

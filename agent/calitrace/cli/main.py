@@ -58,10 +58,9 @@ Examples:
 def cli(ctx: click.Context, debug: bool) -> None:
     """Find where Calico's eBPF dataplane lost a packet, and why."""
     ctx.obj = debug
-    logging.basicConfig(
-        level=logging.DEBUG if debug else logging.WARNING,
-        format="%(levelname)s %(name)s: %(message)s",
-    )
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    if debug:  # not of pyroute2, which says every netlink message
+        logging.getLogger("calitrace").setLevel(logging.DEBUG)
     if any(UNDO.glob("*.json")):
         from calitrace.cli.debug_level import put_back_leftovers
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import struct
 from dataclasses import dataclass
 from enum import IntEnum
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _INGRESS, _EGRESS = 0, 1
+_PINNED = re.compile(r'PINNED\("\w+", "(\w+)"\)')
 _PARENTS = {_INGRESS: 0xFFFFFFF2, _EGRESS: 0xFFFFFFF3}
 _PRIORITY = 49152  # what the kernel gives the first filter without one, and so what Calico's have
 _TAG_LENGTH = 15
@@ -111,8 +113,10 @@ class Dataplane:
                 f"cannot make {self.pin_dir}: {os.strerror(failure.errno or errno.EIO)}",
                 "mount a bpffs there: mount -t bpf bpf /sys/fs/bpf",
             ) from None
+        source = loader.bpf_source("lab/calico.bpf.c")
+        self._pin_maps(source)
         self._bpf = loader.compile_bpf(
-            loader.bpf_source("lab/calico.bpf.c"),
+            source,
             defines={
                 "PIN_DIR": f'"{self.pin_dir}"',
                 "HOST_IP": hex(int.from_bytes(IPv4Address(self.node.host_ip).packed, "little")),
@@ -123,6 +127,15 @@ class Dataplane:
         self._write_interface(self.node.uplink, _IFSTATE_UPLINK)
         for workload in self.node.workloads:
             self._write_interface(workload, _IFSTATE_WORKLOAD)
+
+    def _pin_maps(self, source: str) -> None:
+        """Make and pin those maps that are not there yet."""
+        missing = [name for name in _PINNED.findall(source) if not (self.pin_dir / name).exists()]
+        if missing:
+            maps = loader.compile_bpf(source)
+            for name in missing:
+                syscall.object_pin(maps[name.encode()].map_fd, self.pin_dir / name)
+            maps.cleanup()
 
     def attach(self) -> None:
         """Put the loaded programs on the interfaces' clsact hooks, replacing those of an earlier load.
