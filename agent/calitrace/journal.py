@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 HEADER, EVENTS, PROBES, SYMBOLS, TOTALS, END = "calitrace", "events", "probes", "symbols", "totals", "end"
-KINDS = (HEADER, EVENTS, PROBES, SYMBOLS, TOTALS, END)
+SNAPSHOT = "snapshot"
+KINDS = (HEADER, EVENTS, PROBES, SYMBOLS, TOTALS, END, SNAPSHOT)
 _CHUNK = 1 << 20
 
 
@@ -60,6 +61,7 @@ class Journal:
     probes: dict[int, dict[str, Any]] = field(default_factory=dict)
     symbols: dict[int, str] = field(default_factory=dict)
     totals: dict[str, Any] = field(default_factory=dict)
+    snapshot: dict[str, Any] | None = None
     unknown: Counter[str] = field(default_factory=Counter)
     complete: bool = False
     cut_at: int | None = None
@@ -115,6 +117,8 @@ def _take(journal: Journal | None, item: object, at: int) -> Journal:
         journal.symbols.update(body.get("names", {}))
     elif kind == TOTALS:
         journal.totals = body
+    elif kind == SNAPSHOT:
+        journal.snapshot = body
     elif kind == END:
         journal.complete = True
     else:

@@ -13,6 +13,7 @@ from calitrace import __version__
 from calitrace.errors import Error
 
 COMMANDS = {
+    "check": "Look through Calico's eBPF troubleshooting page and show the evidence.",
     "doctor": "Say what this machine lacks, and what is lost without it.",
     "lab": "Two Calico-like nodes in network namespaces of this machine.",
     "probe": "Send identified probes and say where they died.",
