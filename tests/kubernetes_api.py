@@ -12,6 +12,7 @@ import json
 import re
 import socket
 import ssl
+import sys
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -61,7 +62,7 @@ class Rule:
     status: int = 0
     times: int = -1
     wait: threading.Event | None = None
-    before: Callable[[], None] | None = None
+    before: Callable[[], object] | None = None
     hits: int = 0
 
 
@@ -126,7 +127,9 @@ class KubernetesApi:
             block_on_close = False  # an idle keep-alive connection must not hold the end of a test
 
             def handle_error(self, request: Any, client_address: Any) -> None:
-                """A client that went away is part of the tests."""
+                """A client that went away is part of the tests; anything else is a defect of theirs."""
+                if not isinstance(sys.exc_info()[1], OSError):
+                    super().handle_error(request, client_address)
 
         self._server = Server(("127.0.0.1", self._port), Handler)
         if self.tls:
@@ -189,6 +192,11 @@ class KubernetesApi:
         """The object at *path*, without a request."""
         return self.store.objects.get(self._key(path))
 
+    def wait_for(self, wanted: Callable[[], bool], timeout_s: float = 30) -> bool:
+        """Whether *wanted* became true; looked at after each change of an object."""
+        with self.store.changed:
+            return self.store.changed.wait_for(wanted, timeout_s)
+
     def remove(self, path: str) -> None:
         """Delete the object at *path*, as somebody else would."""
         key = self._key(path)
@@ -206,7 +214,7 @@ class KubernetesApi:
         self.rules.append(Rule(pattern, -1, wait=event))
         return event
 
-    def before(self, pattern: str, action: Callable[[], None], times: int = 1) -> Rule:
+    def before(self, pattern: str, action: Callable[[], object], times: int = 1) -> Rule:
         """Do *action* just before a matching request is answered: a change between another's reading and writing."""
         rule = Rule(pattern, -1, times, before=action)
         self.rules.append(rule)

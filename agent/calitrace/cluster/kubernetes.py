@@ -48,12 +48,16 @@ class Cluster:
     *context*: of that file, or "" for its current one. *timeout_s*: for connecting, and again for each answer.
     Paths are those of the API: ``/api/v1/nodes``, ``/apis/apps/v1/namespaces/kube-system/daemonsets/calico-node``.
     Keyword arguments are query parameters: ``labelSelector="k8s-app=calico-node"``.
+    *kubeconfig* and *context* stay readable, as another process needs them: absolute, $KUBECONFIG resolved.
     Every method raises ApiRefused; making one raises EnvironmentUnfit without package or configuration.
     """
 
     def __init__(self, kubeconfig: str = "", context: str = "", timeout_s: float = TIMEOUT_S) -> None:
+        files = (kubeconfig or os.environ.get("KUBECONFIG", "")).split(os.pathsep)
+        self.kubeconfig = os.pathsep.join(str(Path(each).expanduser().absolute()) for each in files if each)
+        self.context = context
         self._timeout_s = timeout_s
-        self._client = _client(kubeconfig, context)
+        self._client = _client(self.kubeconfig, context)
         self.server: str = self._client.configuration.host
 
     def __enter__(self) -> Cluster:
@@ -151,13 +155,12 @@ def _client(kubeconfig: str, context: str) -> ApiClient:
             f"the Python package kubernetes is missing or broken ({missing})", "pip install 'calitrace[kubernetes]'"
         ) from missing
     configuration = client.Configuration()
-    found = kubeconfig or os.environ.get("KUBECONFIG", "")
     try:
-        if not found and not Path("~/.kube/config").expanduser().exists() and _SERVICE_ACCOUNT.exists():
+        if not kubeconfig and not Path("~/.kube/config").expanduser().exists() and _SERVICE_ACCOUNT.exists():
             config.load_incluster_config(client_configuration=configuration)
         else:
             config.load_kube_config(
-                found or None, context or None, client_configuration=configuration, persist_config=False
+                kubeconfig or None, context or None, client_configuration=configuration, persist_config=False
             )
     except (ConfigException, YAMLError, OSError, ValueError, TypeError, AttributeError, KeyError) as wrong:
         raise EnvironmentUnfit(

@@ -1,0 +1,65 @@
+"""Which of Calico's programs hang where on this node, by id: a reload gives each another id."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from calitrace.errors import EnvironmentUnfit
+from calitrace.kernel import discover, netns, syscall, tc
+
+_ATTEMPTS = 10
+
+
+def calico_programs(namespace: str = "") -> dict[tuple[str, str], tuple[int, ...]]:
+    """Ids of Calico's tc and tcx programs at each (interface, hook) of *namespace*, "" for ours.
+
+    Each interface has both its hooks here, with an empty tuple where no program of Calico's is.
+    Raises EnvironmentUnfit without the privilege, and when programs change too fast to be read.
+    """
+    from pyroute2 import IPRoute
+
+    if not namespace:
+        with IPRoute() as route:
+            return _look(route)
+    with netns.inside(namespace), IPRoute() as route:
+        return _look(route)
+
+
+def _look(route: Any) -> dict[tuple[str, str], tuple[int, ...]]:
+    from pyroute2.netlink.exceptions import NetlinkError
+
+    for _ in range(_ATTEMPTS):
+        try:
+            with_clsact = {q["index"] for q in route.get_qdiscs() if q.get_attr("TCA_KIND") == "clsact"}
+            return {
+                (message.get_attr("IFLA_IFNAME"), hook): tuple(each for each in ids if _is_calico(each))
+                for message in route.get_links()
+                for hook, ids in _attached(route, message["index"], with_clsact).items()
+            }
+        except (FileNotFoundError, NetlinkError):
+            continue  # program or interface went between the list and the look: the next list knows what came instead
+        except PermissionError as refused:
+            raise EnvironmentUnfit("may not look at BPF programs", "run as root") from refused
+    raise EnvironmentUnfit("the BPF programs on this node change faster than they can be read", "try again")
+
+
+def _attached(route: Any, index: int, with_clsact: set[int]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for hook in tc.HOOKS:
+        try:
+            found[hook] = syscall.attached_programs(index, hook)
+        except OSError:
+            found[hook] = []  # no tcx before Linux 6.6
+    if index in with_clsact:
+        for hook, _, identifier in tc.iter_programs(route, index):
+            found[hook].append(identifier)
+    return found
+
+
+def _is_calico(identifier: int) -> bool:
+    descriptor = syscall.program_fd(identifier)
+    try:
+        return discover.is_calico(syscall.program_info(descriptor).name)
+    finally:
+        os.close(descriptor)

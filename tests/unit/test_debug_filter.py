@@ -1,0 +1,73 @@
+"""Preconditions of Debug, and the filter expression."""
+
+from __future__ import annotations
+
+import pytest
+
+from calitrace.calico.debug_filter import expression, has_filters, log_filters, preconditions, release
+from calitrace.errors import UsageError
+
+
+@pytest.mark.parametrize(
+    ("calico", "kernel", "lockdown", "refused", "said"),
+    [
+        ("v3.28.1", "6.8.0-31-generic", "", False, []),
+        ("v3.28.1", "6.8.0", "integrity", False, []),
+        ("v3.28.1", "6.8.0", "confidentiality", True, ["lockdown"]),
+        ("v3.30.0", "5.15.0-102-generic", "", True, ["10911"]),
+        ("v3.30.4", "5.15.167", "none", True, ["10911"]),
+        ("v3.30.0", "6.1.0", "", False, []),
+        ("v3.29.3", "5.15.0", "", False, []),
+        ("v3.31.0", "5.15.0", "", False, []),
+        ("v3.17.0", "6.18.0", "", True, ["1,000,000", "every packet"]),
+        ("v3.17.0", "6.19.2", "", True, ["1,000,000", "every packet"]),
+        ("v3.17.0", "5.10.0", "", False, ["every packet"]),
+        ("v3.26.4", "6.18.0", "", False, ["every packet"]),
+        ("", "6.18.0", "", False, ["release of Calico is not known"]),
+        ("master", "5.15.0", "", False, ["release of Calico is not known"]),
+        ("v3.30.0", "", "", False, ["kernel's release is not known"]),
+        ("", "", "confidentiality", True, ["lockdown", "Calico is not", "kernel's"]),
+    ],
+)
+def test_preconditions(calico: str, kernel: str, lockdown: str, refused: bool, said: list[str]) -> None:
+    found = preconditions(calico, kernel, lockdown)
+    assert any(each.refuse for each in found) == refused
+    assert len(found) == len(said)
+    for each, words in zip(found, said, strict=True):
+        assert words in each.text
+
+
+def test_releases() -> None:
+    assert [release(text) for text in ("v3.28.1", "6.18.0-rc1", "3.9", "", "master", "v3")] == [
+        (3, 28),
+        (6, 18),
+        (3, 9),
+        None,
+        None,
+        None,
+    ]
+    assert [has_filters(text) for text in ("v3.26.9", "v3.27.0", "v4.0.0", "")] == [False, True, True, True]
+
+
+def test_the_expression_has_service_backends_and_tunnel() -> None:
+    assert expression([("10.96.0.7", 80), ("10.65.1.2", 8080), ("10.65.1.2", 8080), ("fd00::2", 8080)]) == (
+        "(host 10.96.0.7 and port 80) or (host 10.65.1.2 and port 8080) or (host fd00::2 and port 8080)"
+        " or (udp port 4789)"
+    )
+    assert expression([("10.0.0.1", 0)], vxlan_port=8472) == "(host 10.0.0.1) or (udp port 8472)"
+    assert expression([("", 80)]) == "(port 80) or (udp port 4789)"
+    assert expression([]) == ""
+    assert expression([("10.0.0.1", 80), ("", 0)]) == ""
+
+
+@pytest.mark.parametrize(("host", "port"), [("a.example", 80), ("10.0.0.1 or host 10.0.0.2", 80), ("10.0.0.1", 65536)])
+def test_only_addresses_and_ports_reach_the_expression(host: str, port: int) -> None:
+    with pytest.raises(UsageError):
+        expression([(host, port)])
+
+
+def test_filters_of_interfaces() -> None:
+    assert log_filters("port 80") == {"all": "port 80"}
+    assert log_filters("port 80", ["eth0", "cali1"]) == {"eth0": "port 80", "cali1": "port 80"}
+    assert log_filters("", ["cali1"]) == {"cali1": "ip or ip6 or arp"}
+    assert log_filters("") == {}
