@@ -88,9 +88,7 @@ PARAMETERS = {
         _always("bpfExternalServiceMode", "Tunnel"),
         _always("bpfKubeProxyIptablesCleanupEnabled", True),
         _always("bpfKubeProxyMinSyncPeriod", "1s"),
-        Parameter(
-            "bpfKubeProxyEndpointSlicesEnabled", bool, (((3, 16), False), ((3, 23), True)), until=(3, 31)
-        ),
+        Parameter("bpfKubeProxyEndpointSlicesEnabled", bool, (((3, 16), False), ((3, 23), True)), until=(3, 31)),
         _always("bpfKubeProxyHealthzPort", 10256, (3, 31)),
         Parameter("bpfEnforceRPF", str, (((3, 23), "Strict"), ((3, 26), "Loose"))),
         Parameter("bpfHostConntrackBypass", bool, (((3, 23), True), ((3, 30), False))),

@@ -1,7 +1,7 @@
 """Felix's own log: the format of its lines, and those that say something about the eBPF dataplane.
 
-Format: ``YYYY-MM-DD HH:MM:SS.mmm [LEVEL][pid] felix/file.go LINE: text key=value``; a container runtime may have put its
-own time and stream name before it. Source: the files named in the table, felix/dataplane/linux and felix/bpf of
+Format: ``YYYY-MM-DD HH:MM:SS.mmm [LEVEL][pid] felix/file.go LINE: text key=value``; a runtime may have put its time
+and stream name before it. Source: the files named in the table, felix/dataplane/linux and felix/bpf of
 v3.13 to master.
 """
 
@@ -50,8 +50,8 @@ KNOWN = (
     Known(
         "services.log-unsupported",
         UNSUPPORTED,
-        "Felix found the kernel unsupported and fell back to the standard dataplane; where kube-proxy has been removed, "
-        "no service works on this node",
+        "Felix found the kernel unsupported and fell back to the standard dataplane; where kube-proxy has gone, no "
+        "service works on this node",
         "read error= in that line; update the kernel (5.3 or later; RHEL 4.18.0-193 or later; v3.31 and later: 5.10), "
         "or run kube-proxy again: kubectl patch ds -n kube-system kube-proxy --type merge -p "
         """'{"spec":{"template":{"spec":{"nodeSelector":{"non-calico": null}}}}}'""",
@@ -73,7 +73,7 @@ KNOWN = (
         "services.log-mark-mask",
         r"MarkMask doesn't cover bits that are used \(unconditionally\) by eBPF mode",
         "Felix stops: the mark mask must cover 0x1ff00000",
-        "calicoctl patch felixconfiguration default --patch '{\"spec\":{\"iptablesMarkMask\":4294901760}}'",
+        'calicoctl patch felixconfiguration default --patch \'{"spec":{"iptablesMarkMask":4294901760}}\'',
     ),
     Known(
         "services.log-bpffs",
@@ -118,7 +118,7 @@ KNOWN = (
         r"BPF Proxy Healthz server failed.*address already in use",
         "kube-proxy owns the health port: it still runs beside the eBPF dataplane (projectcalico/calico#10748)",
         "remove kube-proxy; where it has to stay: calicoctl patch felixconfiguration default --patch "
-        "'{\"spec\":{\"bpfKubeProxyHealthzPort\":0}}'",
+        '\'{"spec":{"bpfKubeProxyHealthzPort":0}}\'',
         grave=False,
     ),
     Known(

@@ -10,7 +10,7 @@ from calitrace.checks.snapshot import Drops
 HOOKS = {0: "tc ingress", 1: "tc egress", 2: "XDP"}
 _FIXES = {
     "DROPPED_BY_POLICY": "calitrace drops names the rule; calico-node -bpf policy dump IFACE all",
-    "UNAUTH_SOURCE": "compare loadBalancerSourceRanges with the clients, and node addresses with `kubectl get nodes -o wide`",
+    "UNAUTH_SOURCE": "compare loadBalancerSourceRanges with the clients, node addresses with kubectl get nodes -o wide",
     "RT_UNKNOWN": "calico-node -bpf routes dump: is the backend's address there?",
     "BLACK_HOLE": "calico-node -bpf nat dump: does any service have that address and port?",
     "CT_CREATE_FAILED": "calitrace check maps: is the conntrack map full?",
@@ -34,7 +34,9 @@ def calico_reasons(drops: Drops) -> Said:
                     f"{each.interface} {HOOKS.get(each.hook, each.hook)}",
                     (f"{reason}: {before} -> {after} within {drops.seconds:g} s",),
                     f"packets are dropped: {reasons.MEANING[reason]}",
-                    _FIXES.get(reason, f"calitrace drops shows them; calico-node -bpf counters dump --iface={each.interface}"),
+                    _FIXES.get(
+                        reason, f"calitrace drops shows them; calico-node -bpf counters dump --iface={each.interface}"
+                    ),
                 )
 
 
@@ -79,7 +81,13 @@ def since_boot(drops: Drops) -> Said:
     for each in drops.counters:
         for code, value in enumerate(each.after):
             reason = reasons.name(code, len(each.after))
-            if value and reason in ("CT_CREATE_FAILED", "SOURCE_COLLISION_FAILED", "NO_HOST_IP", "ENCAP_FAIL", "DECAP_FAIL"):
+            if value and reason in (
+                "CT_CREATE_FAILED",
+                "SOURCE_COLLISION_FAILED",
+                "NO_HOST_IP",
+                "ENCAP_FAIL",
+                "DECAP_FAIL",
+            ):
                 lines.append(f"{each.interface} {HOOKS.get(each.hook, each.hook)}: {reason} {value}")
     if lines:
         yield Finding(

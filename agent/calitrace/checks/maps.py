@@ -8,7 +8,7 @@ from calitrace.calico.felix_config import Settings, Unset
 from calitrace.checks import decoded
 from calitrace.checks.decoded import Interface
 from calitrace.checks.finding import Check, Finding, Said, Section, Severity, Unknown
-from calitrace.checks.objects import OWN_DEVICES, ebpf_on, is_workload, iter_numbered, patch
+from calitrace.checks.objects import OWN_DEVICES, ebpf_on, is_workload, patch
 from calitrace.checks.services import log_checks
 from calitrace.checks.snapshot import Link, Map, Program
 
@@ -18,7 +18,7 @@ NEARLY_FULL, FULL = 0.8, 0.95
 _LRU = (9, 10)
 _NEEDED = ("ct", "nat_fe", "nat_be", "routes")
 _VERSIONED = re.compile(r"((?:xdp_)?cali_[a-z0-9_]*[a-z_])(\d*)")
-# Size of key and value by name, v3.22 to master. Source: felix/bpf/*/map*.go of each release; per-CPU values of one CPU.
+# Size of key and value by name, v3.22 to master; of per-CPU maps that of one CPU. Source: felix/bpf/*/map*.go.
 _SIZES = {
     "cali_v4_ct2": {(16, 64)},
     "cali_v4_ct3": {(16, 88)},
@@ -247,7 +247,9 @@ def jit_limit(programs: tuple[Program, ...], sysctls: dict[str, str]) -> Said:
                 f"{used} bytes of machine code in {len(programs)} programs, {calico} of them Calico's",
             ),
             "programs can soon not be loaded: pods fail to start (projectcalico/calico#6784: programs not unloaded)",
-            "sysctl -w net.core.bpf_jit_limit=" + str(int(limit) * 2) + "; restart calico-node if its programs grow in number",
+            "sysctl -w net.core.bpf_jit_limit="
+            + str(int(limit) * 2)
+            + "; restart calico-node if its programs grow in number",
         )
 
 

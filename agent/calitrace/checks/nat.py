@@ -68,7 +68,7 @@ def _number(address: str) -> int:
 
 
 def shared_id(nat: Nat) -> Said:
-    """Looks for one service id with different numbers of backends: two services that share an id answer for each other."""
+    """Looks for a service id with different numbers of backends: services that share an id answer for each other."""
     counts: dict[int, dict[tuple[int, int], Frontend]] = {}
     for each in nat.frontends:
         if each.count != DROP:
@@ -103,7 +103,7 @@ def local_without_backend(nat: Nat, links: tuple[Link, ...]) -> Said:
             tuple(iter_numbered(lines, _MOST)),
             "externalTrafficPolicy: Local and no pod here: connections from outside to this node are refused "
             "(projectcalico/calico#9330)",
-            "let clients use nodes with a pod, or: kubectl patch svc NAME -p '{\"spec\":{\"externalTrafficPolicy\":\"Cluster\"}}'",
+            'use nodes with a pod, or kubectl patch svc NAME -p \'{"spec":{"externalTrafficPolicy":"Cluster"}}\'',
         )
 
 
@@ -132,14 +132,14 @@ def host_address(node_routes: tuple[NodeRoute, ...]) -> Said:
             "",
             (f"{len(node_routes)} routes, none is local host (flags 0x18)",),
             "the dataplane does not know its node's address: no NodePort, no tunnel",
-            "kubectl get node NAME -o yaml | grep projectcalico.org/IPv4Address; IP_AUTODETECTION_METHOD of calico-node",
+            "kubectl get node NAME -o yaml | grep projectcalico.org/IPv4Address; look at IP_AUTODETECTION_METHOD",
         )
 
 
 def services_programmed(nat: Nat, kubernetes: Kubernetes) -> Said:
-    """Compares the NAT frontends with the cluster's Services: ClusterIP, NodePort, load balancer and external addresses.
+    """Compares the NAT frontends with the cluster's Services: cluster IP, NodePort and external addresses.
 
-    Services without a cluster IP, of type ExternalName, for another proxy (label service.kubernetes.io/service-proxy-name)
+    Services without an IPv4 cluster IP, of type ExternalName, with the label service.kubernetes.io/service-proxy-name
     and ports of SCTP are left out.
     """
     there = {(each.address, each.port, each.proto) for each in nat.frontends}
@@ -162,7 +162,13 @@ def _wanted(kubernetes: Kubernetes) -> Iterator[tuple[str, str, int, int]]:
     for service in kubernetes.services:
         address = dig(service, "spec", "clusterIP")
         other = dig(service, "metadata", "labels", "service.kubernetes.io/service-proxy-name")
-        if other or dig(service, "spec", "type") == "ExternalName" or not address or address == "None" or ":" in address:
+        if (
+            other
+            or dig(service, "spec", "type") == "ExternalName"
+            or not address
+            or address == "None"
+            or ":" in address
+        ):
             continue
         for port in items(service, "spec", "ports"):
             number, proto = dig(port, "port"), PROTOCOLS.get(str(dig(port, "protocol") or "TCP"))
@@ -174,6 +180,10 @@ def _wanted(kubernetes: Kubernetes) -> Iterator[tuple[str, str, int, int]]:
                 yield name_of(service), ANY_NODE, node_port, proto
             for external in items(service, "spec", "externalIPs"):
                 yield name_of(service), str(external), number, proto
+
+
+def _is_ipv4(address: object) -> bool:
+    return isinstance(address, str) and address.count(".") == 3
 
 
 def endpoints_programmed(nat: Nat, kubernetes: Kubernetes) -> Said:

@@ -46,7 +46,7 @@ def ipip(links: Links, kubernetes: Kubernetes) -> Said:
             "",
             tuple(f"IPPool {name}: ipipMode {mode}" for name, mode in used.items()),
             "IPIP is slow in eBPF mode",
-            "kubectl patch ippool NAME --type merge -p '{\"spec\":{\"ipipMode\":\"Never\",\"vxlanMode\":\"CrossSubnet\"}}'",
+            'kubectl patch ippool NAME --type merge -p \'{"spec":{"ipipMode":"Never","vxlanMode":"CrossSubnet"}}\'',
         )
 
 
@@ -95,7 +95,7 @@ def vxlan_not_needed(kubernetes: Kubernetes) -> Said:
             (*always, f"all {len(kubernetes.nodes)} nodes are in {networks.pop()}"),
             "every packet between nodes is encapsulated though all nodes are in one subnet; only a network that knows "
             "no pod addresses (most clouds across subnets) needs that",
-            "kubectl patch ippool NAME --type merge -p '{\"spec\":{\"vxlanMode\":\"CrossSubnet\"}}'",
+            'kubectl patch ippool NAME --type merge -p \'{"spec":{"vxlanMode":"CrossSubnet"}}\'',
         )
 
 
@@ -166,7 +166,7 @@ def ctlb(felix: Settings, release: Release) -> Said:
             INFO,
             "",
             (shown,),
-            "UDP sockets stay with the backend they first had, even when it is gone: DNS clients keep asking a dead pod "
+            "UDP sockets stay with their first backend, even when it is gone: DNS clients keep asking a dead pod "
             "(projectcalico/calico#4509); service meshes do not see service addresses (#8495)",
             patch('"bpfConnectTimeLoadBalancing":"TCP"'),
         )
@@ -212,7 +212,7 @@ def gro_off(links: Links, routes: tuple[Route, ...]) -> Said:
                 link.name,
                 tuple(f"{link.name}: {name} off" for name in off),
                 "more runs of the programs, and more CPU, for the same traffic",
-                f"ethtool -K {link.name} gro on gso on, unless it was switched off for a reason (bpfDisableGROForIfaces)",
+                f"ethtool -K {link.name} gro on gso on, unless it is off for a reason (bpfDisableGROForIfaces)",
             )
 
 
@@ -223,16 +223,16 @@ def vxlan_checksum(links: Links, host: Host) -> Said:
         yield Unknown(f"{host.kernel!r} is no kernel release that we can read")
         return
     for link in links:
-        if link.name in OWN_DEVICES and link.kind == "vxlan" and link.features.get("tx-checksum-ip-generic"):
-            if version >= (6, 12):
-                yield Finding(
-                    WARNING,
-                    link.name,
-                    (f"{link.name}: tx-checksum-ip-generic on", f"kernel {host.kernel}"),
-                    "the overlay can be as slow as 50 to 300 Mbit/s (projectcalico/calico#11435)",
-                    f"ethtool -K {link.name} tx-checksum-ip-generic off; or featureDetectOverride "
-                    "ChecksumOffloadBroken=true in FelixConfiguration",
-                )
+        offload = link.name in OWN_DEVICES and link.kind == "vxlan" and link.features.get("tx-checksum-ip-generic")
+        if offload and version >= (6, 12):
+            yield Finding(
+                WARNING,
+                link.name,
+                (f"{link.name}: tx-checksum-ip-generic on", f"kernel {host.kernel}"),
+                "the overlay can be as slow as 50 to 300 Mbit/s (projectcalico/calico#11435)",
+                f"ethtool -K {link.name} tx-checksum-ip-generic off; or featureDetectOverride "
+                "ChecksumOffloadBroken=true in FelixConfiguration",
+            )
 
 
 CHECKS = (

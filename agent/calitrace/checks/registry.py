@@ -31,7 +31,7 @@ def run(snapshot: Snapshot, checks: Iterable[Check] = CHECKS) -> list[Result]:
 
 
 def _run(check: Check, found: dict[str, Any]) -> Result:
-    missing = [f"{name}: {found[name].why}" for name in check.needs if isinstance(found[name], Missing)]
+    missing = [found[name].why for name in check.needs if isinstance(found[name], Missing)]
     if missing:
         return Result(check, Status.NOT_RUN, why=tuple(missing))
     given = {name: found[name] for name in check.needs}

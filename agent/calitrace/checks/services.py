@@ -96,7 +96,7 @@ def workload_programs(links: Links) -> Said:
                 (f"{link.name}: {hooks(link)}",),
                 "a Calico program is missing on this pod's interface: its traffic is dropped or escapes policy "
                 "(projectcalico/calico#8897)",
-                f"restart calico-node on this node; then calitrace check services; tc filter show dev {link.name} ingress",
+                f"restart calico-node on this node; then tc filter show dev {link.name} ingress",
             )
 
 
@@ -173,8 +173,11 @@ def data_iface_pattern(
             ERROR,
             link.name,
             evidence,
-            _UNMATCHED.get(link.kind, "Calico attaches no program to this interface: services are not reachable there "
-            "(projectcalico/calico#6392)"),
+            _UNMATCHED.get(
+                link.kind,
+                "Calico attaches no program to this interface: services are not reachable there "
+                "(projectcalico/calico#6392)",
+            ),
             patch(f'"{field}":"^{link.name}$"') if l3 else f"add |{link.name} to {field}: " + patch(f'"{field}":"..."'),
         )
 
@@ -206,7 +209,7 @@ def enslaved_programs(links: Links) -> Said:
                 ERROR,
                 link.name,
                 (f"{link.name}: port of {master.kind} {master.name}; {hooks(link)}", f"{master.name}: {hooks(master)}"),
-                "the program is on a port, the route is through its master: strict reverse path checks drop the traffic "
+                "the program is on a port, the route is through its master: strict reverse path checks drop traffic "
                 "(projectcalico/calico#6450, #13134)",
                 f"let bpfDataIfacePattern match {master.name} and not {link.name}; programs that stay on "
                 f"{link.name}: tc qdisc del dev {link.name} clsact",
@@ -349,18 +352,20 @@ def mtu(links: Links, routes: Routes, kubernetes: Kubernetes | None = None, host
     pods = [link for link in links if is_workload(link) and link.up]
     for uplink in carriers(links, routes, _addresses(kubernetes, host)):
         large = [pod for pod in pods if pod.mtu + NODEPORT_OVERHEAD > uplink.mtu]
+        left = uplink.mtu - NODEPORT_OVERHEAD
+        smaller = f'"vxlanMTU":{left}'
         if large:
             yield Finding(
                 WARNING,
                 uplink.name,
                 (
-                    f"{uplink.name}: MTU {uplink.mtu} leaves {uplink.mtu - NODEPORT_OVERHEAD} inside the NodePort tunnel",
+                    f"{uplink.name}: MTU {uplink.mtu} leaves {left} inside the NodePort tunnel",
                     *iter_numbered((f"{pod.name}: MTU {pod.mtu}" for pod in large), 3),
                 ),
-                "full-size packets between a client and a pod on another node do not fit into the tunnel: large answers "
-                "stall (projectcalico/calico#4439, #12432)",
+                "full-size packets between a client and a pod on another node do not fit into the tunnel: large "
+                "answers stall (projectcalico/calico#4439, #12432)",
                 f"ip link set {uplink.name} mtu {max(pod.mtu for pod in large) + NODEPORT_OVERHEAD}, on every node and "
-                f"what is between them; or lower the pods' MTU: {patch(f'"vxlanMTU":{uplink.mtu - NODEPORT_OVERHEAD}')}",
+                f"what is between; or lower the pods' MTU: {patch(smaller)}",
             )
 
 
@@ -546,7 +551,7 @@ def api_endpoint(kubernetes: Kubernetes, links: Links, release: Release | None =
             "kubernetes-services-endpoint",
             (f"KUBERNETES_SERVICE_HOST: {host}", f"Service default/kubernetes: clusterIP {address}"),
             "that is the service address, which only calico-node itself could serve",
-            "kubectl edit configmap -n tigera-operator kubernetes-services-endpoint: a node's or load balancer's address",
+            "kubectl edit configmap -n tigera-operator kubernetes-services-endpoint: name a node's address",
         )
 
 

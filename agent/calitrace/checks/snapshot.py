@@ -1,4 +1,4 @@
-"""What was found on a node and in its cluster, before anybody judges it: plain values, written to a journal as they are.
+"""What was found on a node and in its cluster, before anybody judges it: plain values that go into a journal.
 
 A source that could not be read is `Missing` with the reason; no check may take that for an answer.
 """
@@ -33,7 +33,7 @@ class Host:
 
 @dataclass(frozen=True)
 class Program:
-    """A loaded BPF program. *jited_bytes*: 0 when it is interpreted. *maps*: name to id of Calico's maps that it uses."""
+    """A loaded BPF program. *jited_bytes*: 0 when it is interpreted. *maps*: Calico's maps that it uses, name to id."""
 
     id: int
     name: str

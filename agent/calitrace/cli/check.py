@@ -72,11 +72,13 @@ def command(
     if target:
         _write(target, snapshot)
     results = registry.run(snapshot, [each for each in registry.CHECKS if not areas or each.area in areas])
-    lines = {
-        "table": lambda: shown.iter_table(results, verbose=verbose),
-        "json": lambda: shown.iter_json(results),
-        "md": lambda: shown.iter_markdown(snapshot, results),
-    }[output]()
+    lines = (
+        shown.iter_json(results)
+        if output == "json"
+        else shown.iter_markdown(snapshot, results)
+        if output == "md"
+        else shown.iter_table(results, verbose=verbose)
+    )
     for line in lines:
         click.echo(line)
     if all(result.why and not result.findings for result in results):
@@ -163,9 +165,9 @@ def _given(
 
 def _text(path: Path) -> str:
     try:
-        return click.get_text_stream("stdin", errors="replace").read() if str(path) == "-" else path.read_text(
-            errors="replace"
-        )  # fmt: skip
+        if str(path) == "-":
+            return click.get_text_stream("stdin", errors="replace").read()
+        return path.read_text(errors="replace")
     except OSError as failure:
         raise UsageError(f"cannot read {path}: {failure.strerror}") from failure
 

@@ -108,4 +108,6 @@ def host_of(node: str) -> Host | Missing:
 
 def configured() -> bool:
     """Whether something says which API server to ask: $KUBECONFIG, ~/.kube/config, or a pod's service account."""
-    return bool(os.environ.get("KUBECONFIG")) or Path("~/.kube/config").expanduser().exists() or SERVICE_ACCOUNT.exists()
+    return (
+        bool(os.environ.get("KUBECONFIG")) or Path("~/.kube/config").expanduser().exists() or SERVICE_ACCOUNT.exists()
+    )

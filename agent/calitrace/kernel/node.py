@@ -40,10 +40,7 @@ T = TypeVar("T")
 Progress = Callable[[str], None]
 BPFFS = Path("/sys/fs/bpf/tc/globals")
 _PROC = Path("/proc")
-_SYSCTLS = (
-    *("net.core.bpf_jit_enable", "net.core.bpf_jit_limit", "kernel.bpf_stats_enabled"),
-    *("kernel.unprivileged_bpf_disabled", "net.ipv4.ip_forward", "net.ipv4.conf.all.rp_filter"),
-)
+_SYSCTLS = ("net.core.bpf_jit_enable", "net.core.bpf_jit_limit", "kernel.bpf_stats_enabled")
 _DECODED = re.compile(r"cali_(v4_nat_fe|v4_nat_be|v4_routes|iface)\d*")
 _COUNTED_TYPES = (1, 5, 9, 10, 11)  # hash, per-CPU hash, LRU, per-CPU LRU, LPM trie: arrays are always full
 _MOST_ETHTOOL = 64
@@ -60,7 +57,10 @@ class Where:
 
 
 def collect(where: Where, interval_s: float, progress: Progress) -> Snapshot:
-    """Look at everything, twice where something is measured, *interval_s* apart. Raises UsageError for a wrong namespace."""
+    """Look at everything, twice where something is measured, *interval_s* apart.
+
+    Raises UsageError for a namespace that is not there.
+    """
     inum = netns.inum(where.namespace) if where.namespace else netns.own_inum()
     progress("processes and kernel settings")
     processes = _source(lambda: tuple(iter_processes(inum)), "processes")
@@ -73,11 +73,13 @@ def collect(where: Where, interval_s: float, progress: Progress) -> Snapshot:
         trace_readers=_source(lambda: tuple(iter_trace_readers()), "open files"),
         lockdown=_source(_lockdown, "lockdown"),
     )
+    sysctls = _sysctls()
     with ExitStack() as stack:
         if where.namespace:
             stack.enter_context(netns.inside(where.namespace))
         progress("interfaces, routes and programs")
-        found = replace(found, **_network())
+        network = _network()
+        found = replace(found, **{**network, "sysctls": sysctls | network["sysctls"]})
         progress("maps")
         found = replace(
             found,
@@ -146,7 +148,7 @@ def iter_trace_readers() -> Iterator[Process]:
     for entry in _PROC.iterdir():
         if entry.name.isdigit():
             with suppress(OSError):
-                if any(os.readlink(each.path).endswith("/trace_pipe") for each in os.scandir(entry / "fd")):
+                if any(str(each.readlink()).endswith("/trace_pipe") for each in (entry / "fd").iterdir()):
                     yield Process(int(entry.name), _comm(entry))
 
 
@@ -154,7 +156,9 @@ def _felix_env(processes: tuple[Process, ...] | Missing) -> dict[str, str]:
     """Felix's variables only: the others may be secrets."""
     if isinstance(processes, Missing):
         raise EnvironmentUnfit(processes.why)
-    felix = [each.pid for each in processes if each.name in ("calico-node", "calico-felix") and "-felix" in each.command]
+    felix = [
+        each.pid for each in processes if each.name in ("calico-node", "calico-felix") and "-felix" in each.command
+    ]
     if not felix:
         raise EnvironmentUnfit("no process calico-node -felix in this node's network namespace")
     found = {}
@@ -191,15 +195,23 @@ def _network() -> dict[str, Any]:
         found["routes"] = _source(lambda: tuple(_iter_routes(route)), "routes")
     links = found["links"]
     names = [] if isinstance(links, Missing) else [link.name for link in links]
-    found["sysctls"] = _source(lambda: _sysctls(names), "kernel settings")
+    found["sysctls"] = _reverse_path(["all", *names])
     found["chains"] = _source(iptables.chains, "netfilter chains")
     return found
 
 
-def _sysctls(interfaces: list[str]) -> dict[str, str]:
+def _sysctls() -> dict[str, str]:
+    """The machine's; those of net.core are not to be seen from another namespace than the first."""
+    return _settings({name: name.replace(".", "/") for name in _SYSCTLS})
+
+
+def _reverse_path(interfaces: list[str]) -> dict[str, str]:
+    """The namespace's."""
+    return _settings({f"net.ipv4.conf.{name}.rp_filter": f"net/ipv4/conf/{name}/rp_filter" for name in interfaces})
+
+
+def _settings(wanted: dict[str, str]) -> dict[str, str]:
     found = {}
-    wanted = {name: name.replace(".", "/") for name in _SYSCTLS}
-    wanted |= {f"net.ipv4.conf.{name}.rp_filter": f"net/ipv4/conf/{name}/rp_filter" for name in interfaces}
     for name, path in wanted.items():
         with suppress(OSError):
             found[name] = (_PROC / "sys" / path).read_text().strip()
@@ -300,7 +312,9 @@ def _with_hardware(links: list[Link]) -> Iterator[Link]:
                 continue
             left -= 1
             with suppress(OSError, NetlinkError):
-                link = replace(link, features={k: bool(v) for k, v in tool.get_features(link.name).features.items() if k})
+                link = replace(
+                    link, features={k: bool(v) for k, v in tool.get_features(link.name).features.items() if k}
+                )
             with suppress(OSError):
                 link = replace(link, driver=iptables.driver(link.name))
             if link.kind == "wireguard":
@@ -344,9 +358,7 @@ def _pinned(path: Path) -> Map:
     finally:
         os.close(descriptor)
     # The pin's name is the map's, and tells a left-over (…_old), which keeps the kernel's name, from the one in use.
-    return Map(
-        info.id, path.name, str(path), info.type, info.key_size, info.value_size, info.max_entries, count, raw
-    )
+    return Map(info.id, path.name, str(path), info.type, info.key_size, info.value_size, info.max_entries, count, raw)
 
 
 # Measurements
@@ -362,7 +374,10 @@ def _measured(found: Snapshot, bpffs: Path, interval_s: float) -> dict[str, Any]
         counters, qdiscs = _source(lambda: _counters(bpffs), "counters map"), _source(_clsact_drops, "qdiscs")
         time.sleep(interval_s)
         after_threads, after_programs = _cpu_times(processes), _source(lambda: _run_times(links), "run times")
-        after_counters, after_qdiscs = _source(lambda: _counters(bpffs), "counters map"), _source(_clsact_drops, "qdiscs")
+        after_counters, after_qdiscs = (
+            _source(lambda: _counters(bpffs), "counters map"),
+            _source(_clsact_drops, "qdiscs"),
+        )
         seconds = round(time.monotonic() - began, 3)
     measured: dict[str, Any] = {}
     measured["thread_times"] = ThreadTimes(

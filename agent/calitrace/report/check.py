@@ -36,13 +36,15 @@ def _reasons(results: Iterable[Result]) -> dict[str, list[str]]:
     """Checks by the reason for which they were not run, or not wholly."""
     found: dict[str, list[str]] = {}
     for result in results:
-        for why in result.why:
+        for why in dict.fromkeys(result.why):
             found.setdefault(why, []).append(result.check.id)
     return found
 
 
 def iter_table(results: list[Result], *, verbose: bool = False) -> Iterator[str]:
-    """Lines of at most 100 columns: findings, gravest first, then what was not run; *verbose*: what passed as well."""
+    """Lines of at most 100 columns: findings, gravest first, then why others
+    were not run; *verbose*: each of these by name, and those that passed.
+    """
     for result, finding in _by_severity(results):
         yield f"{finding.severity.value.upper():8} {result.check.id}{f'  {finding.subject}' if finding.subject else ''}"
         for label, lines in (("saw", finding.evidence), ("means", (finding.meaning,)), ("fix", (finding.fix,))):
@@ -55,8 +57,9 @@ def iter_table(results: list[Result], *, verbose: bool = False) -> Iterator[str]
     if skipped:
         yield "NOT RUN"
         for why, names in skipped.items():
-            yield from _folded(f"{why}:", "         ")
-            yield from _folded(", ".join(names), "           ")
+            yield from _folded(f"{why} ({names[0] if len(names) == 1 else _plural(len(names), 'check')})", "         ")
+            if verbose and len(names) > 1:
+                yield from _folded(", ".join(names), "           ")
         yield ""
     if verbose:
         yield "PASSED"
@@ -76,9 +79,7 @@ def iter_json(results: Iterable[Result]) -> Iterator[str]:
     """A ``check`` object for each check, a ``finding`` for each finding behind it, and a ``summary``."""
     every = list(results)
     for result in every:
-        yield _dump(
-            {"type": "check", "id": result.check.id, "status": result.status.value, "why": list(result.why)}
-        )
+        yield _dump({"type": "check", "id": result.check.id, "status": result.status.value, "why": list(result.why)})
         for each in result.findings:
             yield _dump(
                 {
@@ -112,7 +113,8 @@ def iter_markdown(snapshot: Snapshot, results: list[Result]) -> Iterator[str]:
     yield f"# Calico eBPF checks on {node}"
     yield ""
     if not isinstance(host, Missing):
-        yield f"- **Node:** {host.node}, Linux {host.kernel}, {host.distribution.get('PRETTY_NAME', 'distribution unknown')}"
+        distribution = host.distribution.get("PRETTY_NAME", "distribution not known")
+        yield f"- **Node:** {host.node}, Linux {host.kernel}, {distribution}"
     yield f"- **Taken:** {snapshot.taken}"
     yield f"- **Result:** {counts(results)}"
     found = _by_severity(results)
@@ -124,7 +126,8 @@ def iter_markdown(snapshot: Snapshot, results: list[Result]) -> Iterator[str]:
             yield f"| {finding.severity.value} | `{result.check.id}` | {_cell(finding.subject)} |"
     for result, finding in found:
         yield ""
-        yield f"## {finding.severity.value.capitalize()}: {result.check.id}{f' ({finding.subject})' if finding.subject else ''}"
+        about = f" ({finding.subject})" if finding.subject else ""
+        yield f"## {finding.severity.value.capitalize()}: {result.check.id}{about}"
         yield ""
         yield f"{finding.meaning[:1].upper()}{finding.meaning[1:]}."
         yield ""
@@ -140,7 +143,7 @@ def iter_markdown(snapshot: Snapshot, results: list[Result]) -> Iterator[str]:
         yield finding.fix
         yield "```"
         yield ""
-        yield f"Calico's page \"Troubleshoot eBPF mode\": {result.check.section}."
+        yield f'Calico\'s page "Troubleshoot eBPF mode": {result.check.section}.'
     skipped = _reasons(results)
     if skipped:
         yield ""
@@ -164,8 +167,7 @@ def iter_explanation(check: Check) -> Iterator[str]:
     """What ``--explain`` prints."""
     yield f"{check.id}  ({check.section})"
     yield ""
-    for line in check.explanation.splitlines():
-        yield line
+    yield from check.explanation.splitlines()
     yield ""
     yield f"needs: {', '.join(check.needs)}"
     if check.uses:
