@@ -137,4 +137,6 @@ def _one(maps: Iterable[Map], pattern: str, sizes: set[tuple[int, int]]) -> Map 
         return Missing(f"{newest.name} has an unknown layout: key {newest.key_size}, value {newest.value_size} bytes")
     if newest.entries is None:
         return Missing(f"{newest.name} was not read")
+    if any((len(key), len(value)) != (newest.key_size, newest.value_size) for key, value in newest.raw):
+        return Missing(f"{newest.name} has rows of another size than it says")
     return newest

@@ -162,13 +162,7 @@ def _wanted(kubernetes: Kubernetes) -> Iterator[tuple[str, str, int, int]]:
     for service in kubernetes.services:
         address = dig(service, "spec", "clusterIP")
         other = dig(service, "metadata", "labels", "service.kubernetes.io/service-proxy-name")
-        if (
-            other
-            or dig(service, "spec", "type") == "ExternalName"
-            or not address
-            or address == "None"
-            or ":" in address
-        ):
+        if other or dig(service, "spec", "type") == "ExternalName" or not _is_ipv4(address):
             continue
         for port in items(service, "spec", "ports"):
             number, proto = dig(port, "port"), PROTOCOLS.get(str(dig(port, "protocol") or "TCP"))

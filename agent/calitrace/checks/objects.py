@@ -20,19 +20,16 @@ L3_KINDS = frozenset({"wireguard", "tun", "ipip", "gre", "sit"})
 WORKLOAD_PREFIX = "cali"
 
 
-def dig(thing: Any, *path: str | int) -> Any:
-    """What is at a path of keys and indices in JSON, or None when something on the way is not there."""
+def dig(thing: Any, *path: str) -> Any:
+    """What is at a path of keys in JSON, or None when something on the way is not there."""
     for step in path:
-        if isinstance(step, str) and isinstance(thing, Mapping):
-            thing = thing.get(step)
-        elif isinstance(step, int) and isinstance(thing, list) and -len(thing) <= step < len(thing):
-            thing = thing[step]
-        else:
+        if not isinstance(thing, Mapping):
             return None
+        thing = thing.get(step)
     return thing
 
 
-def items(thing: Any, *path: str | int) -> list[Any]:
+def items(thing: Any, *path: str) -> list[Any]:
     """The list at a path, or an empty one."""
     found = dig(thing, *path)
     return found if isinstance(found, list) else []

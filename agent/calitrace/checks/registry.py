@@ -27,10 +27,11 @@ BY_ID = {check.id: check for check in CHECKS}
 def run(snapshot: Snapshot, checks: Iterable[Check] = CHECKS) -> list[Result]:
     """What each check says of the snapshot, in the order of *checks*."""
     found = sources(snapshot)
-    return [_run(check, found) for check in checks]
+    return [run_one(check, found) for check in checks]
 
 
-def _run(check: Check, found: dict[str, Any]) -> Result:
+def run_one(check: Check, found: dict[str, Any]) -> Result:
+    """What one check says. *found*: all sources by name, as `sources` returns them."""
     missing = [found[name].why for name in check.needs if isinstance(found[name], Missing)]
     if missing:
         return Result(check, Status.NOT_RUN, why=tuple(missing))

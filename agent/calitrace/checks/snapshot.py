@@ -252,7 +252,7 @@ def _build(hint: Any, plain: Any) -> Any:
     if origin is types.UnionType:
         if Missing in inner and isinstance(plain, dict) and plain.keys() == {"missing"}:
             return Missing(str(plain["missing"]))
-        return None if plain is None else _build(inner[0], plain)
+        return None if plain is None and type(None) in inner else _build(inner[0], plain)
     if origin is tuple:
         each = inner if inner[-1] is not Ellipsis else (inner[0],) * len(plain)
         return tuple(_build(one, value) for one, value in zip(each, plain, strict=True))
@@ -264,6 +264,6 @@ def _build(hint: Any, plain: Any) -> Any:
         return typing.cast(Any, hint)(**known)
     if hint is Any:
         return plain
-    if not isinstance(plain, hint):
+    if not isinstance(plain, (int, float) if hint is float else hint):
         raise TypeError(f"expected {hint.__name__}, found {type(plain).__name__}")
     return plain

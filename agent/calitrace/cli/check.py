@@ -166,7 +166,7 @@ def _given(
 def _text(path: Path) -> str:
     try:
         if str(path) == "-":
-            return click.get_text_stream("stdin", errors="replace").read()
+            return sys.stdin.read()
         return path.read_text(errors="replace")
     except OSError as failure:
         raise UsageError(f"cannot read {path}: {failure.strerror}") from failure
