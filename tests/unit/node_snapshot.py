@@ -77,6 +77,19 @@ def route(network: str, flags: int) -> tuple[bytes, bytes]:
     return struct.pack("<I4s", parsed.prefixlen, parsed.network_address.packed), struct.pack("<I4x", flags)
 
 
+def connection(port: int, sent: int, answered: int, seen: int, flags: int = 0x104, **more: Any) -> tuple[bytes, bytes]:
+    """A row of cali_v4_ct4: a client's NodePort connection to 10.65.1.2:8080, handed to 192.0.2.12; source is B."""
+    key = struct.pack("<I4s4sHH", 6, IPv4Address("10.65.1.2").packed, IPv4Address("198.51.100.9").packed, 8080, port)
+    value = bytearray(88)
+    struct.pack_into("<QQBB", value, 0, 0, seen, more.get("type", 2), flags & 0xFF)
+    value[23] = flags >> 8
+    forward, back = (48, 24) if flags & 0x100 else (24, 48)
+    struct.pack_into("<I", value, forward + 8, sent)
+    struct.pack_into("<I", value, back + 8, answered)
+    value[72:76] = IPv4Address(more.get("tun_ip", "192.0.2.12")).packed
+    return key, bytes(value)
+
+
 def state(index: int, name: str, flags: int) -> tuple[bytes, bytes]:
     """A row of cali_iface4."""
     return struct.pack("<I", index), struct.pack("<I16s32x", flags, name.encode())

@@ -28,6 +28,7 @@ from tests.unit.node_snapshot import (
     STATES,
     TUNNEL,
     bare,
+    connection,
     felix,
     frontend,
     line,
@@ -284,6 +285,16 @@ FIRES: list[tuple[str, dict[str, Any], str]] = [
         "services.nat-endpoints",
         {"kubernetes": kubernetes(endpoint_slices=slices("10.65.0.2", "10.65.1.2", "10.65.1.3"))},
         "endpoint 10.65.1.3:8080 is missing",
+    ),
+    (
+        "services.nodeport-unanswered",
+        {"maps": with_map("cali_v4_ct4", raw=[connection(port, 4, 0, 100 + port) for port in range(40001, 40005)])},
+        "198.51.100.9:40001 -> 10.65.1.2:8080: 4 sent, 0 back, tun_ip 192.0.2.12",
+    ),
+    (
+        "services.nodeport-unanswered",
+        {"maps": with_map("cali_v4_ct4", raw=[connection(port, 4, 0, 1, 0x4) for port in (1, 2, 3)])} | OLD_BROKEN,
+        "10.65.1.2:8080 -> 198.51.100.9:3: 4 sent",
     ),
     ("drops.calico-reasons", {"drops": Drops(2.0, (counted(12, 3, 9),))}, "RT_UNKNOWN: 3 -> 9 within 2 s"),
     ("drops.calico-reasons", {"drops": Drops(2.0, (counted(5, 0, 1),))}, "SHORT: 0 -> 1"),
@@ -569,6 +580,22 @@ QUIET: list[tuple[str, dict[str, Any]]] = [
             "maps": with_map("cali_v4_nat_fe3", raw=[frontend("10.96.0.10", 80, 3, 1)]),
         },
     ),
+    (
+        "services.nodeport-unanswered",
+        {
+            "maps": with_map(
+                "cali_v4_ct4",
+                raw=[
+                    *(connection(port, 4, 0, port) for port in (1, 2, 3)),
+                    connection(4, 4, 3, 50),
+                    connection(5, 1, 0, 60),
+                    *(connection(port, 4, 0, 70, 0x106) for port in (6, 7, 8)),
+                    *(connection(port, 4, 0, 70, type=0) for port in (16, 17, 18)),
+                    *(connection(port, 4, 0, 70, tun_ip="0.0.0.0") for port in (26, 27, 28)),
+                ],
+            )
+        },
+    ),
     ("drops.calico-reasons", {"drops": Drops(1.0, (counted(2, 1, 9), counted(4, 7, 7)), (QdiscDrops("eth1", 0, 0),))}),
     (
         "drops.silent",
@@ -775,6 +802,7 @@ def test_no_release(maps: Any) -> None:
         ("nat", {"maps": MAPS[:1]}, "no map"),
         ("interfaces", {"maps": MAPS[:1]}, "no map"),
         ("node_routes", {"maps": MAPS[:1]}, "no map"),
+        ("forwarded", {"maps": MAPS[1:]}, "no map"),
         ("node_routes", {"maps": Missing("not root")}, "not root"),
     ],
 )

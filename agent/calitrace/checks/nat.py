@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from calitrace.checks.decoded import ANY_NODE, DROP, EXTERNAL_LOCAL, LOCAL_HOST, Frontend, Nat, NodeRoute
+from calitrace.calico.felix_config import Setting, Settings
+from calitrace.checks.decoded import ANY_NODE, DROP, EXTERNAL_LOCAL, LOCAL_HOST, Forwarded, Frontend, Nat, NodeRoute
 from calitrace.checks.finding import Check, Finding, Said, Section, Severity
 from calitrace.checks.objects import dig, items, iter_numbered, name_of
 from calitrace.checks.snapshot import Kubernetes, Link
 
 PROTOCOLS = {"TCP": 6, "UDP": 17}
 _MOST = 5
+_LEAST_LOST = 3  # fewer are clients that gave up
 _DUMP = "calico-node -bpf nat dump"
 
 
@@ -238,7 +240,34 @@ def _endpoints(kubernetes: Kubernetes) -> tuple[Endpoints, Endpoints]:
     return ready, serving
 
 
+def nodeport_unanswered(forwarded: tuple[Forwarded, ...], felix: Settings | None = None) -> Said:
+    """Looks in conntrack for NodePort connections handed to another node that nothing came back for.
+
+    Three or more since the last that was answered are a finding: the VXLAN packets, or the replies, are lost between
+    the nodes, or the pods do not answer. Nothing is sent for it; `calitrace probe vxlan` asks actively.
+    """
+    port = felix.get("vxlanPort") if felix else None
+    number = port.value if isinstance(port, Setting) else "vxlanPort, by default 4789"
+    by_node: dict[str, list[Forwarded]] = {}
+    for each in forwarded:
+        by_node.setdefault(each.tun_ip, []).append(each)
+    for node, entries in by_node.items():
+        answered = max((each.last_seen_ns for each in entries if each.answered), default=0)
+        lost = [each for each in entries if each.sent and not each.answered and each.last_seen_ns > answered]
+        if len(lost) >= _LEAST_LOST:
+            lines = (f"{each.client} -> {each.backend}: {each.sent} sent, 0 back, tun_ip {node}" for each in lost)
+            yield Finding(
+                Severity.ERROR,
+                node,
+                tuple(iter_numbered(lines, 3)),
+                "NodePort connections to pods on that node get no answer: the network between the nodes loses UDP "
+                f"{number} in one direction or both, or the pods do not answer",
+                f"calitrace probe vxlan {node} --inner NODE:NODEPORT --trace; tcpdump -ni UPLINK udp on both",
+            )
+
+
 CHECKS = (
+    Check("services.nodeport-unanswered", Section.SERVICES, nodeport_unanswered),
     Check("services.nat-backends-complete", Section.SERVICES, backends_complete),
     Check("services.nat-backends-routed", Section.SERVICES, backends_routed),
     Check("services.nat-shared-id", Section.SERVICES, shared_id),

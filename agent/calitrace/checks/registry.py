@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from calitrace.calico import felix_config, felix_log, release
 from calitrace.checks import cpu, debug_logs, decoded, drops, maps, nat, performance, services
 from calitrace.checks.finding import Check, Finding, Result, Status, Unknown
 from calitrace.checks.objects import calico_images
-from calitrace.checks.snapshot import Missing, Snapshot
+from calitrace.checks.snapshot import Map, Missing, Snapshot
 
 CHECKS: tuple[Check, ...] = (
     *services.CHECKS,
@@ -22,6 +22,14 @@ CHECKS: tuple[Check, ...] = (
 )
 AREAS = tuple(dict.fromkeys(check.area for check in CHECKS))
 BY_ID = {check.id: check for check in CHECKS}
+
+
+_DECODED: dict[str, Callable[[tuple[Map, ...]], Any]] = {
+    "nat": decoded.nat,
+    "interfaces": decoded.interfaces,
+    "node_routes": decoded.routes,
+    "forwarded": decoded.forwarded,
+}
 
 
 def run(snapshot: Snapshot, checks: Iterable[Check] = CHECKS) -> list[Result]:
@@ -50,7 +58,7 @@ def sources(snapshot: Snapshot) -> dict[str, Any]:
     found["release"] = known or Missing("nothing says which release of Calico this is: give --calico-version")
     found["felix"] = _felix(snapshot, known)
     found["felix_log"] = _felix_log(snapshot)
-    for name, decode in (("nat", decoded.nat), ("interfaces", decoded.interfaces), ("node_routes", decoded.routes)):
+    for name, decode in _DECODED.items():
         found[name] = snapshot.maps if isinstance(snapshot.maps, Missing) else decode(snapshot.maps)
     return found
 

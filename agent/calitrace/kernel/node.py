@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,6 +43,7 @@ BPFFS = Path("/sys/fs/bpf/tc/globals")
 _PROC = Path("/proc")
 _SYSCTLS = ("net.core.bpf_jit_enable", "net.core.bpf_jit_limit", "kernel.bpf_stats_enabled")
 _DECODED = re.compile(r"cali_(v4_nat_fe|v4_nat_be|v4_routes|iface)\d*")
+_SAMPLED, _MOST_CONNTRACK = re.compile(r"cali_v4_ct\d"), 50_000  # of more, enough to see what goes unanswered
 _COUNTED_TYPES = (1, 5, 9, 10, 11)  # hash, per-CPU hash, LRU, per-CPU LRU, LPM trie: arrays are always full
 _MOST_ETHTOOL = 64
 _FELIX_ENV = re.compile(r"FELIX_[A-Z0-9_]+|KUBERNETES_SERVICE_HOST|NODENAME")
@@ -257,7 +259,7 @@ def _links(route: Any) -> tuple[Link, ...]:
                 names.get(message.get_attr("IFLA_MASTER"), ""),
                 names.get(message.get_attr("IFLA_LINK"), "") if in_namespace else "",
                 programs=_attached(route, index, index in with_clsact, known),
-                udp_port=socket.ntohs(port or 0) if kind == "vxlan" else 0,
+                udp_port=port or 0,
             )
         )
     return tuple(_with_hardware(found))
@@ -353,6 +355,10 @@ def _pinned(path: Path) -> Map:
             if _DECODED.fullmatch(path.name):
                 raw = tuple(entries.iter_entries(descriptor, info))
                 count = len(raw)
+            elif _SAMPLED.fullmatch(path.name):
+                rows = entries.iter_entries(descriptor, info)
+                raw = tuple(islice(rows, _MOST_CONNTRACK))
+                count = len(raw) + sum(1 for _ in rows)
             else:
                 count = sum(1 for _ in entries.iter_entries(descriptor, info))
     finally:
