@@ -50,14 +50,33 @@ def test_releases() -> None:
 
 
 def test_the_expression_has_service_backends_and_tunnel() -> None:
-    assert expression([("10.96.0.7", 80), ("10.65.1.2", 8080), ("10.65.1.2", 8080), ("fd00::2", 8080)]) == (
-        "(host 10.96.0.7 and port 80) or (host 10.65.1.2 and port 8080) or (host fd00::2 and port 8080)"
+    assert expression([("10.96.0.7", 80), ("10.65.1.2", 8080), ("10.65.1.2", 8080), ("2001:db8::2", 8080)]) == (
+        "(host 10.96.0.7 and port 80) or (host 10.65.1.2 and port 8080) or (host 2001:db8::2 and port 8080)"
         " or (udp port 4789)"
     )
     assert expression([("10.0.0.1", 0)], vxlan_port=8472) == "(host 10.0.0.1) or (udp port 8472)"
     assert expression([("", 80)]) == "(port 80) or (udp port 4789)"
     assert expression([]) == ""
     assert expression([("10.0.0.1", 80), ("", 0)]) == ""
+
+
+def test_addresses_that_felix_would_take_for_negative_numbers() -> None:
+    assert expression([("127.255.255.255", 0)]).startswith("(host 127.255.255.255)")
+    assert expression([("192.168.1.2", 80)]) == (
+        "(((ip[12:2] = 0xc0a8 and ip[14:2] = 0x102) or (ip[16:2] = 0xc0a8 and ip[18:2] = 0x102)) and port 80)"
+        " or (udp port 4789)"
+    )
+    assert expression([("fd00::2", 80), ("fd00::3", 80)]) == "(ip6 and port 80) or (udp port 4789)"
+    assert expression([("2001:db8::8000:2", 0)]) == "(ip6) or (udp port 4789)"
+
+
+def test_the_program_of_the_filter_stays_small() -> None:
+    many = [(f"10.65.0.{number}", 8080) for number in range(8)]
+    assert expression(many).count("host") == 8
+    assert expression([("10.96.0.7", 80), *many]) == "(port 80) or (port 8080) or (udp port 4789)"
+    for ends in ([(host, 0) for host, _ in [*many, ("10.0.0.1", 0)]], [("", number) for number in range(1, 10)]):
+        with pytest.raises(UsageError, match="too many"):
+            expression(ends)
 
 
 @pytest.mark.parametrize(("host", "port"), [("a.example", 80), ("10.0.0.1 or host 10.0.0.2", 80), ("10.0.0.1", 65536)])

@@ -3,6 +3,11 @@
 Calico runs a filter of bpfLogFilters on the packet as it arrives: before NAT and before VXLAN is taken off
 (felix/bpf/filter, felix/bpf-gpl/tc_preamble.c; from v3.27). One that names only the service misses the backend's
 side and everything between nodes, so both sides and the tunnel's port belong into it.
+
+Felix translates libpcap's classic BPF itself (felix/bpf/filter/filter.go), with two limits that we keep to. A long jump
+(libpcap's ``ja``, in programs of more than 255 instructions) goes to a wrong place. And a comparison with a 32-bit
+constant takes it as signed, so that an address part from 0x80000000 on (128.0.0.0, fd00::) is never equal: such an
+IPv4 address is compared in halves, and such an IPv6 address is left out, which logs more.
 """
 
 from __future__ import annotations
@@ -20,6 +25,8 @@ if TYPE_CHECKING:
 Release = tuple[int, int]
 
 FILTERS_SINCE: Release = (3, 27)
+MOST_TERMS = 8
+_SIGN = 0x80000000
 EVERYTHING = "ip or ip6 or arp"
 COST = "Debug costs 12 to 28 microseconds for each packet that is logged, in each program that it passes"
 
@@ -97,17 +104,22 @@ def has_filters(calico: str) -> bool:
 def expression(ends: Iterable[tuple[str, int]], vxlan_port: int = 4789) -> str:
     """The pcap expression for all of *ends*, (address or "", port or 0), and the tunnel: service, backends, client.
 
-    "" when *ends* is empty or one of them is anything at all: then there is nothing to filter. Raises UsageError on
-    what is no address or port.
+    "" when *ends* is empty or one of them is anything at all: then there is nothing to filter. More than MOST_TERMS
+    become their ports alone. Raises UsageError on what is no address or port, and when that does not help.
     """
-    terms = []
+    terms: dict[int, dict[str, str]] = {}
     for host, port in ends:
         if not (host or port):
             return ""
-        terms.append(_end(host, port))
-    if not terms:
-        return ""
-    return " or ".join(f"({term})" for term in [*dict.fromkeys(terms), f"udp port {vxlan_port}"])
+        terms.setdefault(port, {})[host] = _end(host, port)
+    joined = list(dict.fromkeys(term for hosts in terms.values() for term in hosts.values()))
+    if len(joined) > MOST_TERMS:
+        joined = [f"port {port}" for port in terms if port]
+        if len(joined) > MOST_TERMS or 0 in terms:
+            raise UsageError(
+                "too many addresses and ports for Calico's log filter", f"name at most {MOST_TERMS}, or one port"
+            )
+    return " or ".join(f"({term})" for term in [*joined, f"udp port {vxlan_port}"]) if joined else ""
 
 
 def log_filters(text: str, interfaces: Iterable[str] = ()) -> dict[str, str]:
@@ -125,12 +137,24 @@ def _end(host: str, port: int) -> str:
     if not 0 <= port <= 65535:
         raise UsageError(f"{port} is no port", "a port is 1 to 65535")
     try:
-        terms = [f"host {ipaddress.ip_address(host)}"] if host else []
+        terms = [_host(ipaddress.ip_address(host))] if host else []
     except ValueError as wrong:
         raise UsageError(
             f"{host!r} is no address", "give an IP address: the filter is run inside the kernel"
         ) from wrong
     return " and ".join([*terms, f"port {port}"] if port else terms)
+
+
+def _host(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> str:
+    if isinstance(address, ipaddress.IPv6Address):
+        parts = [int(address) >> shift & 0xFFFFFFFF for shift in (96, 64, 32, 0)]
+        return "ip6" if any(part & _SIGN for part in parts) else f"host {address}"
+    if not int(address) & _SIGN:
+        return f"host {address}"
+    high, low = divmod(int(address), 65536)
+    source = f"(ip[12:2] = {high:#x} and ip[14:2] = {low:#x})"
+    destination = f"(ip[16:2] = {high:#x} and ip[18:2] = {low:#x})"
+    return f"({source} or {destination})"
 
 
 def _within(value: Release, span: tuple[Release, Release]) -> bool:

@@ -24,13 +24,10 @@ import syslog
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any
 
 from calitrace.cluster.kubernetes import TIMEOUT_S, ApiRefused, Cluster
 from calitrace.errors import EnvironmentUnfit, Error
-
-if TYPE_CHECKING:
-    from types import FrameType
 
 DIRECTORY = Path("/var/lib/calitrace/undo")
 START_S = 30.0
@@ -308,27 +305,23 @@ def _sync(directory: Path) -> None:
         os.close(descriptor)
 
 
-class _Terminated(Exception):
-    pass
+def _told_to_end() -> int:
+    """A descriptor that becomes readable on SIGTERM; nothing else happens then, in no place of the program."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    return reader
 
 
-def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:
-    raise _Terminated
-
-
-def _wait(seconds: float) -> bool:
+def _wait(seconds: float, told_to_end: int) -> bool:
     """Until the owner is gone, the time is over, or SIGTERM. Returns whether the change had been confirmed."""
     end = time.monotonic() + seconds
     applied = False
-    try:
-        signal.signal(signal.SIGTERM, _terminate)
-        while select.select([0], [], [], max(end - time.monotonic(), 0))[0]:
-            if not os.read(0, 64):
-                break
-            applied = True
-    except _Terminated:
-        pass
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    while ready := select.select([0, told_to_end], [], [], max(end - time.monotonic(), 0))[0]:
+        if told_to_end in ready or not os.read(0, 64):
+            break
+        applied = True
     return applied
 
 
@@ -342,6 +335,7 @@ def main(path: Path, seconds: float) -> None:
     """The watchdog: ``python -m calitrace.cluster.undo RECORD SECONDS``; its owner is at the other end of stdin."""
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
         signal.signal(number, signal.SIG_IGN)
+    told_to_end = _told_to_end()
     os.set_blocking(1, False)
     syslog.openlog("calitrace", syslog.LOG_PID, syslog.LOG_DAEMON)
     try:
@@ -351,7 +345,7 @@ def main(path: Path, seconds: float) -> None:
         _say(error=failed.cause)
         return
     _say(ready=True)
-    if not _wait(seconds):
+    if not _wait(seconds, told_to_end):
         # A request that its sender did not live to see answered may still be on its way: look, wait it out, look again.
         with contextlib.suppress(Error):
             if not restore(cluster, record)[0]:
