@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import msgpack
 
+from calitrace.calico.maps import RawMap
 from calitrace.errors import Malformed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
 SCHEMA = 1
 HEADER, EVENTS, PROBES, SYMBOLS, TOTALS, END = "calitrace", "events", "probes", "symbols", "totals", "end"
-SNAPSHOT = "snapshot"
-KINDS = (HEADER, EVENTS, PROBES, SYMBOLS, TOTALS, END, SNAPSHOT)
+MAPS, SNAPSHOT = "maps", "snapshot"
+KINDS = (HEADER, EVENTS, PROBES, SYMBOLS, TOTALS, MAPS, SNAPSHOT, END)
 _CHUNK = 1 << 20
 
 
@@ -54,7 +55,9 @@ class Writer:
 class Journal:
     """A journal read back. *probes*: by number.
 
-    *cut_at*: byte at which it was cut short, None when it has its end frame."""
+    *cut_at*: byte at which it was cut short, None when it has its end frame. *broken*: what garbage ended it, see
+    :func:`read`.
+    """
 
     header: dict[str, Any]
     events: list[bytes] = field(default_factory=list)
@@ -62,15 +65,62 @@ class Journal:
     symbols: dict[int, str] = field(default_factory=dict)
     totals: dict[str, Any] = field(default_factory=dict)
     snapshot: dict[str, Any] | None = None
+    maps: list[RawMap] = field(default_factory=list)
     unknown: Counter[str] = field(default_factory=Counter)
     complete: bool = False
     cut_at: int | None = None
+    broken: Malformed | None = None
 
 
-def read(stream: BinaryIO) -> Journal:
+def map_bodies(raw: RawMap, blocks: Iterable[tuple[int, bytes, bytes]]) -> Iterator[dict[str, Any]]:
+    """The bodies of a map's MAPS frames, one for each block: (number of entries, packed keys, packed values).
+
+    An empty map has one frame too.
+    """
+    about = {
+        "name": raw.name,
+        "pin": raw.pin,
+        "map_type": raw.map_type,
+        "key_size": raw.key_size,
+        "value_size": raw.value_size,
+        "max_entries": raw.max_entries,
+        "cpus": raw.cpus,
+        "notes": list(raw.notes),
+    }
+    first = True
+    for _, keys, values in blocks:
+        yield {**about, "first": first, "keys": keys, "values": values}
+        first = False
+    if first:
+        yield {**about, "first": True, "keys": b"", "values": b""}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The entries of a map of a journal: packed *keys* and *values*, of these sizes each, block by block."""
+
+    key_size: int
+    value_size: int
+    blocks: list[tuple[int, bytes, bytes]] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[tuple[bytes, bytes]]:
+        for count, keys, values in self.iter_blocks():
+            for index in range(count):
+                yield (
+                    keys[index * self.key_size : (index + 1) * self.key_size],
+                    values[index * self.value_size : (index + 1) * self.value_size],
+                )
+
+    def iter_blocks(self) -> Iterator[tuple[int, bytes, bytes]]:
+        """(number of entries, packed keys, packed values)."""
+        yield from self.blocks
+
+
+def read(stream: BinaryIO, *, keep: bool = False) -> Journal:
     """Read all that is there.
 
-    Raises Malformed when it does not begin with a header of a schema we know, or has garbage inside; a tail
+    Raises Malformed when it does not begin with a header of a schema we know, or has garbage inside; with *keep*
+    garbage after the header is no error: the journal has what came before and ``broken`` says what was found. A tail
     that is merely missing is no error: ``cut_at`` says where.
     """
     unpacker = msgpack.Unpacker(raw=False, strict_map_key=False, max_buffer_size=1 << 30)
@@ -84,8 +134,16 @@ def read(stream: BinaryIO) -> Journal:
             for item in unpacker:
                 journal = _take(journal, item, done)
                 done = unpacker.tell()
-        except (KeyError, TypeError, ValueError, msgpack.UnpackException) as wrong:
-            raise Malformed(done, "a frame", f"{type(wrong).__name__}", "journal") from wrong
+        except (KeyError, TypeError, ValueError, msgpack.UnpackException, Malformed) as wrong:
+            failure = (
+                wrong
+                if isinstance(wrong, Malformed)
+                else Malformed(done, "a frame", f"{type(wrong).__name__}", "journal")
+            )
+            if not keep or journal is None:
+                raise failure from wrong
+            journal.broken = failure
+            break
         if not chunk:
             break
     if journal is None:
@@ -119,8 +177,37 @@ def _take(journal: Journal | None, item: object, at: int) -> Journal:
         journal.totals = body
     elif kind == SNAPSHOT:
         journal.snapshot = body
+    elif kind == MAPS:
+        _take_map(journal, body, at)
     elif kind == END:
         journal.complete = True
     else:
         journal.unknown[kind] += 1
     return journal
+
+
+def _take_map(journal: Journal, body: dict[str, Any], at: int) -> None:
+    keys, values = body["keys"], body["values"]
+    numbers = {name: body[name] for name in ("map_type", "key_size", "value_size", "max_entries", "cpus")}
+    texts = {name: body[name] for name in ("name", "pin")}
+    if not (
+        isinstance(keys, bytes)
+        and isinstance(values, bytes)
+        and all(isinstance(each, int) and each > 0 for each in numbers.values())
+        and all(isinstance(each, str) for each in (*texts.values(), *body["notes"]))
+    ):
+        raise Malformed(at, "a block of a map", "other types", "journal")
+    if body["first"]:
+        each_cpu = -(-body["value_size"] // 8) * 8
+        width = body["value_size"] if body["cpus"] == 1 else body["cpus"] * each_cpu
+        entries = Stored(body["key_size"], width)
+        journal.maps.append(RawMap(**texts, **numbers, entries=entries, notes=tuple(body["notes"])))
+    if not journal.maps or journal.maps[-1].pin != body["pin"]:
+        raise Malformed(at, "the first block of a map", "a later one", "journal")
+    stored = journal.maps[-1].entries
+    assert isinstance(stored, Stored)
+    count, rest = divmod(len(keys), stored.key_size)
+    if rest or len(values) != count * stored.value_size:
+        raise Malformed(at, f"{count} values", f"{len(values)} bytes", "journal")
+    if count:
+        stored.blocks.append((count, keys, values))

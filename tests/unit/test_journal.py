@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calitrace import journal
+from calitrace.calico.maps import RawMap
 from calitrace.errors import Malformed
 
 _HEADER = {"node": "n"}
@@ -106,3 +107,59 @@ def test_any_frames_give_a_journal_or_malformed(raw: bytes) -> None:
     except Malformed:
         return
     assert found.header["schema"] == journal.SCHEMA
+
+
+_BLOCKS = [(2, b"k1k2", b"v1..v2.."), (1, b"k3", b"v3..")]
+_EMPTY = RawMap("cali_b", "globals/cali_b", 5, 2, 12, 10, 2, (), notes=("a note",))
+
+
+def with_maps() -> bytes:
+    """A journal of two maps: three entries in two blocks, and none."""
+    stream = io.BytesIO()
+    writer = journal.Writer(stream, _HEADER)
+    for raw, blocks in ((RawMap("cali_a", "globals/cali_a", 1, 2, 4, 10, 1, ()), _BLOCKS), (_EMPTY, [])):
+        for body in journal.map_bodies(raw, blocks):
+            writer.write(journal.MAPS, body)
+    writer.write(journal.END, {})
+    return stream.getvalue()
+
+
+def test_maps_come_back() -> None:
+    first, empty = journal.read(io.BytesIO(with_maps())).maps
+    assert (first.name, first.pin, first.map_type, first.max_entries, first.cpus) == (
+        *("cali_a", "globals/cali_a", 1, 10, 1),
+    )
+    wanted = [(b"k1", b"v1.."), (b"k2", b"v2.."), (b"k3", b"v3..")]
+    assert list(first.entries) == wanted
+    assert list(first.entries) == wanted  # again: it is no iterator
+    assert isinstance(first.entries, journal.Stored)
+    assert list(first.entries.iter_blocks()) == _BLOCKS
+    assert isinstance(empty.entries, journal.Stored)
+    assert (list(empty.entries), empty.notes, empty.entries.value_size) == ([], ("a note",), 32)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"first": False}, "the first block of a map"),
+        ({"keys": "text"}, "a block of a map"),
+        ({"key_size": 0}, "a block of a map"),
+        ({"notes": [1]}, "a block of a map"),
+        ({"keys": b"odd"}, "1 values"),
+        ({"values": b"odd"}, "2 values"),
+    ],
+)
+def test_a_map_that_does_not_fit(change: dict[str, Any], why: str) -> None:
+    (body, *_) = journal.map_bodies(RawMap("cali_a", "p", 1, 2, 4, 10, 1, ()), _BLOCKS)
+    raw = journal.frame(journal.HEADER, {"schema": journal.SCHEMA}) + journal.frame(journal.MAPS, {**body, **change})
+    with pytest.raises(Malformed, match=why):
+        journal.read(io.BytesIO(raw))
+
+
+def test_what_came_before_the_garbage_is_kept() -> None:
+    found = journal.read(io.BytesIO(with_maps() + journal.frame(journal.EVENTS, {"raw": 1})), keep=True)
+    assert len(found.maps) == 2
+    assert found.broken is not None
+    assert "a list of event records" in found.broken.cause
+    with pytest.raises(Malformed, match="schema"):
+        journal.read(io.BytesIO(journal.frame(journal.HEADER, {"schema": 0})), keep=True)

@@ -16,13 +16,14 @@ from pathlib import Path
 from calitrace.errors import EnvironmentUnfit
 
 _NR_BPF = {"x86_64": 321, "aarch64": 280}
-_OBJ_GET = 7
+_MAP_CREATE, _OBJ_PIN, _OBJ_GET = 0, 6, 7
 _PROG_GET_NEXT_ID, _MAP_GET_NEXT_ID = 11, 12
 _PROG_GET_FD_BY_ID, _MAP_GET_FD_BY_ID = 13, 14
 _OBJ_GET_INFO_BY_FD = 15
 _PROG_QUERY = 16
 _BTF_GET_FD_BY_ID = 19
-_MAP_LOOKUP_ELEM, _MAP_UPDATE_ELEM = 1, 2
+_MAP_LOOKUP_ELEM, _MAP_UPDATE_ELEM, _MAP_DELETE_ELEM, _MAP_GET_NEXT_KEY = 1, 2, 3, 4
+_MAP_LOOKUP_BATCH, _MAP_UPDATE_BATCH = 24, 26
 _ENABLE_STATS = 32
 
 MAP_TYPE_PROG_ARRAY = 3
@@ -132,6 +133,9 @@ class MapInfo:
     value_size: int
     max_entries: int
     btf_id: int
+    flags: int = 0
+    btf_key_type_id: int = 0
+    btf_value_type_id: int = 0
 
 
 def _call(command: int, attr: _Attr) -> int:
@@ -214,6 +218,9 @@ def map_info(descriptor: int) -> MapInfo:
         info.value_size,
         info.max_entries,
         info.btf_id,
+        info.map_flags,
+        info.btf_key_type_id,
+        info.btf_value_type_id,
     )
 
 
@@ -256,6 +263,126 @@ def map_lookup(descriptor: int, key: bytes, value_size: int) -> bytes | None:
             return None
         raise
     return value_buffer.raw
+
+
+def map_delete(descriptor: int, key: bytes) -> bool:
+    """Remove one entry; False when there was none. Raises OSError."""
+    attr = _Attr()
+    key_buffer = ctypes.create_string_buffer(key, len(key))
+    attr.u32[0] = descriptor
+    attr.u64[1] = ctypes.addressof(key_buffer)
+    try:
+        _call(_MAP_DELETE_ELEM, attr)
+    except OSError as failure:
+        if failure.errno == errno.ENOENT:
+            return False
+        raise
+    return True
+
+
+def map_next_key(descriptor: int, key: bytes | None, key_size: int) -> bytes | None:
+    """The key after *key* (None: the first), or None at the end.
+
+    The kernel starts again at the first key when *key* has gone: the caller bounds the loop. Raises OSError.
+    """
+    attr = _Attr()
+    following = ctypes.create_string_buffer(key_size)
+    attr.u32[0] = descriptor
+    if key is not None:
+        key_buffer = ctypes.create_string_buffer(key, key_size)
+        attr.u64[1] = ctypes.addressof(key_buffer)
+    attr.u64[2] = ctypes.addressof(following)
+    try:
+        _call(_MAP_GET_NEXT_KEY, attr)
+    except OSError as failure:
+        if failure.errno == errno.ENOENT:
+            return None
+        raise
+    return following.raw
+
+
+class Batch:
+    """Reads a map in blocks, thousands of entries for one call (Linux 5.6; per-CPU and LPM maps later).
+
+    *value_size*: for per-CPU maps all CPUs' together. *at_once*: entries to ask for; it grows where a hash bucket
+    holds more.
+    """
+
+    def __init__(self, descriptor: int, key_size: int, value_size: int, at_once: int) -> None:
+        self._descriptor = descriptor
+        self._sizes = key_size, value_size
+        self.grow(at_once)
+        # A hash map's cursor is a bucket number, that of other maps a key.
+        self._cursors = [ctypes.create_string_buffer(max(key_size, 8)) for _ in range(2)]
+        self._started = False
+        self.done = False
+
+    def grow(self, at_once: int) -> None:
+        """Ask for this many entries from now on."""
+        self._at_once = at_once
+        self._keys = ctypes.create_string_buffer(at_once * self._sizes[0])
+        self._values = ctypes.create_string_buffer(at_once * self._sizes[1])
+
+    def read(self) -> tuple[int, bytes, bytes]:
+        """(number of entries, their keys, their values), packed; sets *done* with the last. Raises OSError."""
+        while True:
+            attr = _Attr()
+            attr.u64[0] = ctypes.addressof(self._cursors[0]) if self._started else 0
+            attr.u64[1] = ctypes.addressof(self._cursors[1])
+            attr.u64[2] = ctypes.addressof(self._keys)
+            attr.u64[3] = ctypes.addressof(self._values)
+            attr.u32[8] = self._at_once
+            attr.u32[9] = self._descriptor
+            try:
+                _call(_MAP_LOOKUP_BATCH, attr)
+            except OSError as failure:
+                if failure.errno == errno.ENOSPC:  # one bucket alone holds more than we made room for
+                    self.grow(2 * self._at_once)
+                    continue
+                if failure.errno != errno.ENOENT:
+                    raise
+                self.done = True
+            self._started = True
+            self._cursors.reverse()
+            count = int(attr.u32[8])
+            key_size, value_size = self._sizes
+            return (
+                count,
+                ctypes.string_at(self._keys, count * key_size),
+                ctypes.string_at(self._values, count * value_size),
+            )
+
+
+def map_create(
+    map_type: int, key_size: int, value_size: int, max_entries: int, *, name: str = "", flags: int = 0
+) -> int:
+    """A file descriptor of a new map without BTF. Raises OSError."""
+    attr = _Attr()
+    attr.u32[0:5] = (map_type, key_size, value_size, max_entries, flags)
+    for index, byte in enumerate(name.encode()[:15]):
+        attr.bytes[28 + index] = byte
+    return _call(_MAP_CREATE, attr)
+
+
+def object_pin(descriptor: int, path: Path) -> None:
+    """Pin a map or program on a bpffs. Raises OSError."""
+    attr = _Attr()
+    name = ctypes.create_string_buffer(os.fsencode(path))
+    attr.u64[0] = ctypes.addressof(name)
+    attr.u32[2] = descriptor
+    _call(_OBJ_PIN, attr)
+
+
+def map_update_batch(descriptor: int, count: int, keys: bytes, values: bytes) -> None:
+    """Set *count* entries from packed *keys* and *values* (Linux 5.6). Raises OSError."""
+    attr = _Attr()
+    key_buffer = ctypes.create_string_buffer(keys, len(keys))
+    value_buffer = ctypes.create_string_buffer(values, len(values))
+    attr.u64[2] = ctypes.addressof(key_buffer)
+    attr.u64[3] = ctypes.addressof(value_buffer)
+    attr.u32[8] = count
+    attr.u32[9] = descriptor
+    _call(_MAP_UPDATE_BATCH, attr)
 
 
 def attached_programs(ifindex: int, hook: str) -> list[int]:

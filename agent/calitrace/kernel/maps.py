@@ -1,0 +1,316 @@
+"""Calico's maps on this machine: where they are pinned, and their bytes.
+
+A node's maps lie below one bpffs: ``tc/globals/`` and, before v3.26, one directory for each interface and hook
+(``tc/eth0_igr/``). Maps that are not pinned are found through the programs that use them. Which of several
+versions is alive is seen from the same programs. Nothing is decoded here.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from calitrace.calico.maps import RawMap
+from calitrace.errors import EnvironmentUnfit, NotCalico, UsageError
+from calitrace.kernel import netns, syscall
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+BPFFS = Path("/sys/fs/bpf")
+_PREFIXES = ("cali", "xdp_cali")
+_DEEPEST = 6
+# enum bpf_map_type: these have one value for each CPU; those iterate by bucket, so no key comes twice.
+_PER_CPU = {5, 6, 10, 21}
+_BY_BUCKET = {1, 5, 9, 10}
+_NOT_READABLE = {3, 4, 26, 27}  # program and perf event arrays, a perf or BPF ring
+_NO_BATCH = {errno.EINVAL, errno.EOPNOTSUPP, 524}  # 524: the kernel's own ENOTSUPP
+_BLOCK_BYTES = 1 << 20
+_FIRST_BLOCK = 512
+
+
+@dataclass(frozen=True)
+class Found:
+    """A map. *pin*: its path below the bpffs, "" when it is not pinned. *in_use*: a loaded Calico program uses it."""
+
+    name: str
+    pin: str
+    path: Path | None
+    info: syscall.MapInfo
+    in_use: bool
+
+    @property
+    def directory(self) -> str:
+        """Where it is pinned, below the bpffs."""
+        return self.pin.rpartition("/")[0]
+
+
+def root(bpffs: Path | None, namespace: str | None, pid: int | None) -> Path:
+    """The bpffs that the options ask for. Raises UsageError for a process or namespace that is not there."""
+    if pid is None and namespace is not None:
+        pid = _process_in(namespace)
+    where = bpffs or BPFFS
+    if pid is None:
+        return where
+    inside = Path(f"/proc/{pid}/root")
+    if not inside.exists():
+        raise UsageError(f"no process {pid}", "name one of the node's own processes, such as calico-node's")
+    return inside / where.relative_to("/") if where.is_absolute() else inside / where
+
+
+def _process_in(namespace: str) -> int:
+    """A process of that network namespace, to look through its mounts; ours when nobody is in it."""
+    wanted = netns.inum(namespace)
+    for process in sorted(int(each.name) for each in Path("/proc").iterdir() if each.name.isdigit()):
+        try:
+            if Path(f"/proc/{process}/ns/net").stat().st_ino == wanted:
+                return process
+        except OSError:  # it ended while we looked
+            continue
+    return os.getpid()
+
+
+def interfaces(namespace: str | None, pid: int | None) -> dict[int, str]:
+    """ifindex to name in the namespace that the options ask for. Raises UsageError, EnvironmentUnfit."""
+    where = namespace if namespace is not None else pid
+    if where is None:
+        return dict(socket.if_nameindex())
+    with netns.inside(str(where)):
+        return dict(socket.if_nameindex())
+
+
+def find(where: Path) -> list[Found]:
+    """All of a node's maps, sorted by pin.
+
+    Raises NotCalico when there are none, UsageError when those of several nodes lie below *where*,
+    EnvironmentUnfit without the privilege to look.
+    """
+    try:
+        used = _used_by_calico()
+        pins = list(_iter_pins(where))
+    except PermissionError:
+        raise _no_privilege() from None
+    found = [_open_pin(path, where, used) for path in pins]
+    maps = [each for each in found if each is not None]
+    _one_node(maps, where)
+    if not maps and where == BPFFS:
+        maps = [Found(info.name, "", None, info, True) for info in used.values() if info.name.startswith(_PREFIXES)]
+        _one_node(maps, where)
+    if not maps:
+        raise NotCalico(
+            f"no Calico maps below {where}",
+            "is bpfEnabled set, and the bpffs mounted here? --bpffs, --pid and --netns look elsewhere",
+        )
+    return sorted(maps, key=lambda each: (each.pin, each.name))
+
+
+def _no_privilege() -> EnvironmentUnfit:
+    return EnvironmentUnfit("no permission to read BPF maps", "run as root or with CAP_BPF and CAP_SYS_ADMIN")
+
+
+def _iter_pins(where: Path) -> Iterator[Path]:
+    """Paths below *where* that are named like Calico's; those of tc/ alone when a node keeps its maps there."""
+    if (where / "tc" / "globals").is_dir():
+        where = where / "tc"
+
+    def fail(failure: OSError) -> None:
+        if isinstance(failure, PermissionError):
+            raise failure
+
+    for directory, folders, files in os.walk(where, onerror=fail):
+        if len(Path(directory).relative_to(where).parts) >= _DEEPEST:
+            folders.clear()
+        yield from (Path(directory) / name for name in sorted(files) if name.startswith(_PREFIXES))
+
+
+def _open_pin(path: Path, where: Path, used: dict[int, syscall.MapInfo]) -> Found | None:
+    """The map pinned there; None for a program or a link, and for what was unpinned while we looked."""
+    try:
+        descriptor = syscall.object_get(path)
+    except PermissionError:
+        raise _no_privilege() from None
+    except OSError:
+        return None
+    try:
+        if "bpf-map" not in os.readlink(f"/proc/self/fd/{descriptor}"):  # noqa: PTH115  # not a path
+            return None
+        info = syscall.map_info(descriptor)
+    finally:
+        os.close(descriptor)
+    return Found(path.name, str(path.relative_to(where)), path, info, info.id in used)
+
+
+def _one_node(maps: list[Found], where: Path) -> None:
+    """Two maps of one name are two nodes, except those that old releases kept for each interface."""
+    places: dict[str, set[str]] = {}
+    for each in maps:
+        if not each.directory.endswith(("_igr", "_egr", "_xdp")):
+            places.setdefault(each.name, set()).add(each.directory if each.pin else str(each.info.id))
+    several = sorted({place for group in places.values() if len(group) > 1 for place in group})
+    if several and maps[0].pin:
+        raise UsageError(
+            f"the maps of {len(several)} nodes lie below {where}",
+            "choose one: " + "  ".join(f"--bpffs {where / place}" for place in several[:4]),
+        )
+    if several:
+        raise UsageError(
+            "the maps of several nodes are loaded, none is pinned here", "choose one with --pid or --netns"
+        )
+
+
+def _used_by_calico() -> dict[int, syscall.MapInfo]:
+    """The maps that loaded Calico programs use, by id."""
+    found: dict[int, syscall.MapInfo] = {}
+    for identifier in syscall.program_ids():
+        try:
+            descriptor = syscall.program_fd(identifier)
+        except FileNotFoundError:
+            continue  # it was unloaded while we looked
+        try:
+            program = syscall.program_info(descriptor)
+        finally:
+            os.close(descriptor)
+        if not program.name.startswith(_PREFIXES):
+            continue
+        for each in program.map_ids:
+            if each not in found:
+                try:
+                    descriptor = syscall.map_fd(each)
+                except FileNotFoundError:
+                    continue
+                try:
+                    found[each] = syscall.map_info(descriptor)
+                finally:
+                    os.close(descriptor)
+    return found
+
+
+def open_map(found: Found) -> int:
+    """A file descriptor. Raises EnvironmentUnfit when the map has gone meanwhile, or may not be opened."""
+    try:
+        return syscall.object_get(found.path) if found.path else syscall.map_fd(found.info.id)
+    except PermissionError:
+        raise _no_privilege() from None
+    except OSError as failure:
+        raise EnvironmentUnfit(
+            f"map {found.pin or found.name} has gone: {failure.strerror}", "Felix may be upgrading it: try again"
+        ) from None
+
+
+def read(found: Found) -> RawMap:
+    """A map whose entries are read from the kernel as they are asked for.
+
+    What happened while they were read is in the notes of :class:`Entries` (``raw.entries``) afterwards.
+    """
+    info = found.info
+    cpus = syscall.possible_cpus() if info.type in _PER_CPU else 1
+    return RawMap(
+        found.name, found.pin, info.type, info.key_size, info.value_size, info.max_entries, cpus, Entries(found, cpus)
+    )
+
+
+class Entries:
+    """The (key, value) pairs of a map, read anew each time it is iterated.
+
+    *notes*: what befell the last reading: keys that came twice, an end forced because keys vanish faster than we read.
+    """
+
+    def __init__(self, found: Found, cpus: int) -> None:
+        self._found = found
+        info = found.info
+        self._value_size = cpus * (-(-info.value_size // 8) * 8) if info.type in _PER_CPU else info.value_size
+        self.notes: list[str] = []
+        self.complete = True
+
+    def __iter__(self) -> Iterator[tuple[bytes, bytes]]:
+        key_size, value_size = self._found.info.key_size, self._value_size
+        for count, keys, values in self.iter_blocks():
+            for index in range(count):
+                yield (
+                    keys[index * key_size : (index + 1) * key_size],
+                    values[index * value_size : (index + 1) * value_size],
+                )
+
+    def iter_blocks(self) -> Iterator[tuple[int, bytes, bytes]]:
+        """(number, packed keys, packed values), some thousands at once; each key once.
+
+        Raises EnvironmentUnfit when the map cannot be opened or read.
+        """
+        self.notes, self.complete = [], True
+        info = self._found.info
+        if info.type in _NOT_READABLE:
+            raise EnvironmentUnfit(f"map {self._found.name} holds no data that can be read")
+        descriptor = open_map(self._found)
+        try:
+            yield from self._iter_blocks(descriptor)
+        except PermissionError:
+            raise _no_privilege() from None
+        except OSError as failure:
+            raise EnvironmentUnfit(f"cannot read map {self._found.name}: {failure.strerror}") from failure
+        finally:
+            os.close(descriptor)
+
+    def _iter_blocks(self, descriptor: int) -> Iterator[tuple[int, bytes, bytes]]:
+        info = self._found.info
+        most = max(_BLOCK_BYTES // (info.key_size + self._value_size), 16)
+        batch = syscall.Batch(descriptor, info.key_size, self._value_size, min(_FIRST_BLOCK, most))
+        try:
+            block = batch.read()
+        except OSError as failure:
+            if failure.errno not in _NO_BATCH:
+                raise
+            yield from self._once(self._iter_single(descriptor))
+            return
+        if info.type in _BY_BUCKET:
+            yield from _rest(batch, block, most)
+        else:
+            yield from self._once(_rest(batch, block, most))
+
+    def _iter_single(self, descriptor: int) -> Iterator[tuple[int, bytes, bytes]]:
+        """Without batches: key after key."""
+        key = None
+        while (key := syscall.map_next_key(descriptor, key, self._found.info.key_size)) is not None:
+            value = syscall.map_lookup(descriptor, key, self._value_size)
+            yield (0, key, b"") if value is None else (1, key, value)
+
+    def _once(self, blocks: Iterator[tuple[int, bytes, bytes]]) -> Iterator[tuple[int, bytes, bytes]]:
+        """Each key once, and an end: these maps start again when the key at the cursor is deleted."""
+        seen: set[bytes] = set()
+        key_size, value_size = self._found.info.key_size, self._value_size
+        steps = again = 0
+        for count, keys, values in blocks:
+            steps += max(count, 1)
+            fresh = []
+            for index in range(count):
+                key = keys[index * key_size : (index + 1) * key_size]
+                if key in seen:
+                    again += 1
+                else:
+                    seen.add(key)
+                    fresh.append(index)
+            if len(fresh) < count:
+                keys = b"".join(keys[i * key_size : (i + 1) * key_size] for i in fresh)
+                values = b"".join(values[i * value_size : (i + 1) * value_size] for i in fresh)
+            if fresh:
+                yield len(fresh), keys, values
+            if steps > 2 * self._found.info.max_entries:
+                self.complete = False
+                self.notes.append("entries vanished faster than they could be read: some may be missing")
+                break
+        if again:
+            self.notes.append(f"{again} entries came twice because the map changed while it was read; shown once")
+
+
+def _rest(batch: syscall.Batch, block: tuple[int, bytes, bytes], most: int) -> Iterator[tuple[int, bytes, bytes]]:
+    """The blocks of a batch from its first on: that one is small, for the first line to be soon."""
+    if block[0]:
+        yield block
+    batch.grow(most)
+    while not batch.done:
+        block = batch.read()
+        if block[0]:
+            yield block

@@ -1,0 +1,211 @@
+"""Real maps that the test makes and pins in a bpffs of its own, read back."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import struct
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+
+from calitrace.errors import EnvironmentUnfit, NotCalico, UsageError
+from calitrace.kernel import maps, mounts, syscall
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+pytestmark = pytest.mark.root
+HASH, ARRAY, PERCPU_HASH, PERCPU_ARRAY, LRU_HASH, LPM_TRIE = 1, 2, 5, 6, 9, 11
+NO_PREALLOC = 1
+
+
+@pytest.fixture
+def bpffs(tmp_path: Path) -> Iterator[Path]:
+    """A bpffs of our own with Calico's directories."""
+    where = tmp_path / "bpf"
+    where.mkdir()
+    mounts.mount_bpffs(where)
+    try:
+        (where / "tc" / "globals").mkdir(parents=True)
+        yield where
+    finally:
+        assert mounts.unmount(where)
+
+
+def pin(
+    bpffs: Path, name: str, map_type: int, sizes: tuple[int, int], entries: int, place: str = "tc/globals"
+) -> maps.Found:
+    """Make and pin a map; what discovery says about it."""
+    (bpffs / place).mkdir(parents=True, exist_ok=True)
+    flags = NO_PREALLOC if map_type in (HASH, LPM_TRIE) else 0
+    descriptor = syscall.map_create(map_type, *sizes, entries, name=name, flags=flags)
+    try:
+        syscall.object_pin(descriptor, bpffs / place / name)
+    finally:
+        os.close(descriptor)
+    return next(each for each in maps.find(bpffs) if each.pin == f"{place}/{name}")
+
+
+def write(found: maps.Found, entries: dict[bytes, bytes]) -> None:
+    """Put entries in."""
+    descriptor = maps.open_map(found)
+    try:
+        for key, value in entries.items():
+            syscall.map_update(descriptor, key, value)
+    finally:
+        os.close(descriptor)
+
+
+@pytest.mark.parametrize("map_type", [HASH, LRU_HASH, LPM_TRIE])
+def test_entries_come_back(bpffs: Path, map_type: int) -> None:
+    found = pin(bpffs, "cali_v4_routes", map_type, (8, 8), 5000)
+    wanted = {struct.pack("<I4s", 32, struct.pack(">I", i)): struct.pack("<Q", i) for i in range(3001)}
+    write(found, wanted)
+    raw = maps.read(found)
+    assert (raw.name, raw.pin, raw.key_size, raw.value_size, raw.max_entries, raw.cpus) == (
+        *("cali_v4_routes", "tc/globals/cali_v4_routes", 8, 8, 5000, 1),
+    )
+    pairs = list(raw.entries)
+    assert (len(pairs), dict(pairs)) == (len(wanted), wanted)
+
+
+@pytest.mark.parametrize("map_type", [PERCPU_HASH, PERCPU_ARRAY])
+def test_per_cpu_values_have_one_part_for_each_cpu(bpffs: Path, map_type: int) -> None:
+    cpus = syscall.possible_cpus()
+    found = pin(bpffs, "cali_counters6", map_type, (4, 24), 2)
+    value = b"".join(struct.pack("<QQQ", cpu, 7, 1 << 40) for cpu in range(cpus))
+    write(found, {struct.pack("<I", 1): value})
+    raw = maps.read(found)
+    assert raw.cpus == cpus
+    assert dict(raw.entries)[struct.pack("<I", 1)] == value
+
+
+def test_a_kernel_without_batches(bpffs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(self: syscall.Batch) -> tuple[int, bytes, bytes]:
+        raise OSError(524, "not supported")
+
+    monkeypatch.setattr(syscall.Batch, "read", refused)
+    found = pin(bpffs, "cali_v4_nat_be", HASH, (8, 8), 1000)
+    wanted = {struct.pack("<II", i, 0): struct.pack("<Q", i) for i in range(211)}
+    write(found, wanted)
+    pairs = list(maps.read(found).entries)
+    assert (len(pairs), dict(pairs)) == (len(wanted), wanted)
+
+
+def test_a_bucket_larger_than_the_block(bpffs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(maps, "_FIRST_BLOCK", 1)
+    monkeypatch.setattr(maps, "_BLOCK_BYTES", 1)
+    found = pin(bpffs, "cali_v4_nat_be", HASH, (8, 8), 64)
+    wanted = {struct.pack("<II", i, 0): struct.pack("<Q", i) for i in range(64)}
+    write(found, wanted)
+    pairs = list(maps.read(found).entries)
+    assert dict(pairs) == wanted
+
+
+@pytest.mark.parametrize("batches", [True, False])
+@pytest.mark.parametrize("map_type", [HASH, LRU_HASH, LPM_TRIE])
+def test_a_map_that_changes_meanwhile(
+    bpffs: Path, monkeypatch: pytest.MonkeyPatch, map_type: int, batches: bool
+) -> None:
+    """Half of the entries stay; the others go and come as fast as a thread can make them."""
+    if not batches:
+        monkeypatch.setattr(maps, "_NO_BATCH", {0})
+        monkeypatch.setattr(syscall.Batch, "read", _unsupported)
+    count = 100_000 if map_type != LPM_TRIE and batches else 10_000
+    found = pin(bpffs, "cali_v4_routes", map_type, (8, 8), 2 * count)
+    keys = [struct.pack("<I4s", 32, struct.pack(">I", i)) for i in range(count)]
+    descriptor = maps.open_map(found)
+    for start in range(0, count, 5000):
+        part = keys[start : start + 5000]
+        syscall.map_update_batch(descriptor, len(part), b"".join(part), bytes(8) * len(part))
+    stop, turns = threading.Event(), [0]
+
+    def change() -> None:
+        for index in itertools.cycle(range(1, count, 2)):
+            if stop.is_set():
+                break
+            syscall.map_delete(descriptor, keys[index])
+            syscall.map_update(descriptor, keys[index], bytes(8))
+            turns[0] += 1
+
+    changer = threading.Thread(target=change)
+    changer.start()
+    try:
+        raw = maps.read(found)
+        seen = [key for key, _ in raw.entries]
+    finally:
+        stop.set()
+        changer.join()
+        os.close(descriptor)
+    assert turns[0] > 0
+    assert len(seen) == len(set(seen))
+    assert isinstance(raw.entries, maps.Entries)
+    assert set(seen) >= set(keys[0::2]) or not raw.entries.complete
+
+
+def _unsupported(self: syscall.Batch) -> tuple[int, bytes, bytes]:
+    raise OSError(0, "not supported")
+
+
+def test_keys_that_come_again_for_ever_end(bpffs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel starts again at the first key when the one at the cursor has gone."""
+    found = pin(bpffs, "cali_v4_routes", LPM_TRIE, (8, 8), 10)
+    write(found, {struct.pack("<I4s", 32, bytes(4)): bytes(8)})
+    monkeypatch.setattr(syscall.Batch, "read", lambda self: (1, struct.pack("<I4s", 32, bytes(4)), bytes(8)))
+    raw = maps.read(found)
+    assert len(list(raw.entries)) == 1
+    assert isinstance(raw.entries, maps.Entries)
+    assert not raw.entries.complete
+    assert raw.entries.notes == [
+        "entries vanished faster than they could be read: some may be missing",
+        "20 entries came twice because the map changed while it was read; shown once",
+    ]
+
+
+def test_a_map_that_has_gone(bpffs: Path) -> None:
+    found = pin(bpffs, "cali_v4_ct4", LRU_HASH, (16, 88), 10)
+    raw = maps.read(found)
+    (bpffs / found.pin).unlink()
+    with pytest.raises(EnvironmentUnfit, match="map tc/globals/cali_v4_ct4 has gone"):
+        list(raw.entries)
+
+
+def test_maps_of_each_interface_are_one_node(bpffs: Path) -> None:
+    for place in ("tc/eth0_igr", "tc/eth0_egr", "tc/cali1_igr"):
+        pin(bpffs, "cali_counters", PERCPU_ARRAY, (4, 112), 1, place)
+    assert [each.directory for each in maps.find(bpffs)] == ["tc/cali1_igr", "tc/eth0_egr", "tc/eth0_igr"]
+
+
+def test_programs_and_others_are_not_maps(bpffs: Path) -> None:
+    found = pin(bpffs, "cali_v4_arp2", LRU_HASH, (8, 12), 10)
+    descriptor = syscall.map_create(ARRAY, 4, 4, 1, name="other_map")
+    syscall.object_pin(descriptor, bpffs / "tc" / "globals" / "other_map")
+    os.close(descriptor)
+    assert maps.find(bpffs) == [found]
+
+
+def test_two_nodes_are_refused(bpffs: Path) -> None:
+    (bpffs / "tc" / "globals").rmdir()
+    (bpffs / "tc").rmdir()
+    pin(bpffs, "cali_v4_ct4", LRU_HASH, (16, 88), 10, "lab/node-a")
+    (bpffs / "lab" / "node-b").mkdir()
+    descriptor = syscall.map_create(LRU_HASH, 16, 88, 10, name="cali_v4_ct4")
+    syscall.object_pin(descriptor, bpffs / "lab" / "node-b" / "cali_v4_ct4")
+    os.close(descriptor)
+    with pytest.raises(UsageError, match="2 nodes") as wrong:
+        maps.find(bpffs)
+    assert f"--bpffs {bpffs}/lab/node-a" in wrong.value.hint
+    assert [each.pin for each in maps.find(bpffs / "lab" / "node-a")] == ["cali_v4_ct4"]
+
+
+def test_no_maps_is_not_calico(bpffs: Path) -> None:
+    with pytest.raises(NotCalico, match="no Calico maps below"):
+        maps.find(bpffs)
+
+
+def test_no_such_process() -> None:
+    with pytest.raises(UsageError, match="no process 999999999"):
+        maps.root(None, None, 999999999)
