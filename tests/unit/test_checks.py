@@ -796,13 +796,18 @@ def test_no_release(maps: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "changes", "why"),
     [
-        ("nat", {"maps": with_map("cali_v4_nat_fe3", value_size=24)}, "unknown layout: key 16, value 24 bytes"),
+        (
+            "nat",
+            {"maps": with_map("cali_v4_nat_fe3", value_size=24)},
+            "is not known: v3 16+24; known: key+value bytes of v1",
+        ),
         ("nat", {"maps": with_map("cali_v4_nat_be", entries=None)}, "was not read"),
         ("nat", {"maps": with_map("cali_v4_nat_be", raw=[(b"1", b"2")])}, "rows of another size"),
         ("nat", {"maps": MAPS[:1]}, "no map"),
         ("interfaces", {"maps": MAPS[:1]}, "no map"),
         ("node_routes", {"maps": MAPS[:1]}, "no map"),
         ("forwarded", {"maps": MAPS[1:]}, "no map"),
+        ("forwarded", {"maps": (pinned("cali_v4_ct2", (16, 64), [(bytes(16), bytes(64))]),)}, "before v3.24"),
         ("node_routes", {"maps": Missing("not root")}, "not root"),
     ],
 )

@@ -85,9 +85,7 @@ class Table:
 
     def iter_columns(self, raw: bytes) -> Iterator[tuple[str, list[Any]]]:
         """Packed records, member by member: (name, its value in each record). Addresses are decoded once each."""
-        for (_, kind, name), column in zip(
-            self.rows, zip(*self._struct.iter_unpack(raw), strict=True), strict=False
-        ):
+        for (_, kind, name), column in zip(self.rows, zip(*self._struct.iter_unpack(raw), strict=True), strict=False):
             if kind in _MEANING:
                 known = {each: _MEANING[kind](each) for each in set(column)}
                 yield name, [known[each] for each in column]
@@ -202,8 +200,15 @@ def _layouts() -> Iterator[Layout]:
         yield layout("cali_counters", version, (4, "0 u32 zero") if version == 1 else hook, (8 * count, cells))
     yield layout("cali_rule_ctrs", 2, (8, "0 u64 rule_id"), (8, "0 u64 packets"))
     yield layout("cali_profiling", 2, (8, "0 u32 ifindex;4 u32 kind"), (16, "0 u64 total_ns;8 u64 samples"))
-    yield layout("cali_v4_srmsg", 1, (16, "0 u64 cookie;8 ip4 addr;12 port_be port"), (8, "0 ip4 orig_dst;4 port_be orig_dport"))
-    yield layout("cali_v6_srmsg", 1, (32, "0 u64 cookie;8 ip6 addr;24 port_be port"), (20, "0 ip6 orig_dst;16 port_be orig_dport"))
+    yield layout(
+        "cali_v4_srmsg", 1, (16, "0 u64 cookie;8 ip4 addr;12 port_be port"), (8, "0 ip4 orig_dst;4 port_be orig_dport")
+    )
+    yield layout(
+        "cali_v6_srmsg",
+        1,
+        (32, "0 u64 cookie;8 ip6 addr;24 port_be port"),
+        (20, "0 ip6 orig_dst;16 port_be orig_dport"),
+    )
     yield layout("cali_v4_ct_nats", 1, (24, "0 u64 cookie;8 ip4 addr;12 port_be port;16 u8 proto"),
         (8, "0 ip4 orig_dst;4 port_be orig_dport"))  # fmt: skip
     for version in (1, 2):

@@ -1,18 +1,16 @@
-"""The rows of the NAT, route and interface-state maps that checks compare. Other layouts than these are refused.
-
-Addresses in network order, numbers little-endian. Source: felix/bpf/nat/maps.go (cali_v4_nat_fe3, cali_v4_nat_be),
-felix/bpf/routes/map.go, felix/bpf/ifstate/map.go, v3.22 to master.
-"""
+"""What checks compare of the NAT, route, interface-state and conntrack maps; layouts are those of calico.maptables."""
 
 from __future__ import annotations
 
-import re
-import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Network
+from typing import Any
 
+from calitrace.calico import maptables
+from calitrace.calico.maps import RawMap, identify
 from calitrace.checks.snapshot import Map, Missing
+from calitrace.errors import LayoutMismatch
 
 ANY_NODE = "255.255.255.255"
 DROP = 0xFFFFFFFF
@@ -80,104 +78,97 @@ class Forwarded:
 
 
 def nat(maps: Iterable[Map]) -> Nat | Missing:
-    """The NAT tables, from the pinned maps."""
-    frontend = _one(maps, r"cali_v4_nat_fe\d*", {(16, 20), (16, 16)})
-    backend = _one(maps, r"cali_v4_nat_be", {(8, 8)})
-    if isinstance(frontend, Missing):
-        return frontend
-    if isinstance(backend, Missing):
-        return backend
+    """The NAT tables."""
+    every = tuple(maps)
+    frontends, backends = _rows(every, "cali_v4_nat_fe"), _rows(every, "cali_v4_nat_be")
+    if isinstance(frontends, Missing):
+        return frontends
+    if isinstance(backends, Missing):
+        return backends
     return Nat(
-        tuple(_frontend(key, value) for key, value in frontend.raw),
-        {
-            struct.unpack("<II", key): (str(IPv4Address(value[:4])), struct.unpack_from("<H", value, 4)[0])
-            for key, value in backend.raw
-        },
+        tuple(_frontend(row) for row in frontends),
+        {(row["id"], row["ordinal"]): (row["addr"], row["port"]) for row in backends},
     )
 
 
-def _frontend(key: bytes, value: bytes) -> Frontend:
-    prefix, address, port, proto, source = struct.unpack("<I4sHB4sx", key)
-    identifier, count, local, _affinity, *flags = struct.unpack(f"<{len(value) // 4}I", value)
-    length = min(max(prefix - 56, 0), 32)  # 56 bits of address, port and protocol stand before the source
+def _frontend(row: dict[str, Any]) -> Frontend:
+    # 56 bits of address, port and protocol stand before the source; v3.13 has no source.
+    length = min(max(row.get("prefixlen", 56) - 56, 0), 32)
+    source = f"{row.get('source', '0.0.0.0')}/{length}"
     return Frontend(
-        str(IPv4Address(address)),
-        port,
-        proto,
-        f"{IPv4Address(source)}/{length}",
-        identifier,
-        count,
-        local,
-        flags[0] if flags else 0,
+        row["addr"], row["port"], row["proto"], source, row["id"], row["count"], row["local"], row.get("flags", 0)
     )
 
 
 def interfaces(maps: Iterable[Map]) -> tuple[Interface, ...] | Missing:
     """The interface-state map, from v3.24 on."""
-    found = _one(maps, r"cali_iface\d+", {(4, 20), (4, 44), (4, 52)})
+    found = _rows(maps, "cali_iface")
     if isinstance(found, Missing):
         return found
-    return tuple(
-        Interface(
-            int.from_bytes(key, "little"),
-            value[4:20].partition(b"\0")[0].decode(errors="replace"),
-            int.from_bytes(value[:4], "little"),
-        )
-        for key, value in found.raw
-    )
+    return tuple(Interface(row["ifindex"], row["name"], row["flags"]) for row in found)
 
 
 def routes(maps: Iterable[Map]) -> tuple[NodeRoute, ...] | Missing:
     """The routes map."""
-    found = _one(maps, r"cali_v4_routes", {(8, 8)})
+    found = _rows(maps, "cali_v4_routes")
     if isinstance(found, Missing):
         return found
-    rows = []
-    for key, value in found.raw:
-        prefix, address = struct.unpack("<I4s", key)
-        network = IPv4Network((address, min(prefix, 32)), strict=False)
-        rows.append(NodeRoute(network, int.from_bytes(value[:4], "little")))
-    return tuple(rows)
+    return tuple(
+        NodeRoute(IPv4Network((row["addr"], min(row["prefixlen"], 32)), strict=False), row["flags"]) for row in found
+    )
 
 
 def forwarded(maps: Iterable[Map]) -> tuple[Forwarded, ...] | Missing:
     """Conntrack entries of NodePort connections to other nodes, v3.24 and later; those of DSR are left out.
 
-    In DSR mode the replies do not come back this way. Source: felix/bpf/conntrack/v3 and v4.
+    In DSR mode the replies do not come back this way.
     """
-    found = _one(maps, r"cali_v4_ct[34]", {(16, 88)})
+    found = _rows(maps, "cali_v4_ct")
     if isinstance(found, Missing):
         return found
     rows = []
-    for key, value in found.raw:
-        flags = value[17] | value[23] << 8
-        tunnel = value[72:76]
-        if value[16] != _NAT_REV or not flags & _NP_FWD or flags & _FWD_DSR or tunnel == bytes(4):
+    for row in found:
+        flags = row["flags0"] | row.get("flags1", 0) << 8
+        if "ab_packets" not in row:
+            return Missing("conntrack entries before v3.24 do not count packets")
+        if row["type"] != _NAT_REV or not flags & _NP_FWD or flags & _FWD_DSR or row["tun_ip"] == "0.0.0.0":
             continue
-        a_to_b, b_to_a = (int.from_bytes(value[at + 8 : at + 12], "little") for at in (24, 48))
-        client, backend = _end(key, 4, 12), _end(key, 8, 14)
-        if flags & _B_TO_A:
-            a_to_b, b_to_a, client, backend = b_to_a, a_to_b, backend, client
-        seen = int.from_bytes(value[8:16], "little")
-        rows.append(Forwarded(client, backend, str(IPv4Address(tunnel)), a_to_b, b_to_a, seen))
+        ends = [(f"{row[f'addr_{end}']}:{row[f'port_{end}']}", row[packets]) for end, packets in _LEGS]
+        (client, sent), (backend, answered) = reversed(ends) if flags & _B_TO_A else ends
+        rows.append(Forwarded(client, backend, row["tun_ip"], sent, answered, row["last_seen_ns"]))
     return tuple(rows)
 
 
-def _end(key: bytes, address: int, port: int) -> str:
-    return f"{IPv4Address(key[address : address + 4])}:{int.from_bytes(key[port : port + 2], 'little')}"
+_LEGS = (("a", "ab_packets"), ("b", "ba_packets"))
 
 
-def _one(maps: Iterable[Map], pattern: str, sizes: set[tuple[int, int]]) -> Map | Missing:
-    """The map of that name with the highest version, if its sizes are known."""
-    named = re.compile(pattern)
-    found = sorted((each for each in maps if named.fullmatch(each.name)), key=lambda each: each.name)
+def _rows(maps: Iterable[Map], base: str) -> list[dict[str, Any]] | Missing:
+    """The rows of the map of that name with the highest version."""
+    named = [(identify(each.name), each) for each in maps]
+    found = sorted(((version, each) for (name, version, old), each in named if name == base and not old), key=_version)
     if not found:
-        return Missing(f"no map {pattern} is pinned")
-    newest = found[-1]
-    if (newest.key_size, newest.value_size) not in sizes:
-        return Missing(f"{newest.name} has an unknown layout: key {newest.key_size}, value {newest.value_size} bytes")
+        return Missing(f"there is no map {base}")
+    newest = found[-1][1]
     if newest.entries is None:
         return Missing(f"{newest.name} was not read")
+    raw = RawMap(
+        newest.name,
+        newest.path,
+        newest.type,
+        newest.key_size,
+        newest.value_size,
+        newest.max_entries,
+        1,
+        newest.raw,
+    )
+    try:
+        layout = maptables.resolve(raw)
+    except LayoutMismatch as unknown:
+        return Missing(f"the layout of {newest.name} is not known: {unknown.actual}; known: {unknown.expected}")
     if any((len(key), len(value)) != (newest.key_size, newest.value_size) for key, value in newest.raw):
         return Missing(f"{newest.name} has rows of another size than it says")
-    return newest
+    return list(maptables.iter_entries(raw, layout))
+
+
+def _version(found: tuple[int, Map]) -> int:
+    return found[0]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 
+from calitrace.calico import maptables
 from calitrace.calico.felix_config import Settings, Unset
+from calitrace.calico.maps import identify
 from calitrace.checks import decoded
 from calitrace.checks.decoded import Interface
 from calitrace.checks.finding import Check, Finding, Said, Section, Severity, Unknown
@@ -17,32 +19,6 @@ Maps = tuple[Map, ...]
 NEARLY_FULL, FULL = 0.8, 0.95
 _LRU = (9, 10)
 _NEEDED = ("ct", "nat_fe", "nat_be", "routes")
-_VERSIONED = re.compile(r"((?:xdp_)?cali_[a-z0-9_]*[a-z_])(\d*)")
-# Size of key and value by name, v3.22 to master; of per-CPU maps that of one CPU. Source: felix/bpf/*/map*.go.
-_SIZES = {
-    "cali_v4_ct2": {(16, 64)},
-    "cali_v4_ct3": {(16, 88)},
-    "cali_v4_ct4": {(16, 88)},
-    "cali_v6_ct3": {(40, 128)},
-    "cali_v6_ct4": {(40, 128)},
-    "cali_v4_nat_fe2": {(16, 16)},
-    "cali_v4_nat_fe3": {(16, 20)},
-    "cali_v6_nat_fe3": {(40, 20)},
-    "cali_v4_nat_be": {(8, 8)},
-    "cali_v6_nat_be": {(8, 20)},
-    "cali_v4_routes": {(8, 8)},
-    "cali_v6_routes": {(20, 20)},
-    "cali_iface2": {(4, 20)},
-    "cali_iface3": {(4, 44)},
-    "cali_iface4": {(4, 52)},
-    "cali_counters2": {(8, 112)},
-    "cali_counters3": {(8, 136)},
-    "cali_counters5": {(8, 200)},
-    "cali_counters6": {(8, 208), (8, 216)},
-    "cali_state2": {(4, 416)},
-    "cali_state4": {(4, 464), (4, 480), (4, 488)},
-    "cali_state6": {(4, 512)},
-}
 _SETTINGS = {
     "ct": "bpfMapSizeConntrack",
     "nat_fe": "bpfMapSizeNATFrontend",
@@ -54,40 +30,39 @@ _SETTINGS = {
 }
 
 
-def _base(name: str) -> tuple[str, str]:
-    """("cali_v4_ct", "4") of "cali_v4_ct4"; ("cali_v4_nat_be", "") of a first version."""
-    match = _VERSIONED.fullmatch(name)
-    return (match[1], match[2]) if match else (name, "")
-
-
 def pinned(links: Links, maps: Maps) -> Said:
     """Looks for the maps without which nothing is forwarded: conntrack, NAT frontends and backends, routes."""
     if not ebpf_on(links):
         yield Unknown("no interface carries a Calico program: see services.ebpf-off")
         return
-    there = {_base(each.name)[0] for each in maps}
+    there = {identify(each.name)[0] for each in maps if each.path}
     missing = [f"cali_v4_{part}" for part in _NEEDED if f"cali_v4_{part}" not in there]
     if missing:
         yield Finding(
             Severity.ERROR,
             "",
-            (f"not pinned: {', '.join(missing)}", f"pinned: {', '.join(each.name for each in maps) or 'nothing'}"),
+            (
+                f"not pinned: {', '.join(missing)}",
+                f"pinned: {', '.join(each.name for each in maps if each.path) or 'nothing'}",
+            ),
             "programs are attached whose maps Felix can no longer write",
             "mount | grep bpf; restart calico-node, which pins them anew",
         )
 
 
 def unknown_layout(maps: Maps) -> Said:
-    """Compares the sizes of keys and values with those of the releases that we know (v3.22 to master)."""
+    """Compares version and sizes of keys and values with the layouts that we know (v3.13 to master)."""
     for each in maps:
-        known = _SIZES.get(each.name)
-        if known and (each.key_size, each.value_size) not in known:
+        base, version, _ = identify(each.name)
+        known = [layout for layout in maptables.layouts() if layout.base == base]
+        sizes = [(layout.version, layout.key.size, layout.value.size) for layout in known]
+        if known and (version, each.key_size, each.value_size) not in sizes:
             yield Finding(
                 Severity.WARNING,
                 each.name,
                 (
-                    f"{each.path}: key {each.key_size}, value {each.value_size} bytes",
-                    "known: " + ", ".join(f"key {key}, value {value}" for key, value in sorted(known)),
+                    f"{each.path}: version {version}, key {each.key_size}, value {each.value_size} bytes",
+                    "known: " + ", ".join(f"v{number} {key}+{value}" for number, key, value in sizes),
                 ),
                 "of another release than its name says, or newer than calitrace: what it holds is not read",
                 "compare the calico-node image with what attached the programs: kubectl get ds -n calico-system "
@@ -107,8 +82,7 @@ def nearly_full(maps: Maps) -> Said:
         share = each.entries / each.max_entries
         if share < NEARLY_FULL:
             continue
-        base = _base(each.name)[0].removeprefix("cali_").removeprefix("v4_").removeprefix("v6_")
-        setting = _SETTINGS.get(base)
+        setting = _SETTINGS.get(identify(each.name)[0].removeprefix("cali_").removeprefix("v4_").removeprefix("v6_"))
         lru = each.type in _LRU
         yield Finding(
             Severity.ERROR if share >= FULL and not lru else Severity.WARNING,
@@ -123,9 +97,10 @@ def nearly_full(maps: Maps) -> Said:
 
 def leftovers(maps: Maps) -> Said:
     """Looks for maps of an upgrade or resize that did not end: names with ``_old``, two versions of one map."""
-    versions: dict[str, list[str]] = {}
+    versions: dict[str, list[int]] = {}
     for each in maps:
-        if each.name.endswith("_old"):
+        base, number, old = identify(each.name)
+        if old:
             yield Finding(
                 Severity.WARNING,
                 each.name,
@@ -134,14 +109,13 @@ def leftovers(maps: Maps) -> Said:
                 "restart calico-node; if it stays, read its log for 'error copying data from old map'",
             )
         else:
-            base, number = _base(each.name)
-            versions.setdefault(base, []).append(number or "1")
+            versions.setdefault(base, []).append(number)
     for base, numbers in versions.items():
         if len(numbers) > 1:
             yield Finding(
                 Severity.INFO,
                 base,
-                (f"versions pinned: {', '.join(sorted(numbers))}",),
+                (f"versions pinned: {', '.join(str(each) for each in sorted(numbers))}",),
                 "left by an upgrade; only the newest is used, the others take memory",
                 "rm the older pin in /sys/fs/bpf/tc/globals once every node's calico-node runs the new release",
             )
@@ -215,7 +189,8 @@ def conntrack_smaller(maps: Maps, felix: Settings) -> Said:
         yield Unknown(setting.why if isinstance(setting, Unset) else f"{setting} is no number")
         return
     for each in maps:
-        if _base(each.name)[0] == "cali_v4_ct" and not each.name.endswith("_old") and each.max_entries < setting.value:
+        base, _version, old = identify(each.name)
+        if base == "cali_v4_ct" and not old and each.max_entries < setting.value:
             yield Finding(
                 Severity.WARNING,
                 each.name,

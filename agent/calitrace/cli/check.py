@@ -37,7 +37,9 @@ Examples:
 @click.option("--calico-version", default="", help="Calico's release, such as v3.31, where nothing else says it.")
 @click.option("--node-name", default="", help="The node's name in Kubernetes.  [default: calico-node's own]")
 @click.option("--netns", default="", help="Network namespace of the node.  [default: ours]")
-@click.option("--bpffs", type=click.Path(path_type=Path), help="Directory of its pinned maps.")
+@click.option(
+    "--bpffs", type=click.Path(path_type=Path), help="The bpffs, or directory in it, with its maps.  [default: its own]"
+)
 @click.option("--interval", default=1.0, show_default=True, help="Seconds between two measurements; 0: none.")
 @click.option("-w", "--write", "target", type=click.Path(path_type=Path, dir_okay=False), help="Keep the snapshot.")
 @click.option("-r", "--read", "source", type=click.Path(path_type=Path), help="Check a snapshot that -w kept.")
@@ -121,7 +123,7 @@ def _collect(
     if only != "cluster":
         from calitrace.kernel import node
 
-        where = node.Where(netns, bpffs or node.BPFFS, node_name)
+        where = node.Where(netns, bpffs, node_name)
         found = node.collect(where, interval, progress.say)
         found = replace(found, cloud=cloud.collect())
     if only != "node" and (only == "cluster" or kubeconfig or objects.configured()):

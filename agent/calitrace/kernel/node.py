@@ -17,6 +17,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+from calitrace.calico import maptables
+from calitrace.calico.maps import identify
 from calitrace.checks.snapshot import (
     Counters,
     Drops,
@@ -35,15 +37,21 @@ from calitrace.checks.snapshot import (
     ThreadTimes,
 )
 from calitrace.errors import EnvironmentUnfit, Error
-from calitrace.kernel import entries, iptables, netns, syscall, tc
+from calitrace.kernel import iptables, maps, netns, syscall, tc
 
 T = TypeVar("T")
 Progress = Callable[[str], None]
-BPFFS = Path("/sys/fs/bpf/tc/globals")
 _PROC = Path("/proc")
 _SYSCTLS = ("net.core.bpf_jit_enable", "net.core.bpf_jit_limit", "kernel.bpf_stats_enabled")
-_DECODED = re.compile(r"cali_(v4_nat_fe|v4_nat_be|v4_routes|iface)\d*")
-_SAMPLED, _MOST_CONNTRACK = re.compile(r"cali_v4_ct\d"), 50_000  # of more, enough to see what goes unanswered
+_ALL = 1 << 62
+# What is decoded, and how many rows of it are kept; of conntrack enough to see what goes unanswered.
+_DECODED = {
+    "cali_v4_nat_fe": _ALL,
+    "cali_v4_nat_be": _ALL,
+    "cali_v4_routes": _ALL,
+    "cali_iface": _ALL,
+    "cali_v4_ct": 50_000,
+}
 _COUNTED_TYPES = (1, 5, 9, 10, 11)  # hash, per-CPU hash, LRU, per-CPU LRU, LPM trie: arrays are always full
 _MOST_ETHTOOL = 64
 _FELIX_ENV = re.compile(r"FELIX_[A-Z0-9_]+|KUBERNETES_SERVICE_HOST|NODENAME")
@@ -51,10 +59,10 @@ _FELIX_ENV = re.compile(r"FELIX_[A-Z0-9_]+|KUBERNETES_SERVICE_HOST|NODENAME")
 
 @dataclass(frozen=True)
 class Where:
-    """Which node: *namespace* of the network ("" for ours), *bpffs* with its pinned maps, *node* name ("": its own)."""
+    """Which node: network *namespace* ("": ours), *bpffs* (None: the usual place), *node*: its name ("": its own)."""
 
     namespace: str = ""
-    bpffs: Path = BPFFS
+    bpffs: Path | None = None
     node: str = ""
 
 
@@ -63,6 +71,7 @@ def collect(where: Where, interval_s: float, progress: Progress) -> Snapshot:
 
     Raises UsageError for a namespace that is not there.
     """
+    bpffs = maps.root(where.bpffs, where.namespace or None, None)
     inum = netns.inum(where.namespace) if where.namespace else netns.own_inum()
     progress("processes and kernel settings")
     processes = _source(lambda: tuple(iter_processes(inum)), "processes")
@@ -86,11 +95,11 @@ def collect(where: Where, interval_s: float, progress: Progress) -> Snapshot:
         found = replace(
             found,
             programs=_source(lambda: tuple(iter_programs()), "programs"),
-            maps=_source(lambda: _maps(where.bpffs), f"maps pinned in {where.bpffs}"),
+            maps=_source(lambda: _maps(bpffs), f"maps below {bpffs}"),
         )
         if interval_s > 0:
             progress(f"measuring for {interval_s:g} s")
-            found = replace(found, **_measured(found, where.bpffs, interval_s))
+            found = replace(found, **_measured(found, bpffs, interval_s))
         else:
             none = Missing("nothing was measured: --interval 0")
             found = replace(found, thread_times=none, program_times=none, drops=none)
@@ -283,13 +292,13 @@ def _program(identifier: int, known: dict[int, Program]) -> Program:
             info = syscall.program_info(descriptor)
         finally:
             os.close(descriptor)
-        maps = {}
+        used = {}
         for map_id in info.map_ids:
             with suppress(OSError):
                 found = _map_info(map_id)
                 if found.name.startswith("cali_"):
-                    maps[found.name] = map_id
-        known[identifier] = Program(identifier, info.name, info.jited_bytes, maps)
+                    used[found.name] = map_id
+        known[identifier] = Program(identifier, info.name, info.jited_bytes, used)
     return known[identifier]
 
 
@@ -341,30 +350,25 @@ def iter_programs() -> Iterator[Program]:
             yield Program(identifier, info.name, info.jited_bytes)
 
 
-def _maps(bpffs: Path) -> tuple[Map, ...]:
-    return tuple(_pinned(path) for path in sorted(bpffs.iterdir()) if path.name.startswith(("cali_", "xdp_cali_")))
+def _maps(where: Path) -> tuple[Map, ...]:
+    return tuple(_map(found) for found in maps.find(where))
 
 
-def _pinned(path: Path) -> Map:
-    descriptor = syscall.object_get(path)
-    try:
-        info = syscall.map_info(descriptor)
-        raw: tuple[tuple[bytes, bytes], ...] = ()
-        count = None
-        if info.type in _COUNTED_TYPES:
-            if _DECODED.fullmatch(path.name):
-                raw = tuple(entries.iter_entries(descriptor, info))
-                count = len(raw)
-            elif _SAMPLED.fullmatch(path.name):
-                rows = entries.iter_entries(descriptor, info)
-                raw = tuple(islice(rows, _MOST_CONNTRACK))
-                count = len(raw) + sum(1 for _ in rows)
-            else:
-                count = sum(1 for _ in entries.iter_entries(descriptor, info))
-    finally:
-        os.close(descriptor)
-    # The pin's name is the map's, and tells a left-over (…_old), which keeps the kernel's name, from the one in use.
-    return Map(info.id, path.name, str(path), info.type, info.key_size, info.value_size, info.max_entries, count, raw)
+def _map(found: maps.Found) -> Map:
+    info = found.info
+    raw: tuple[tuple[bytes, bytes], ...] = ()
+    count = None
+    if info.type in _COUNTED_TYPES:
+        entries = maps.read(found).entries
+        base, _version, old = identify(found.name)
+        if base in _DECODED and not old:
+            rows = iter(entries)
+            raw = tuple(islice(rows, _DECODED[base]))
+            count = len(raw) + sum(1 for _ in rows)
+        else:
+            count = sum(number for number, _, _ in maptables.blocks(maps.read(found)))
+    path = str(found.path) if found.path else ""
+    return Map(info.id, found.name, path, info.type, info.key_size, info.value_size, info.max_entries, count, raw)
 
 
 # Measurements
@@ -427,27 +431,20 @@ def _run_times(links: tuple[Link, ...]) -> dict[int, tuple[str, int, int]]:
 Rows = dict[tuple[int, int], tuple[int, ...]]
 
 
-def _counters(bpffs: Path) -> Rows:
+def _counters(where: Path) -> Rows:
     """Sums over CPUs by (ifindex, hook)."""
-    found: Rows = {}
-    for path in sorted(bpffs.glob("cali_counters*")):
-        if path.name.endswith("_old"):
-            continue
-        descriptor = syscall.object_get(path)
-        try:
-            info = syscall.map_info(descriptor)
-            if info.key_size != 8 or info.value_size % 8:
-                continue  # v3.24 and v3.25 have a map for each interface, elsewhere
-            width = info.value_size // 8
-            for key, raw in entries.iter_entries(descriptor, info):
-                values = memoryview(raw).cast("Q")
-                where = int.from_bytes(key[:4], "little"), int.from_bytes(key[4:], "little")
-                found[where] = tuple(sum(values[n::width]) for n in range(width))
-        finally:
-            os.close(descriptor)
-    if not found:
-        raise EnvironmentUnfit(f"no counters map with rows in {bpffs}")
-    return found
+    rows: Rows = {}
+    for found in maps.find(where):
+        base, _version, old = identify(found.name)
+        if base != "cali_counters" or old or found.info.key_size != 8:
+            continue  # v3.24 and v3.25 have a map for each interface, elsewhere
+        raw = maps.read(found)
+        for key, value in raw.entries:
+            place = int.from_bytes(key[:4], "little"), int.from_bytes(key[4:], "little")
+            rows[place] = tuple(memoryview(maptables.summed(raw, value)).cast("Q"))
+    if not rows:
+        raise EnvironmentUnfit(f"no counters map with rows below {where}")
+    return rows
 
 
 def _clsact_drops() -> dict[int, int]:
