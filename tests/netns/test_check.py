@@ -234,10 +234,13 @@ def test_vxlan_blocked(lab: Lab, felix: tuple[str, str]) -> None:
                 tcp(lab, "client", "10.10.0.1", 30080, wait_s=0.3)
         objects = run(lab, *felix)
         assert findings(objects) == BASELINE | {("services.nodeport-unanswered", "10.10.0.2")}
+        asked = run(lab, *felix, "--probe", "10.10.0.2=10.10.0.1:30080")
+        assert findings(asked) - findings(objects) == {("services.vxlan-probe", "10.10.0.2")}
     finally:
         assert on(lab, "heal").returncode == 0
     with contextlib.closing(tcp(lab, "client", "10.10.0.1", 30080)):
         assert findings(run(lab, *felix)) == BASELINE
+        assert findings(run(lab, *felix, "--probe", "10.10.0.2=10.10.0.1:30080")) == BASELINE
 
 
 def test_drops_over_the_interval(lab: Lab, felix: tuple[str, str]) -> None:

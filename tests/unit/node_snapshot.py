@@ -25,6 +25,7 @@ from calitrace.checks.snapshot import (
     Snapshot,
     ThreadTime,
     ThreadTimes,
+    VxlanProbe,
 )
 
 PREAMBLE = Program(7, "cali_tc_preambl", 400, {"cali_v4_ct4": 11})
@@ -51,16 +52,23 @@ def felix(**spec: Any) -> tuple[dict[str, Any], ...]:
 
 
 def frontend(
-    address: str, port: int, identifier: int, count: int, local: int = 0, flags: int = 0, source: str = "0.0.0.0/0"
+    address: str,
+    port: int,
+    identifier: int,
+    count: int,
+    local: int = 0,
+    flags: int = 0,
+    source: str = "0.0.0.0/0",
+    proto: int = 6,
 ) -> tuple[bytes, bytes]:
-    """A row of cali_v4_nat_fe3, for TCP."""
+    """A row of cali_v4_nat_fe3."""
     network = IPv4Network(source)
     key = struct.pack(
         "<I4sHB4sx",
         56 + network.prefixlen,
         IPv4Address(address).packed,
         port,
-        6,
+        proto,
         network.network_address.packed,
     )
     return key, struct.pack("<IIIII", identifier, count, local, 0, flags)
@@ -80,6 +88,15 @@ def route(network: str, flags: int) -> tuple[bytes, bytes]:
 def connection(port: int, sent: int, answered: int, seen: int, flags: int = 0x104, **more: Any) -> tuple[bytes, bytes]:
     """A row of cali_v4_ct4: a client's NodePort connection to 10.65.1.2:8080, handed to 192.0.2.12; source is B."""
     key = struct.pack("<I4s4sHH", 6, IPv4Address("10.65.1.2").packed, IPv4Address("198.51.100.9").packed, 8080, port)
+    if "proto" in more:
+        key = struct.pack(
+            "<I4s4sHH",
+            more["proto"],
+            IPv4Address(more["server"]).packed,
+            IPv4Address("198.51.100.9").packed,
+            more["server_port"],
+            port,
+        )
     value = bytearray(88)
     struct.pack_into("<QQBB", value, 0, 0, seen, more.get("type", 2), flags & 0xFF)
     value[23] = flags >> 8
@@ -210,6 +227,7 @@ HEALTHY = Snapshot(
     felix_objects=felix(),
     felix_lines=(line("Felix starting up"), line(felix_log.STARTED), "libbpf: something else"),
     kubernetes=KUBERNETES,
+    vxlan_probes=(VxlanProbe("192.0.2.12", 4789, "192.0.2.11:30080", 5, 5),),
     cloud=Cloud("aws", "i-0123456789abcdef0", "eu-central-1a", "m6i.large"),
 )
 

@@ -62,6 +62,7 @@ from calitrace.checks.snapshot import (
     Snapshot,
     ThreadTime,
     ThreadTimes,
+    VxlanProbe,
 )
 from calitrace.report import check as shown
 
@@ -72,6 +73,7 @@ WG = Link(21, "wg0", "wireguard", 1420, addresses=("10.9.0.1/24",), udp_port=518
 VIA_WG = (*ROUTES, Route("10.65.1.0/26", "wg0", "10.9.0.2"))
 VIA_BOND = (Route("default", "bond0", "192.0.2.1"),)
 OLD_BROKEN = {"felix_objects": Missing("no API"), "felix_env": Missing("no process")}
+DNS_FLOW: dict[str, Any] = {"proto": 17, "server": "10.96.0.99", "server_port": 53}
 DNS = Link(30, "nodelocaldns", "dummy", addresses=("169.254.20.10/32",))
 
 
@@ -235,8 +237,8 @@ FIRES: list[tuple[str, dict[str, Any], str]] = [
     ),
     (
         "services.nat-shared-id",
-        {"maps": with_map("cali_v4_nat_fe3", raw=[*FRONTENDS, frontend("10.96.0.11", 81, 2, 1, 1)])},
-        "10.96.0.11:81 proto 6: 1 backends, 1 local",
+        {"maps": with_map("cali_v4_nat_fe3", raw=[*FRONTENDS, frontend("10.96.0.11", 81, 2, 3, 1)])},
+        "10.96.0.11:81 proto 6: 3 backends, 1 local",
     ),
     (
         "services.local-without-backend",
@@ -296,6 +298,23 @@ FIRES: list[tuple[str, dict[str, Any], str]] = [
         {"maps": with_map("cali_v4_ct4", raw=[connection(port, 4, 0, 1, 0x4) for port in (1, 2, 3)])} | OLD_BROKEN,
         "10.65.1.2:8080 -> 198.51.100.9:3: 4 sent",
     ),
+    (
+        "services.conntrack-untranslated",
+        {
+            "maps": (
+                *with_map("cali_v4_ct4", raw=[connection(5000, 1, 0, 1, 0x100, type=0, **DNS_FLOW)])[:1],
+                *with_map("cali_v4_nat_fe3", raw=[*FRONTENDS, frontend("10.96.0.99", 53, 2, 2, 1, proto=17)])[1:],
+            )
+        },
+        "UDP 198.51.100.9:5000 -> 10.96.0.99:53 proto 17",
+    ),
+    (
+        "services.vxlan-probe",
+        {"vxlan_probes": (VxlanProbe("192.0.2.12", 4790, "a:1", 5, 3),)},
+        "UDP 4790 with a:1 inside",
+    ),
+    ("services.vxlan-probe", {"vxlan_probes": (VxlanProbe("192.0.2.12", 4789, "a:1", 5, 0),)}, "5 sent, 0 answered"),
+    ("services.bandwidth-plugin", {"links": (*LINKS, Link(60, "bwp1234", "ifb"))}, "bwp1234: ifb"),
     ("drops.calico-reasons", {"drops": Drops(2.0, (counted(12, 3, 9),))}, "RT_UNKNOWN: 3 -> 9 within 2 s"),
     ("drops.calico-reasons", {"drops": Drops(2.0, (counted(5, 0, 1),))}, "SHORT: 0 -> 1"),
     (
@@ -596,6 +615,23 @@ QUIET: list[tuple[str, dict[str, Any]]] = [
             )
         },
     ),
+    (
+        "services.conntrack-untranslated",
+        {
+            "maps": (
+                *with_map(
+                    "cali_v4_ct4",
+                    raw=[
+                        connection(5000, 1, 0, 1, 0x100, type=1, **DNS_FLOW),
+                        connection(5001, 1, 0, 1, 0x100, type=0, **DNS_FLOW | {"server_port": 54}),
+                        connection(5002, 1, 0, 1, 0, type=0),
+                    ],
+                )[:1],
+                *with_map("cali_v4_nat_fe3", raw=[*FRONTENDS, frontend("10.96.0.99", 53, 2, 2, 1, proto=17)])[1:],
+            )
+        },
+    ),
+    ("services.bandwidth-plugin", {"links": (*LINKS, Link(60, "ifb0", "ifb"))}),
     ("drops.calico-reasons", {"drops": Drops(1.0, (counted(2, 1, 9), counted(4, 7, 7)), (QdiscDrops("eth1", 0, 0),))}),
     (
         "drops.silent",
@@ -807,6 +843,7 @@ def test_no_release(maps: Any) -> None:
         ("interfaces", {"maps": MAPS[:1]}, "no map"),
         ("node_routes", {"maps": MAPS[:1]}, "no map"),
         ("forwarded", {"maps": MAPS[1:]}, "no map"),
+        ("connections", {"maps": MAPS[1:]}, "no map"),
         ("forwarded", {"maps": (pinned("cali_v4_ct2", (16, 64), [(bytes(16), bytes(64))]),)}, "before v3.24"),
         ("node_routes", {"maps": Missing("not root")}, "not root"),
     ],

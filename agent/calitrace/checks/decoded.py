@@ -17,7 +17,7 @@ DROP = 0xFFFFFFFF
 EXTERNAL_LOCAL, INTERNAL_LOCAL, EXCLUDE = 1, 2, 4
 WORKLOAD, V4_READY, HOST = 0x1, 0x2, 0x8
 LOCAL_HOST, REMOTE_HOST = 0x18, 0x10
-_NAT_REV = 2
+_NORMAL, _NAT_REV = 0, 2
 _FWD_DSR, _NP_FWD, _B_TO_A = 0x2, 0x4, 0x100
 
 
@@ -75,6 +75,16 @@ class Forwarded:
     sent: int
     answered: int
     last_seen_ns: int
+
+
+@dataclass(frozen=True)
+class Connection:
+    """A conntrack entry of a flow from *client* to *server*. *translated*: it is part of a NATed connection."""
+
+    proto: int
+    client: str
+    server: tuple[str, int]
+    translated: bool
 
 
 def nat(maps: Iterable[Map]) -> Nat | Missing:
@@ -136,6 +146,19 @@ def forwarded(maps: Iterable[Map]) -> tuple[Forwarded, ...] | Missing:
         ends = [(f"{row[f'addr_{end}']}:{row[f'port_{end}']}", row[packets]) for end, packets in _LEGS]
         (client, sent), (backend, answered) = reversed(ends) if flags & _B_TO_A else ends
         rows.append(Forwarded(client, backend, row["tun_ip"], sent, answered, row["last_seen_ns"]))
+    return tuple(rows)
+
+
+def connections(maps: Iterable[Map]) -> tuple[Connection, ...] | Missing:
+    """All conntrack entries; before v3.24 none tells its direction, and A is taken for the client."""
+    found = _rows(maps, "cali_v4_ct")
+    if isinstance(found, Missing):
+        return found
+    rows = []
+    for row in found:
+        ends = [(row[f"addr_{end}"], row[f"port_{end}"]) for end in ("a", "b")]
+        client, server = reversed(ends) if row.get("flags1", 0) << 8 & _B_TO_A else ends
+        rows.append(Connection(row["proto"], f"{client[0]}:{client[1]}", server, row["type"] != _NORMAL))
     return tuple(rows)
 
 

@@ -5,13 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from calitrace.calico.felix_config import Setting, Settings
-from calitrace.checks.decoded import ANY_NODE, DROP, EXTERNAL_LOCAL, LOCAL_HOST, Forwarded, Frontend, Nat, NodeRoute
+from calitrace.checks.decoded import (
+    ANY_NODE,
+    DROP,
+    EXCLUDE,
+    EXTERNAL_LOCAL,
+    LOCAL_HOST,
+    Connection,
+    Forwarded,
+    Frontend,
+    Nat,
+    NodeRoute,
+)
 from calitrace.checks.finding import Check, Finding, Said, Section, Severity
 from calitrace.checks.objects import dig, items, iter_numbered, name_of
 from calitrace.checks.snapshot import Kubernetes, Link
 
 PROTOCOLS = {"TCP": 6, "UDP": 17}
 _MOST = 5
+_UDP = 17
 _LEAST_LOST = 3  # fewer are clients that gave up
 _DUMP = "calico-node -bpf nat dump"
 
@@ -70,10 +82,13 @@ def _number(address: str) -> int:
 
 
 def shared_id(nat: Nat) -> Said:
-    """Looks for a service id with different numbers of backends: services that share an id answer for each other."""
+    """Looks for a service id with different numbers of backends: services that share an id answer for each other.
+
+    Frontends that use local backends only may have fewer.
+    """
     counts: dict[int, dict[tuple[int, int], Frontend]] = {}
     for each in nat.frontends:
-        if each.count != DROP:
+        if each.count not in (DROP, each.local):
             counts.setdefault(each.id, {}).setdefault((each.count, each.local), each)
     for identifier, found in counts.items():
         if len(found) > 1:
@@ -266,7 +281,34 @@ def nodeport_unanswered(forwarded: tuple[Forwarded, ...], felix: Settings | None
             )
 
 
+def untranslated(nat: Nat, connections: tuple[Connection, ...]) -> Said:
+    """Looks in conntrack for UDP flows to a service address that are not translated.
+
+    Such an entry was made while the service was not there. As long as the client keeps sending from that port it
+    lives on, and its packets never reach a pod.
+    """
+    frontends = {
+        (each.address, each.port): each
+        for each in nat.frontends
+        if each.proto == _UDP and 0 < each.count < DROP and not each.flags & EXCLUDE and each.address != ANY_NODE
+    }
+    lines = [
+        f"UDP {each.client} -> {frontends[each.server]}: entry without translation"
+        for each in connections
+        if each.proto == _UDP and not each.translated and each.server in frontends
+    ]
+    if lines:
+        yield Finding(
+            Severity.WARNING,
+            "",
+            tuple(iter_numbered(lines, _MOST)),
+            "these clients' packets go to the service's address and to no pod (projectcalico/calico#9967)",
+            "calico-node -bpf conntrack remove udp CLIENT SERVICE, or let the client use another source port",
+        )
+
+
 CHECKS = (
+    Check("services.conntrack-untranslated", Section.SERVICES, untranslated),
     Check("services.nodeport-unanswered", Section.SERVICES, nodeport_unanswered),
     Check("services.nat-backends-complete", Section.SERVICES, backends_complete),
     Check("services.nat-backends-routed", Section.SERVICES, backends_routed),

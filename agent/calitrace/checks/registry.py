@@ -29,6 +29,7 @@ _DECODED: dict[str, Callable[[tuple[Map, ...]], Any]] = {
     "interfaces": decoded.interfaces,
     "node_routes": decoded.routes,
     "forwarded": decoded.forwarded,
+    "connections": decoded.connections,
 }
 
 

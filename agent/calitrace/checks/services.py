@@ -26,7 +26,7 @@ from calitrace.checks.objects import (
     node_addresses,
     patch,
 )
-from calitrace.checks.snapshot import Cloud, Host, Kubernetes, Link, Process, Route
+from calitrace.checks.snapshot import Cloud, Host, Kubernetes, Link, Process, Route, VxlanProbe
 
 Links = tuple[Link, ...]
 Routes = tuple[Route, ...]
@@ -253,6 +253,23 @@ def foreign_program(links: Links) -> Said:
                 )
 
 
+def bandwidth_plugin(links: Links) -> Said:
+    """Looks for the devices of the CNI bandwidth plugin (bwp*), which does not go together with eBPF mode.
+
+    Its device takes what the pod sends and gives it back behind Calico's program.
+    """
+    found = [link.name for link in links if link.kind == "ifb" and link.name.startswith("bwp")]
+    if found and ebpf_on(links):
+        yield Finding(
+            WARNING,
+            "",
+            tuple(iter_numbered((f"{name}: ifb, made by the bandwidth plugin" for name in found), 3)),
+            "pods with the annotations kubernetes.io/ingress-bandwidth or egress-bandwidth can lose their network "
+            "(projectcalico/calico#7698)",
+            "take the plugin out of the CNI configuration; from v3.30 on use qos.projectcalico.org annotations",
+        )
+
+
 def kube_proxy_absent(links: Links, processes: tuple[Process, ...]) -> Said:
     """Looks for kube-proxy where no Calico program is attached: one of the two must serve services."""
     if not ebpf_on(links) and not _kube_proxies(processes):
@@ -386,6 +403,27 @@ def vxlan_port_clash(links: Links, felix: Settings) -> Said:
                 (f"{link.name}: VXLAN device on UDP {link.udp_port}", str(port)),
                 "another network uses the port of Calico's tunnels; a flow-based vxlan.calico (v3.31) cannot share it",
                 patch('"vxlanPort":4790') + ", and open that port between the nodes",
+            )
+
+
+def vxlan_probe(vxlan_probes: tuple[VxlanProbe, ...]) -> Said:
+    """Sends packets in the NodePort tunnel to another node and waits for the answers (only with --probe).
+
+    An answer proves the tunnel in both directions. Without one the network, the other node's dataplane or the
+    service's pod may be at fault.
+    """
+    for each in vxlan_probes:
+        if each.answered < each.sent:
+            yield Finding(
+                ERROR if each.answered == 0 else WARNING,
+                each.node,
+                (
+                    f"VXLAN to {each.node} UDP {each.port} with {each.inner} inside: {each.sent} sent, "
+                    f"{each.answered} answered",
+                ),
+                "the network between the nodes loses Calico's tunnel (firewall, security group), or the service behind "
+                "it does not answer",
+                f"calitrace probe vxlan {each.node} --inner {each.inner} --vxlan-port {each.port} --trace",
             )
 
 
@@ -673,9 +711,11 @@ CHECKS = (
     Check("services.enslaved-programs", Section.SERVICES, enslaved_programs),
     Check("services.vlan-parent", Section.SERVICES, vlan_parent),
     Check("services.foreign-program", Section.SERVICES, foreign_program),
+    Check("services.bandwidth-plugin", Section.SERVICES, bandwidth_plugin),
     Check("services.api-endpoint", Section.SERVICES, api_endpoint),
     Check("services.mtu", Section.SERVICES, mtu),
     Check("services.vxlan-port-clash", Section.SERVICES, vxlan_port_clash),
+    Check("services.vxlan-probe", Section.SERVICES, vxlan_probe),
     Check("services.checksum-offload", Section.SERVICES, checksum_offload),
     Check("services.rp-filter", Section.SERVICES, rp_filter),
     Check("services.nat-interfaces", Section.SERVICES, nat_interfaces),

@@ -175,6 +175,17 @@ class Drops:
 
 
 @dataclass(frozen=True)
+class VxlanProbe:
+    """Probes sent in the NodePort tunnel to *node* (UDP *port*), for *inner*, a NodePort; and the answers."""
+
+    node: str
+    port: int
+    inner: str
+    sent: int
+    answered: int
+
+
+@dataclass(frozen=True)
 class Kubernetes:
     """Objects as the API sends them. *secrets are never asked for*."""
 
@@ -221,6 +232,7 @@ class Snapshot:
     felix_objects: tuple[dict[str, Any], ...] | Missing = Missing("no API server was asked and no --felix-config given")
     felix_lines: tuple[str, ...] | Missing = Missing("no API server was asked and no --felix-log given")
     kubernetes: Kubernetes | Missing = Missing("no API server was asked")
+    vxlan_probes: tuple[VxlanProbe, ...] | Missing = Missing("no probe was asked for with --probe")
     cloud: Cloud | Missing = Missing("the platform's DMI names no cloud that we know")
 
 

@@ -41,6 +41,13 @@ Examples:
     "--bpffs", type=click.Path(path_type=Path), help="The bpffs, or directory in it, with its maps.  [default: its own]"
 )
 @click.option("--interval", default=1.0, show_default=True, help="Seconds between two measurements; 0: none.")
+@click.option(
+    "--probe",
+    "targets",
+    multiple=True,
+    metavar="NODE=HOST:PORT",
+    help="Send 5 packets to NODE in the NodePort tunnel, for the NodePort HOST:PORT.",
+)
 @click.option("-w", "--write", "target", type=click.Path(path_type=Path, dir_okay=False), help="Keep the snapshot.")
 @click.option("-r", "--read", "source", type=click.Path(path_type=Path), help="Check a snapshot that -w kept.")
 @click.option("--explain", "explained", default="", metavar="ID", help="Say what a check looks at, and why.")
@@ -71,6 +78,7 @@ def command(
     if unknown:
         raise UsageError(f"no area {unknown[0]!r}", f"choose from {', '.join(registry.AREAS)}")
     snapshot = _given(_read(source) if source else _collect(**where), **where)
+    snapshot = _probed(snapshot, **where)
     if target:
         _write(target, snapshot)
     results = registry.run(snapshot, [each for each in registry.CHECKS if not areas or each.area in areas])
@@ -163,6 +171,32 @@ def _given(
     if felix_log:
         snapshot = replace(snapshot, felix_lines=tuple(_text(felix_log).splitlines()))
     return snapshot
+
+
+def _probed(snapshot: Snapshot, *, targets: tuple[str, ...], netns: str, **_: Any) -> Snapshot:
+    """The snapshot with the answers of the other nodes' tunnels. Raises UsageError, EnvironmentUnfit."""
+    if not targets:
+        return snapshot
+    from calitrace.calico.felix_config import Setting, Settings
+    from calitrace.checks.registry import sources
+    from calitrace.checks.snapshot import VxlanProbe
+    from calitrace.cli.probe import endpoint
+    from calitrace.model import Outcome
+    from calitrace.packet import TCP
+    from calitrace.probes import run
+
+    felix = sources(snapshot)["felix"]
+    setting = felix.get("vxlanPort") if isinstance(felix, Settings) else None
+    port = int(setting.value) if isinstance(setting, Setting) and isinstance(setting.value, int) else 4789
+    found = []
+    for target in targets:
+        node, _equals, inner = target.partition("=")
+        host, number = endpoint(inner)
+        settings = run.Settings(host, number, TCP, 5, 20.0, 0, netns, 1.0, (node, port, 0xCA11C0))
+        with run.ProbeRun(settings) as probes:
+            answers = [each.outcome in (Outcome.ANSWERED, Outcome.REFUSED) for each in probes.run(lambda _: None)]
+        found.append(VxlanProbe(node, port, inner, len(answers), sum(answers)))
+    return replace(snapshot, vxlan_probes=tuple(found))
 
 
 def _text(path: Path) -> str:
