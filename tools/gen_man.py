@@ -41,6 +41,19 @@ root (CAP_NET_RAW; with --trace CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN and
 CAP_SYS_ADMIN), for --trace BCC and a kernel with BTF. calitrace doctor names
 what is missing.""",
     },
+    "maps": {
+        "FIELDS": """\
+The text of dump is close to that of calico-node -bpf; JSON keys in
+docs/json.md. Active ago, expires in: since the last packet, and until Felix
+removes the entry with its default timeouts.""",
+        "OVERHEAD": """\
+Reading costs the node a batch of system calls: half a second of one CPU for a
+million conntrack entries (make bench). Nothing is changed but by clean,
+remove and flush, which need --allow-system-changes.""",
+        "REQUIREMENTS": """\
+root (CAP_BPF, CAP_SYS_ADMIN) for the maps of this node; none with -r and
+--bpftool.""",
+    },
     "report": {
         "FIELDS": "As in calitrace-probe(1); JSON keys in docs/json.md.",
         "OVERHEAD": "None: it reads the journal alone, on any machine, without root.",

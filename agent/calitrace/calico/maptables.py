@@ -11,14 +11,14 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass, field
 from functools import lru_cache
-from ipaddress import IPv4Address, IPv6Address
+from ipaddress import IPv6Address
 from typing import TYPE_CHECKING, Any
 
 from calitrace.calico.maps import RawMap, identify
 from calitrace.errors import LayoutMismatch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 _CODES = {
     "u8": "B", "u16": "H", "u32": "I", "u64": "Q", "s16": "h", "s32": "i",
@@ -43,7 +43,7 @@ def _name(raw: bytes) -> str:
 
 
 def _ip4(raw: bytes) -> str:
-    return str(IPv4Address(raw))
+    return f"{raw[0]}.{raw[1]}.{raw[2]}.{raw[3]}"
 
 
 def _ip6(raw: bytes) -> str:
@@ -56,6 +56,17 @@ _MEANING: dict[str, Callable[[bytes], Any]] = {
 }  # fmt: skip
 
 
+_BIG_CODES = {"be16": "H", "be32": "I", "be64": "Q"}
+
+
+def _packed(order: str, rows: Sequence[tuple[int, str, str]], size: int, codes: Mapping[str, str]) -> struct.Struct:
+    code, at = order, 0
+    for offset, kind, _ in rows:
+        code += f"{offset - at}x{codes[kind]}"
+        at = offset + struct.calcsize(f"<{codes[kind]}")
+    return struct.Struct(f"{code}{size - at}x")
+
+
 @dataclass(frozen=True)
 class Table:
     """The members of a key or a value of *size* bytes. *text*: ``offset type name`` rows, separated by ``;``."""
@@ -66,15 +77,10 @@ class Table:
     _struct: struct.Struct = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        rows = []
-        for row in filter(None, (part.split() for part in self.text.split(";"))):
-            rows.append((int(row[0]), row[1], row[2]))
-        code, at = "<", 0
-        for offset, kind, _ in rows:
-            code += f"{offset - at}x{_CODES[kind]}"
-            at = offset + struct.calcsize(f"<{_CODES[kind]}")
-        object.__setattr__(self, "rows", tuple(rows))
-        object.__setattr__(self, "_struct", struct.Struct(f"{code}{self.size - at}x"))
+        parts = (part.split() for part in self.text.split(";") if part)
+        rows = tuple((int(offset), kind, name) for offset, kind, name in parts)
+        object.__setattr__(self, "rows", rows)
+        object.__setattr__(self, "_struct", _packed("<", rows, self.size, _CODES))
 
     def decode(self, raw: bytes) -> dict[str, Any]:
         """The members by name: numbers, and text for addresses and names."""
@@ -83,19 +89,19 @@ class Table:
             for (_, kind, name), value in zip(self.rows, self._struct.unpack(raw), strict=True)
         }
 
-    def iter_columns(self, raw: bytes) -> Iterator[tuple[str, list[Any]]]:
+    def iter_columns(self, raw: bytes) -> Iterator[tuple[str, Sequence[Any]]]:
         """Packed records, member by member: (name, its value in each record). Addresses are decoded once each."""
-        for (_, kind, name), column in zip(self.rows, zip(*self._struct.iter_unpack(raw), strict=True), strict=False):
-            if kind in _MEANING:
-                known = {each: _MEANING[kind](each) for each in set(column)}
-                yield name, [known[each] for each in column]
-            else:
-                yield name, list(column)
-
-    def encode(self, values: Mapping[str, int | bytes]) -> bytes:
-        """The bytes of a record of these members as they lie there; the others are zero."""
-        zero = {kind: b"" if "s" in _CODES[kind] else 0 for _, kind, _ in self.rows}
-        return self._struct.pack(*(values.get(name, zero[kind]) for _, kind, name in self.rows))
+        for order, codes in (("<", _CODES), (">", _BIG_CODES)):
+            rows = [row for row in self.rows if (row[1] in _BIG_CODES) is (order == ">")]
+            if not rows:
+                continue
+            columns = zip(*_packed(order, rows, self.size, codes).iter_unpack(raw), strict=True)
+            for (_, kind, name), column in zip(rows, columns, strict=True):
+                if kind in _MEANING and order == "<":
+                    known = {each: _MEANING[kind](each) for each in set(column)}
+                    yield name, [known[each] for each in column]
+                else:
+                    yield name, column
 
 
 @dataclass(frozen=True)
@@ -185,10 +191,8 @@ def _layouts() -> Iterator[Layout]:
         (20, "0 u32 prefixlen;4 be64 set_id;12 ip4 addr;16 u16 port;18 u8 proto"), one)  # fmt: skip
     yield layout("cali_v6_ip_sets", 1,
         (32, "0 u32 prefixlen;4 be64 set_id;12 ip6 addr;28 u16 port;30 u8 proto"), one)  # fmt: skip
-    for version in (1, 2):
-        key = "0 u16 port;2 u8 proto;3 u8 flags" if version == 1 else ""
-        yield layout("cali_v4_fsafes", version,
-            (4, key) if key else (12, "0 u32 prefixlen;4 u16 port;6 u8 proto;7 u8 flags;8 ip4 addr"), one)  # fmt: skip
+    yield layout("cali_v4_fsafes", 1, (4, "0 u16 port;2 u8 proto;3 u8 flags"), one)
+    yield layout("cali_v4_fsafes", 2, (12, "0 u32 prefixlen;4 u16 port;6 u8 proto;7 u8 flags;8 ip4 addr"), one)
     yield layout("cali_v6_fsafes", 2, (24, "0 u32 prefixlen;4 u16 port;6 u8 proto;7 u8 flags;8 ip6 addr"), one)
     ifindex = (4, "0 u32 ifindex")
     yield layout("cali_iface", 2, ifindex, (20, "0 u32 flags;4 name name"))
@@ -200,17 +204,10 @@ def _layouts() -> Iterator[Layout]:
         yield layout("cali_counters", version, (4, "0 u32 zero") if version == 1 else hook, (8 * count, cells))
     yield layout("cali_rule_ctrs", 2, (8, "0 u64 rule_id"), (8, "0 u64 packets"))
     yield layout("cali_profiling", 2, (8, "0 u32 ifindex;4 u32 kind"), (16, "0 u64 total_ns;8 u64 samples"))
-    yield layout(
-        "cali_v4_srmsg", 1, (16, "0 u64 cookie;8 ip4 addr;12 port_be port"), (8, "0 ip4 orig_dst;4 port_be orig_dport")
-    )
-    yield layout(
-        "cali_v6_srmsg",
-        1,
-        (32, "0 u64 cookie;8 ip6 addr;24 port_be port"),
-        (20, "0 ip6 orig_dst;16 port_be orig_dport"),
-    )
-    yield layout("cali_v4_ct_nats", 1, (24, "0 u64 cookie;8 ip4 addr;12 port_be port;16 u8 proto"),
-        (8, "0 ip4 orig_dst;4 port_be orig_dport"))  # fmt: skip
+    before4, before6 = (8, "0 ip4 orig_dst;4 port_be orig_dport"), (20, "0 ip6 orig_dst;16 port_be orig_dport")
+    yield layout("cali_v4_srmsg", 1, (16, "0 u64 cookie;8 ip4 addr;12 port_be port"), before4)
+    yield layout("cali_v6_srmsg", 1, (32, "0 u64 cookie;8 ip6 addr;24 port_be port"), before6)
+    yield layout("cali_v4_ct_nats", 1, (24, "0 u64 cookie;8 ip4 addr;12 port_be port;16 u8 proto"), before4)
     for version in (1, 2):
         for base, key, rev, at, size in (("v4", ct4, "ip4", 16, 32), ("v6", ct6, "ip6", 40, 56)):
             wide = 4 if rev == "ip4" else 16

@@ -16,6 +16,7 @@ COMMANDS = {
     "check": "Look through Calico's eBPF troubleshooting page and show the evidence.",
     "doctor": "Say what this machine lacks, and what is lost without it.",
     "lab": "Two Calico-like nodes in network namespaces of this machine.",
+    "maps": "Read Calico's BPF maps: dump, get, summary, walk and diff.",
     "probe": "Send identified probes and say where they died.",
     "report": "Print the verdicts of a recorded journal.",
 }

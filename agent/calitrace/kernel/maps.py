@@ -201,6 +201,11 @@ def open_map(found: Found) -> int:
         ) from None
 
 
+def readable(found: Found) -> bool:
+    """Whether it holds data: program arrays and rings do not."""
+    return found.info.type not in _NOT_READABLE
+
+
 def read(found: Found) -> RawMap:
     """A map whose entries are read from the kernel as they are asked for.
 
@@ -314,3 +319,28 @@ def _rest(batch: syscall.Batch, block: tuple[int, bytes, bytes], most: int) -> I
         block = batch.read()
         if block[0]:
             yield block
+
+
+def delete(found: Found, keys: list[bytes]) -> int:
+    """Remove entries; how many of them were still there. Raises EnvironmentUnfit."""
+    descriptor = open_map(found)
+    try:
+        return sum(syscall.map_delete(descriptor, key) for key in keys)
+    except OSError as failure:
+        raise EnvironmentUnfit(f"cannot change map {found.name}: {failure.strerror}") from failure
+    finally:
+        os.close(descriptor)
+
+
+def clear(found: Found, keys: list[bytes]) -> None:
+    """Set the values of these keys to zeros, on all CPUs. Raises EnvironmentUnfit."""
+    info = found.info
+    size = syscall.possible_cpus() * (-(-info.value_size // 8) * 8) if info.type in _PER_CPU else info.value_size
+    descriptor = open_map(found)
+    try:
+        for key in keys:
+            syscall.map_update(descriptor, key, bytes(size))
+    except OSError as failure:
+        raise EnvironmentUnfit(f"cannot change map {found.name}: {failure.strerror}") from failure
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,751 @@
+"""``calitrace maps``: Calico's maps, live, from a snapshot, or from what bpftool wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from ipaddress import ip_address, ip_network
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from calitrace.errors import Error, Exit, LayoutMismatch, Malformed, NotCalico, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from calitrace.calico.maps import RawMap
+    from calitrace.report.mapdump import Context
+
+POLICY_DIRECTORY = Path("/var/run/calico/bpf/policy")
+CTLB = "ctlb"
+# Command: what it shows, and the maps' base names without cali_ and family.
+SUBJECTS = {
+    "arp": ("Neighbours that NodePort tunnels were received from.", ("arp",)),
+    "connect-time": ("Connections that connect-time load balancing has translated.", ("ct_nats", "srmsg")),
+    "conntrack": ("Connections.", ("ct",)),
+    "counters": ("Packets by Calico's reason, for each interface and hook.", ("counters",)),
+    "failsafes": ("Ports that no policy can close.", ("fsafes",)),
+    "ifstate": ("Interfaces that Calico knows, and whether they are ready.", ("iface",)),
+    "ipsets": ("The members of IP sets.", ("ip_sets",)),
+    "nat": ("Services: frontends and their backends.", ("nat_fe", "nat_be")),
+    "affinity": ("Which client sticks to which backend.", ("nat_aff",)),
+    "maglev": ("Maglev's lookup table.", ("mglv",)),
+    "policy": ("Hits of policy rules.", ("rule_ctrs",)),
+    "profiling": ("Time that Calico's programs take.", ("profiling",)),
+    "qos": ("Limits of packet rate and connections.", ("qos", "qos_conn")),
+    "routes": ("Calico's routes.", ("routes",)),
+    "fragments": ("Fragments that wait, and those that were forwarded.", ("frags", "frgfwd")),
+}
+
+
+@dataclass
+class Source:
+    """Maps to read, wherever from. *broken*: what ended a snapshot too early, told after what was read."""
+
+    maps: list[RawMap]
+    in_use: set[str]
+    interfaces: dict[int, str] = field(default_factory=dict)
+    rules: dict[int, str] = field(default_factory=dict)
+    now_ns: int = 0
+    notes: list[str] = field(default_factory=list)
+    broken: Malformed | None = None
+
+    def context(self) -> Context:
+        """What gives numbers their names; ifstate's names where the interfaces themselves are unknown."""
+        from calitrace.calico import maptables
+        from calitrace.report.mapdump import Context
+
+        known = {}
+        for raw in self.pick(("iface",)):
+            with suppress(LayoutMismatch):
+                known.update({e["ifindex"]: e["name"] for e in maptables.iter_entries(raw, maptables.resolve(raw))})
+        return Context(self.now_ns, {**known, **self.interfaces}, self.rules)
+
+    def pick(self, bases: Iterable[str], *, ipv6: bool = False, version: int | None = None) -> list[RawMap]:
+        """The live maps of these base names: of several versions the newest that loaded programs use."""
+        from calitrace.calico.maps import identify
+
+        chosen: list[RawMap] = []
+        for base in bases:
+            full = {f"cali_{base}", f"cali_v{6 if ipv6 else 4}_{base}"}
+            found = [raw for raw in self.maps if identify(raw.name)[0] in full]
+            if version is not None:
+                chosen += [raw for raw in found if identify(raw.name)[1] == version]
+                continue
+            current = [raw for raw in found if not identify(raw.name)[2]]
+            live = [raw for raw in current if raw.pin in self.in_use] or current or found
+            newest = max((identify(raw.name)[1] for raw in live), default=0)
+            chosen += [raw for raw in live if identify(raw.name)[1] == newest]
+            if len({raw.name for raw in found}) > 1:
+                names = ", ".join(sorted({raw.name for raw in found}))
+                self.note(f"several versions are here ({names}): the node is in mid-upgrade; shown: v{newest}")
+        return chosen
+
+    def note(self, text: str) -> None:
+        """Remember something to tell at the end, once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+
+def _live(bpffs: Path | None, netns: str | None, pid: int | None, policy_dir: Path) -> Source:
+    from calitrace.kernel import maps
+
+    found = maps.find(maps.root(bpffs, netns, pid))
+    source = Source(
+        [maps.read(each) for each in found if maps.readable(each)],
+        {each.pin for each in found if each.in_use},
+        maps.interfaces(netns, pid),
+        now_ns=time.monotonic_ns(),
+    )
+    source.rules = _rules(policy_dir, source)
+    return source
+
+
+def _rules(directory: Path, source: Source) -> dict[int, str]:
+    from calitrace.calico import policy
+
+    names: dict[int, str] = {}
+    for file in sorted(directory.glob("*.json")):
+        try:
+            names.update(policy.rule_names(file.read_bytes()))
+        except (OSError, Malformed) as failure:  # Felix replaces these files as pods come and go
+            source.note(f"no rule names from {file.name}: {failure}")
+    return names
+
+
+def _journal(path: Path) -> Source:
+    from calitrace import journal
+
+    try:
+        with path.open("rb") as stream:
+            found = journal.read(stream, keep=True)
+    except OSError as failure:
+        raise UsageError(f"cannot read {path}: {failure.strerror}") from failure
+    except Malformed as wrong:
+        raise UsageError(f"{path}: {wrong.cause}", "is it a file that `maps snapshot -w` wrote?") from wrong
+    if not found.maps and found.broken is None:
+        raise UsageError(f"{path} holds no maps", "write some with `calitrace maps snapshot -w FILE`")
+    header = found.header
+    source = Source(
+        found.maps,
+        set(header.get("in_use", ())),
+        {int(index): name for index, name in header.get("interfaces", {}).items()},
+        header.get("rules", {}),
+        header.get("mono_ns", 0),
+        broken=found.broken,
+    )
+    for raw in found.maps:
+        for each in raw.notes:
+            source.note(f"{raw.name}: {each}")
+    if found.cut_at is not None and found.broken is None:
+        source.broken = Malformed(found.cut_at, "an end frame", "the end of the file", "snapshot")
+    return source
+
+
+def _bpftool(path: Path, name: str) -> Source:
+    from calitrace.calico import bpftool
+
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as failure:
+        raise UsageError(f"cannot read {path}: {failure}") from failure
+    try:
+        return Source([bpftool.read(text, name)], set())
+    except Malformed as wrong:
+        raise UsageError(f"{path}: {wrong.cause}", "is it what `bpftool -j map dump` wrote?") from wrong
+
+
+def _source(options: dict[str, Any]) -> Source:
+    """The maps that the options ask for."""
+    if options["path"] is not None:
+        return _journal(options["path"])
+    if options["bpftool"] is not None:
+        if not options["map_name"]:
+            raise UsageError("--bpftool needs the name of the map", "add --map, such as --map cali_v4_ct4")
+        return _bpftool(options["bpftool"], options["map_name"])
+    return _live(options["bpffs"], options["netns"], options["pid"], options["policy_dir"])
+
+
+_WHERE = (
+    click.option("--bpffs", type=click.Path(path_type=Path), help="Where the node's maps are pinned.  [/sys/fs/bpf]"),
+    click.option("--netns", help="Look through the mounts of a process in this network namespace."),
+    click.option("--pid", type=int, help="Look through the mounts of this process."),
+    click.option(
+        "--policy-dir", type=click.Path(path_type=Path), default=POLICY_DIRECTORY, show_default=True,
+        help="Felix's policy debug files.",
+    ),
+)  # fmt: skip
+_READ = (
+    click.option("-r", "--read", "path", type=click.Path(path_type=Path), help="A snapshot in place of this node."),
+    click.option("--bpftool", type=click.Path(path_type=Path), help="What `bpftool -j map dump` wrote."),
+    click.option("--map", "map_name", help="The name of the map in --bpftool's file."),
+    *_WHERE,
+    click.option("-6", "--ipv6", is_flag=True, help="The IPv6 maps."),
+    click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True),
+    click.option("-j", "--json", "as_json", is_flag=True, help="The same as -o json."),
+)
+_CHANGE = (
+    *_WHERE,
+    click.option("--allow-system-changes", "allowed", is_flag=True, help="Really do it."),
+    click.option("--dry-run", is_flag=True, help="Only say what would go."),
+)
+
+
+def _with(options: tuple[Callable[[Any], Any], ...], function: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+@click.group(
+    "maps",
+    epilog="""\b
+Examples:
+  calitrace maps conntrack dump | head
+  calitrace maps nat dump 10.96.0.10 53 udp
+  calitrace maps snapshot -w before.calitrace
+  calitrace maps walk 192.0.2.7:40000 10.10.0.1:30080/tcp --ingress ens192
+  calitrace maps diff before.calitrace after.calitrace
+""",
+)
+def command() -> None:
+    """Read Calico's BPF maps: dump, get, summary, walk and diff, of any release, live and offline."""
+
+
+def _finish(source: Source) -> int:
+    """Tell on stderr what befell the reading."""
+    from calitrace.kernel.maps import Entries
+
+    for raw in source.maps:
+        if isinstance(raw.entries, Entries):
+            for each in raw.entries.notes:
+                source.note(f"{raw.name}: {each}")
+    for each in source.notes:
+        click.echo(f"note: {each}", err=True)
+    if source.broken is not None:
+        raise UsageError(f"the snapshot is incomplete: {source.broken.cause}", "what was read is shown above")
+    return int(Exit.DONE)
+
+
+def _chosen(source: Source, name: str, options: dict[str, Any]) -> list[RawMap]:
+    bases = SUBJECTS[name][1]
+    version = options.get("version")
+    if options["bpftool"] is not None:
+        return source.maps
+    found = source.pick(bases, ipv6=options["ipv6"], version=version)
+    if not found and source.broken is None:
+        family = 6 if options["ipv6"] else 4
+        wanted = " or ".join(f"cali_v{family}_{base}" for base in bases) + (f" of version {version}" if version else "")
+        raise NotCalico(f"no {name} map ({wanted})", "`calitrace maps versions dump` lists the maps that are here")
+    return found
+
+
+def _refused(wrong: LayoutMismatch) -> Error:
+    return Error(f"cannot read {wrong.record}: it has {wrong.actual}, known are {wrong.expected}",
+                 "a newer Calico? calitrace never guesses a layout")  # fmt: skip
+
+
+def _objects(source: Source, maps: Iterable[RawMap]) -> Iterator[dict[str, Any]]:
+    from calitrace.report import mapdump
+
+    context = source.context()
+    for raw in maps:
+        try:
+            yield from mapdump.iter_objects(raw, context)
+        except LayoutMismatch as wrong:
+            raise _refused(wrong) from wrong
+
+
+def _base(name: str) -> str:
+    from calitrace.calico.maps import identify
+
+    return identify(name)[0].removeprefix("cali_").removeprefix("v4_").removeprefix("v6_")
+
+
+def _text(name: str, objects: Iterable[dict[str, Any]], options: dict[str, Any]) -> Iterator[str]:
+    from calitrace.report import mapdump
+
+    if name == "nat":
+        entries = list(objects)
+        yield from mapdump.iter_nat(
+            (e for e in entries if _base(e["map"]) == "nat_fe"),
+            (e for e in entries if _base(e["map"]) == "nat_be"),
+            both=options["bpftool"] is None,
+        )
+    elif name == "ipsets":
+        yield from mapdump.iter_ip_sets(objects)
+    elif name == "counters":
+        yield from mapdump.iter_counters(objects, options.get("iface"))
+    else:
+        for entry in objects:
+            if not (name == "conntrack" and entry["type"] == "nat-fwd" and not options.get("raw")):
+                yield mapdump.text(_base(entry["map"]), entry, raw=bool(options.get("raw")))
+
+
+def _dump(name: str, **options: Any) -> int:
+    source = _source(options)
+    maps = _chosen(source, name, options)
+    objects = _objects(source, maps)
+    wanted = options.get("words") or ()
+    if wanted:
+        objects = (entry for entry in objects if _matches(entry, wanted))
+    if options["as_json"] or options["output"] == "json":
+        if name == "conntrack" and not wanted:
+            from calitrace.report import mapdump
+
+            context = source.context()
+            try:
+                for raw in maps:
+                    for block in mapdump.iter_json_blocks(raw, context):
+                        sys.stdout.write(block)
+                        sys.stdout.flush()
+            except LayoutMismatch as wrong:
+                raise _refused(wrong) from wrong
+        else:
+            for entry in objects:
+                if name != "counters" or options.get("iface") in (None, entry.get("interface")):
+                    click.echo(json.dumps(entry))
+    else:
+        for line in _text(name, objects, options):
+            sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+    if name == "ifstate":
+        _missing_interfaces(source, maps)
+    return _finish(source)
+
+
+def _missing_interfaces(source: Source, maps: list[RawMap]) -> None:
+    """Workload interfaces of the node that Calico's map does not have: their packets are dropped."""
+    known = {entry["ifindex"] for entry in _objects(source, maps)}
+    for index, name in sorted(source.interfaces.items()):
+        if name.startswith("cali") and index not in known:
+            source.note(f"interface {name} (ifindex {index}) is not in ifstate: its packets are dropped")
+
+
+def _matches(entry: dict[str, Any], words: tuple[str, ...]) -> bool:
+    """Whether each word is a value of the entry, or an address inside one of its networks.
+
+    Backends of the nat maps always match: it is the frontends that are asked for.
+    """
+    return _base(entry["map"]) == "nat_be" or all(any(_is(value, word) for key, value in entry.items() if key != "map") for word in words)
+
+
+def _is(value: object, word: str) -> bool:
+    if isinstance(value, dict):
+        return any(_is(each, word) for each in value.values())
+    if str(value) == word:
+        return True
+    try:
+        return isinstance(value, str) and "/" in value and ip_address(word) in ip_network(value, strict=False)
+    except ValueError:
+        return False
+
+
+def _address(text: str) -> str:
+    """An address as the maps spell it. Raises UsageError when it does not parse."""
+    try:
+        return str(ip_address(text))
+    except ValueError:
+        raise UsageError(f"{text!r} is no IP address", "such as 10.96.0.10 or fd00::1") from None
+
+
+def _get(name: str, words: tuple[str, ...], **options: Any) -> int:
+    if not words:
+        raise UsageError("get needs a key", f"such as `calitrace maps {name} get 10.0.0.1`")
+    words = tuple(_address(word) if any(c in word for c in ".:") and "/" not in word else word for word in words)
+    source = _source(options)
+    found = [e for e in _objects(source, _chosen(source, name, options)) if _matches(e, words)]
+    if all(_base(entry["map"]) == "nat_be" for entry in found):
+        found = []
+    if options["as_json"] or options["output"] == "json":
+        for entry in found:
+            click.echo(json.dumps(entry))
+    else:
+        for line in _text(name, iter(found), {**options, "raw": True}) if found else ():
+            click.echo(line)
+    status = _finish(source)
+    if not found:
+        click.echo(f"nothing in {name} has {' and '.join(words)}", err=True)
+        return int(Exit.FINDINGS)
+    return status
+
+
+def _summary(name: str, **options: Any) -> int:
+    from calitrace.report import mapdump
+
+    source = _source(options)
+    for raw in _chosen(source, name, options):
+        try:
+            found = mapdump.summary(raw)
+        except LayoutMismatch as wrong:
+            raise _refused(wrong) from wrong
+        if options["as_json"] or options["output"] == "json":
+            click.echo(json.dumps(found))
+            continue
+        click.echo(f"{found.pop('map')}:")
+        for key, value in found.items():
+            click.echo(f"  {key.replace('_', ' ') + ':':18} {value:>9}")
+    return _finish(source)
+
+
+def _subject(name: str) -> click.Group:
+    about = SUBJECTS[name][0]
+    group = click.Group(name, help=about)
+    extra: tuple[Callable[[Any], Any], ...] = ()
+    if name == "conntrack":
+        extra = (
+            click.option("--ver", "version", type=int, help="The map of this version."),
+            click.option("--raw", is_flag=True, help="All members, NAT forward entries too."),
+        )
+    if name == "counters":
+        extra = (click.option("--iface", help="Only this interface."),)
+    words = click.argument("words", nargs=-1, metavar="[KEY]...")
+
+    def add(verb: str, function: Callable[..., int], text: str, options: tuple[Callable[[Any], Any], ...]) -> None:
+        def run(**given: Any) -> int:
+            return function(name, **given)
+
+        run.__doc__ = text
+        group.add_command(click.command(verb)(_with((*options, *_READ), run)))
+
+    dump_words = (click.argument("words", nargs=-1, metavar="[IP PORT PROTO]"),) if name == "nat" else ()
+    add("dump", _dump, "Print all entries.", (*dump_words, *extra))
+    add("get", _get, "Print the entries that have these addresses, ports or names.", (words,))
+    add("summary", _summary, "Say how full the map is" + (", and what is in it." if name == "conntrack" else "."), ())
+    return group
+
+
+for _name in SUBJECTS:
+    command.add_command(_subject(_name))
+
+
+def _versions(**options: Any) -> int:
+    """Print which maps are here: version, sizes, whether we know their layout and programs use them."""
+    from calitrace.calico import maptables
+    from calitrace.calico.maps import identify
+
+    source = _source(options)
+    for raw in source.maps:
+        base, version, old = identify(raw.name)
+        try:
+            layout = f"v{maptables.resolve(raw).version}"
+        except LayoutMismatch:
+            layout = "unknown" if any(each.base == base for each in maptables.layouts()) else "not shown"
+        about = {
+            "map": raw.name, "version": version, "old": old, "layout": layout, "key_bytes": raw.key_size,
+            "value_bytes": raw.value_size, "max_entries": raw.max_entries, "in_use": raw.pin in source.in_use,
+            "pin": raw.pin,
+        }  # fmt: skip
+        if options["as_json"] or options["output"] == "json":
+            click.echo(json.dumps(about))
+        else:
+            used = "in use" if about["in_use"] else "not used"
+            click.echo(
+                f"{raw.name:18} v{version:<2} {raw.key_size:>3}+{raw.value_size:<5} layout {layout:9} "
+                f"max {raw.max_entries:<8} {used:9} {raw.pin}"
+            )
+    return _finish(source)
+
+
+_versions_group = click.Group("versions", help="Which maps are here, and of which version.")
+_versions_group.add_command(click.command("dump")(_with(_READ, _versions)))
+command.add_command(_versions_group)
+
+
+@command.command("snapshot")
+@click.option("-w", "--write", "path", required=True, type=click.Path(path_type=Path), help="The journal to write.")
+def _snapshot(path: Path, **options: Any) -> int:
+    """Write all maps into a journal, for -r and diff."""
+    source = _live(options["bpffs"], options["netns"], options["pid"], options["policy_dir"])
+    save(source, path)
+    return _finish(source)
+
+
+_snapshot.params += click.command()(_with(_WHERE, lambda: None)).params
+
+
+def save(source: Source, path: Path) -> None:
+    """Write a snapshot. Raises UsageError when the file exists or cannot be written."""
+    import socket
+
+    from calitrace import __version__, journal
+    from calitrace.kernel import discover
+
+    try:
+        stream = path.open("xb")
+    except FileExistsError:
+        raise UsageError(f"{path} exists already", "name another file, or remove it") from None
+    except OSError as failure:
+        raise UsageError(f"cannot write {path}: {failure.strerror}") from failure
+    with stream:
+        writer = journal.Writer(stream, {
+            "version": __version__, "node": socket.gethostname(), "boot_id": discover.boot_id(),
+            "kernel": os.uname().release, "mono_ns": source.now_ns, "wall_ns": time.time_ns(),
+            "interfaces": source.interfaces, "rules": source.rules, "in_use": sorted(source.in_use),
+        })  # fmt: skip
+        for raw in source.maps:
+            for body in journal.map_bodies(raw, _blocks(raw)):
+                writer.write(journal.MAPS, body)
+        writer.write(journal.END, {"mono_ns": time.monotonic_ns()})
+
+
+def _blocks(raw: RawMap) -> Iterable[tuple[int, bytes, bytes]]:
+    from calitrace.calico import maptables
+
+    return maptables.blocks(raw)
+
+
+# --- Questions across maps ---------------------------------------------------------------------------------------
+
+
+def _endpoint(text: str, *, port: bool) -> tuple[str, int]:
+    """``1.2.3.4:80``, ``[fd00::1]:80`` or, unless a *port* is needed, an address alone."""
+    address, _, number = text.rpartition(":") if ("]:" in text or text.count(":") == 1) else (text, "", "")
+    if port and not number:
+        raise UsageError(f"{text!r} has no port", "such as 10.10.0.1:30080/tcp or [fd00::1]:80/udp")
+    if number and not (number.isdigit() and int(number) < 1 << 16):
+        raise UsageError(f"{number!r} is no port", "a number from 0 to 65535")
+    return _address(address.strip("[]")), int(number or 0)
+
+
+def _tables(source: Source, *, ipv6: bool) -> Any:
+    from calitrace.correlate.walk import Tables
+
+    def of(base: str) -> list[dict[str, Any]]:
+        return list(_objects(source, source.pick((base,), ipv6=ipv6)))
+
+    known = bool(source.pick(("iface",)))
+    return Tables(
+        of("ct"), of("nat_fe"), of("nat_be"), of("nat_aff"), of("routes"), of("iface") if known else None, of("fsafes")
+    )
+
+
+@command.command("walk")
+@click.argument("source_end", metavar="SRC[:PORT]")
+@click.argument("target", metavar="DST:PORT/PROTO")
+@click.option("--ingress", default="", help="The interface at which the packet arrives.")
+def _walk(source_end: str, target: str, ingress: str, **options: Any) -> int:
+    """Do Calico's lookups for a packet, in Calico's order, and say where the chain breaks.
+
+    Exit status 1 when it breaks.
+    """
+    from dataclasses import asdict
+
+    from calitrace.correlate import walk
+
+    place, _, proto = target.partition("/")
+    if proto not in ("tcp", "udp"):
+        raise UsageError(f"{target!r} names no protocol", "end it with /tcp or /udp")
+    (src, sport), (dst, dport) = _endpoint(source_end, port=False), _endpoint(place, port=True)
+    if (":" in src) is not (":" in dst):
+        raise UsageError("source and destination are of different families")
+    source = _source(options)
+    steps = walk.walk(walk.Packet(src, sport, dst, dport, proto, ingress), _tables(source, ipv6=":" in dst))
+    broken = [step for step in steps if step.broken]
+    for step in steps:
+        if options["as_json"] or options["output"] == "json":
+            click.echo(json.dumps(asdict(step)))
+        else:
+            click.echo(f"{'BROKEN' if step.broken else 'ok':7} {step.lookup:13} {step.found}")
+            if step.broken:
+                click.echo(f"{'':7} {'':13} {step.broken}: {step.suffers}")
+    if not broken and options["output"] == "table" and not options["as_json"]:
+        click.echo("the chain is whole")
+    _finish(source)
+    return int(Exit.FINDINGS if broken else Exit.DONE)
+
+
+@command.command("diff")
+@click.argument("files", nargs=-1, type=click.Path(path_type=Path), metavar="[A B]")
+@click.option("--wait", type=click.FloatRange(min=0.1, max=3600), help="Compare now and so many seconds later.")
+@click.option("--check", is_flag=True, help="Exit with status 1 when services differ.")
+def _diff(files: tuple[Path, ...], wait: float | None, check: bool, **options: Any) -> int:
+    """Compare two snapshots, of two nodes or of one node at two times, or now and --wait seconds later.
+
+    Services are compared by address and backends, not by the ids that each node gives them.
+    """
+    if (len(files), wait is None) not in ((2, True), (0, False)):
+        raise UsageError("diff needs two snapshots, or --wait SECONDS", "calitrace maps snapshot -w A")
+    if wait is None:
+        sides = [_journal(path) for path in files]
+        views = [_view(side, options["ipv6"]) for side in sides]
+    else:
+        sides = [_source(options)]
+        views = [_view(sides[0], options["ipv6"])]
+        time.sleep(wait)
+        sides.append(_source(options))
+        views.append(_view(sides[1], options["ipv6"]))
+    as_json = options["as_json"] or options["output"] == "json"
+    count = 0
+    for each in _differences(views[0], views[1], (sides[1].now_ns - sides[0].now_ns) / 1e9):
+        count += each["what"] == "service"
+        click.echo(json.dumps(each) if as_json else _difference(each))
+    for side in sides:
+        _finish(side)
+    if not as_json:
+        click.echo(f"{count} services differ")
+    return int(Exit.FINDINGS if check and count else Exit.DONE)
+
+
+def _view(source: Source, ipv6: bool) -> dict[str, Any]:
+    """All that diff compares, read now."""
+    bases = ("routes", "iface", "arp", "fsafes", "ip_sets", "nat_aff", "ct", "qos", "counters")
+    found = {base: list(_objects(source, source.pick((base,), ipv6=ipv6))) for base in bases}
+    return {**found, "tables": _tables(source, ipv6=ipv6)}
+
+
+def _differences(a: dict[str, Any], b: dict[str, Any], seconds: float) -> Iterator[dict[str, Any]]:
+    from calitrace.correlate import mapdiff
+
+    yield from mapdiff.differences("service", mapdiff.services(a["tables"]), mapdiff.services(b["tables"]))
+    for base in a:
+        if mapdiff.compared(base):
+            yield from mapdiff.differences(base, mapdiff.entries(base, a[base]), mapdiff.entries(base, b[base]))
+    yield from mapdiff.rates(a["counters"], b["counters"], seconds)
+
+
+_TITLES = {"ct": "conntrack", "iface": "ifstate", "fsafes": "failsafe", "ip_sets": "ipset", "nat_aff": "affinity"}
+
+
+def _difference(each: dict[str, Any]) -> str:
+    head = f"{_TITLES.get(each['what'], each['what']):10} {each['key']}"
+    if each["what"] == "counter":
+        rate = "" if each["per_second"] is None else f" ({each['per_second']:.1f}/s)"
+        return f"{head}: {each['packets']} packets{rate}"
+    if each["a"] is None or each["b"] is None:
+        return f"{head}: only in {'b' if each['a'] is None else 'a'}"
+    changed = (name for name in each["a"] if each["a"][name] != each["b"].get(name))
+    return f"{head}: " + ", ".join(f"{n} {_shown(each['a'][n])} -> {_shown(each['b'].get(n))}" for n in changed)
+
+
+def _shown(value: object) -> str:
+    return "[" + " ".join(str(each) for each in value) + "]" if isinstance(value, list) else str(value)
+
+
+# --- What changes the node ---------------------------------------------------------------------------------------
+
+
+def _may_change(options: dict[str, Any]) -> bool:
+    """Whether to do it. Raises UsageError when neither that nor a dry run was asked for."""
+    if options["dry_run"]:
+        return False
+    if not options["allowed"]:
+        raise UsageError("this changes the node", "see what would go with --dry-run, do it with --allow-system-changes")
+    return True
+
+
+def _live_maps(options: dict[str, Any], base: str) -> list[tuple[Any, RawMap]]:
+    """(what discovery found, the map) of every version and family that programs may use."""
+    from calitrace.calico.maps import identify
+    from calitrace.kernel import maps
+
+    found = maps.find(maps.root(options["bpffs"], options["netns"], options["pid"]))
+    wanted = {f"cali_{base}", f"cali_v4_{base}", f"cali_v6_{base}"}
+    chosen = [(each, maps.read(each)) for each in found if identify(each.name)[0] in wanted]
+    if not chosen:
+        raise NotCalico(f"no map cali_*{base}*", "`calitrace maps versions dump` lists the maps that are here")
+    return chosen
+
+
+def _remove_connections(options: dict[str, Any], wanted: Callable[[dict[str, Any]], bool]) -> int:
+    from calitrace.kernel import maps
+    from calitrace.report import mapdump
+
+    change = _may_change(options)
+    for found, raw in _live_maps(options, "ct"):
+        try:
+            entries = list(raw.entries)  # read once: what is shown is what goes
+            objects = mapdump.iter_objects(replace(raw, entries=entries), mapdump.Context(time.monotonic_ns()))
+            pairs = [(key, entry) for (key, _), entry in zip(entries, objects, strict=True) if wanted(entry)]
+        except LayoutMismatch as wrong:
+            raise _refused(wrong) from wrong
+        for _, entry in pairs:
+            if not change:
+                click.echo(mapdump.text("ct", entry, raw=True))
+        gone = maps.delete(found, [key for key, _ in pairs]) if change else len(pairs)
+        click.echo(f"{found.name}: {gone} entries {'removed' if change else 'would be removed'}", err=True)
+    return int(Exit.DONE)
+
+
+_PROTO_NUMBERS = {"tcp": "tcp", "udp": "udp", "6": "tcp", "17": "udp", "icmp": "icmp", "1": "icmp", "58": "icmp6"}
+
+
+def _clean_conntrack(**options: Any) -> int:
+    """Remove all conntrack entries: every connection through Calico starts anew, those with NAT break."""
+    return _remove_connections(options, lambda _: True)
+
+
+def _remove_conntrack(proto: str, ip1: str, ip2: str, **options: Any) -> int:
+    """Remove the entries between two addresses. PROTO: tcp, udp or a number."""
+    if proto not in _PROTO_NUMBERS and not proto.isdigit():
+        raise UsageError(f"{proto!r} is no protocol", "tcp, udp or a number")
+    name = _PROTO_NUMBERS.get(proto, f"proto-{proto}")
+    ends = {_address(ip1), _address(ip2)}
+    return _remove_connections(options, lambda e: e["proto"] == name and {e["addr_a"], e["addr_b"]} == ends)
+
+
+def _flush_counters(iface: str | None, **options: Any) -> int:
+    """Set counters back to zero."""
+    from calitrace.calico import maptables
+    from calitrace.kernel import maps
+
+    change = _may_change(options)
+    known = maps.interfaces(options["netns"], options["pid"])
+    if iface is not None and iface not in known.values():
+        raise UsageError(f"no interface {iface}", "list them with `calitrace maps counters dump`")
+    for found, raw in _live_maps(options, "counters"):
+        try:
+            layout = maptables.resolve(raw)
+        except LayoutMismatch as wrong:
+            raise _refused(wrong) from wrong
+        keys = []
+        for key, _ in raw.entries:
+            name = known.get(layout.key.decode(key).get("ifindex", 0), found.directory)
+            if iface is None or name == iface or name.rsplit("/", 1)[-1].startswith(f"{iface}_"):
+                keys.append(key)
+        if change:
+            maps.clear(found, keys)
+        click.echo(f"{found.name}: {len(keys)} rows {'set to zero' if change else 'would be set to zero'}", err=True)
+    return int(Exit.DONE)
+
+
+def _clean_connect_time(**options: Any) -> int:
+    """Detach connect-time load balancing: remove the pinned links of its programs (v3.27 and newer)."""
+    from calitrace.kernel import maps
+
+    change = _may_change(options)
+    where = maps.root(options["bpffs"], options["netns"], options["pid"]) / CTLB
+    try:
+        links = sorted(each for each in where.iterdir() if each.name.startswith("calico_"))
+    except FileNotFoundError:
+        links = []
+    except PermissionError:
+        raise UsageError(f"no permission to look into {where}", "run as root") from None
+    if not links:
+        raise NotCalico(f"no connect-time load balancer pinned below {where}", "older releases do not pin theirs")
+    for link in links:
+        click.echo(f"{link.name} {'detached' if change else 'would be detached'}")
+        if change:
+            link.unlink(missing_ok=True)
+    return int(Exit.DONE)
+
+
+def _add(path: str, function: Callable[..., int], *options: Callable[[Any], Any]) -> None:
+    group, _, verb = path.partition(" ")
+    parent = command.commands[group]
+    assert isinstance(parent, click.Group)
+    parent.add_command(click.command(verb)(_with((*options, *_CHANGE), function)))
+
+
+_add("conntrack clean", _clean_conntrack)
+_add("conntrack remove", _remove_conntrack, *(click.argument(each) for each in ("proto", "ip1", "ip2")))
+_add("counters flush", _flush_counters, click.option("--iface", help="Only this interface."))
+_add("connect-time clean", _clean_connect_time)
+for _with_reading in (_walk, _diff):
+    _with_reading.params += click.command()(_with(_READ, lambda: None)).params

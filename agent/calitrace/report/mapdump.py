@@ -1,0 +1,494 @@
+"""Calico's maps in words: one object for each entry, which JSON prints as it is and text puts into Calico's own lines.
+
+The text stays close to ``calico-node -bpf`` (calico felix/cmd/calico-bpf/commands, v3.24 to master).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+from itertools import compress
+from typing import TYPE_CHECKING, Any
+
+from calitrace.calico import maptables, reasons
+from calitrace.calico.maptables import Layout, Table
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from calitrace.calico.maps import RawMap
+
+PROTOCOLS = {1: "icmp", 6: "tcp", 17: "udp", 58: "icmp6"}
+NORMAL, NAT_FWD, NAT_REV = 0, 1, 2
+_TYPES = {NORMAL: "normal", NAT_FWD: "nat-fwd", NAT_REV: "nat-rev"}
+# felix/bpf-gpl/conntrack_types.h; 0x40 since v3.19, up to 0x200 since v3.24, to 0x2000 v3.26, the last ones v3.32.
+CT_FLAGS = {
+    0x1: "nat-out", 0x2: "fwd-dsr", 0x4: "np-fwd", 0x8: "skip-fib", 0x10: "res-0x10", 0x20: "res-0x20",
+    0x40: "ext-local", 0x80: "via-nat-iface", 0x100: "B-A", 0x200: "host-psnat", 0x400: "svc-self",
+    0x800: "np-loop", 0x1000: "np-remote", 0x2000: "no-dsr", 0x4000: "no-redir-peer", 0x8000: "cluster-external",
+    0x10000: "maglev", 0x20000: "send-rst", 0x40000: "connlimit-in", 0x80000: "connlimit-in-rejected",
+    0x100000: "connlimit-out", 0x200000: "connlimit-decremented",
+}  # fmt: skip
+_DSR, _B_A = 0x2, 0x100
+LEG_FLAGS = {1: "syn", 2: "ack", 4: "fin", 8: "rst", 16: "approved", 32: "opener", 64: "workload"}
+_SYN_ACK, _FIN, _RST, _OPENER = 3, 4, 8, 32
+ROUTE_FLAGS = {
+    0x1: "in-pool", 0x2: "nat-out", 0x4: "workload", 0x8: "local", 0x10: "host", 0x20: "same-subnet",
+    0x40: "tunneled", 0x80: "no-dsr", 0x100: "blackhole-drop", 0x200: "blackhole-reject", 0x400: "vxlan",
+    0x800: "skip-ingress-redir",
+}  # fmt: skip
+NAT_FLAGS = {1: "external-local", 2: "internal-local", 4: "nat-exclude", 8: "maglev"}
+IFACE_FLAGS = {
+    1: "workload", 2: "v4Ready", 4: "v6Ready", 8: "host", 0x10: "bond", 0x20: "bondslave", 0x40: "vxlan",
+    0x80: "ipip", 0x100: "wg", 0x200: "l3", 0x400: "notmanaged",
+}  # fmt: skip
+_IFACE_FLAGS_2 = {1: "workload", 2: "ready"}
+HOOKS = {0: "tc ingress", 1: "tc egress", 2: "xdp"}
+_KINDS = {0: "ingress new", 1: "ingress est", 2: "egress new", 3: "egress est"}
+DROP_COUNT = 0xFFFFFFFF
+_S = 1_000_000_000
+# Felix's defaults (felix/bpf/conntrack/timeouts), seconds.
+_GRACE, _SYN_SENT, _ESTABLISHED, _FINS, _RESET = 10, 20, 3600, 30, 40
+_OTHERS = {17: 60, 1: 5, 58: 5}
+_GENERIC = 600
+_FORWARD4 = "0 u32 rev_proto;4 ip4 rev_addr_a;8 ip4 rev_addr_b;12 u16 rev_port_a;14 u16 rev_port_b;16 u16 nat_sport"
+_FORWARD6 = "0 u32 rev_proto;4 ip6 rev_addr_a;20 ip6 rev_addr_b;36 u16 rev_port_a;38 u16 rev_port_b;40 u16 nat_sport"
+_FORWARD = {False: Table(_FORWARD4, 20), True: Table(_FORWARD6, 44)}
+_TYPE_AT, _FORWARD_AT = 16, 24
+_LEG = ("bytes", "packets", "seqno", "ifindex")
+_ORIGINAL = ("orig_dst", "orig_dport", "orig_sport", "orig_src", "tun_ip")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What gives numbers their names. *now_ns*: CLOCK_MONOTONIC when the maps were read, 0 when unknown."""
+
+    now_ns: int = 0
+    interfaces: dict[int, str] = field(default_factory=dict)
+    rules: dict[int, str] = field(default_factory=dict)
+
+    def interface(self, ifindex: int) -> str:
+        """The name of an interface, or its number in words."""
+        return self.interfaces.get(ifindex) or f"ifindex {ifindex}"
+
+
+def names(flags: int, known: dict[int, str]) -> list[str]:
+    """Flags by name; bits without one as hexadecimal numbers."""
+    found = [name for bit, name in known.items() if flags & bit]
+    rest = flags & ~sum(known)
+    return [*found, hex(rest)] if rest else found
+
+
+def protocol(number: int) -> str:
+    """``tcp``, ``udp``, ``icmp``, ``icmp6`` or ``proto-N``."""
+    return PROTOCOLS.get(number, f"proto-{number}")
+
+
+def state(proto: int, flags: int, ab_bits: int, ba_bits: int) -> str:
+    """A TCP entry's state as Felix words it, "" for other protocols."""
+    if proto != 6:
+        return ""
+    fins = (ab_bits & _FIN, ba_bits & _FIN)
+    if all(fins) or (flags & _DSR and any(fins)):
+        return "CLOSED"
+    if (ab_bits | ba_bits) & _RST:
+        return "RESET"
+    return "ESTABLISHED" if ab_bits & ba_bits & _SYN_ACK == _SYN_ACK else "SYN-SENT"
+
+
+def timeout_s(proto: int, flags: int, ab_bits: int, ba_bits: int) -> int:
+    """Seconds without a packet after which Felix removes an entry (its defaults)."""
+    if proto != 6:
+        return _OTHERS.get(proto, _GENERIC)
+    found = state(proto, flags, ab_bits, ba_bits)
+    if (ab_bits | ba_bits) & _RST:
+        return _RESET
+    if found == "CLOSED":
+        return _FINS
+    return _ESTABLISHED if found == "ESTABLISHED" or flags & _DSR else _SYN_SENT
+
+
+def iter_objects(raw: RawMap, context: Context) -> Iterator[dict[str, Any]]:
+    """The entries of a map, in words. Raises LayoutMismatch for a map of no known version."""
+    layout = maptables.resolve(raw)
+    explain = _EXPLAIN.get(_kind(layout), _plain)
+    for key, value in raw.entries:
+        yield {"map": raw.name, **explain(layout, key, maptables.summed(raw, value), context)}
+
+
+def _kind(layout: Layout) -> str:
+    return layout.base.removeprefix("cali_").removeprefix("v4_").removeprefix("v6_")
+
+
+def _plain(layout: Layout, key: bytes, value: bytes, context: Context) -> dict[str, Any]:
+    found = layout.decode(key, value)
+    for number, text in (("proto", protocol), ("ifindex", context.interface)):
+        if number in found:
+            found["interface" if number == "ifindex" else number] = text(found[number])
+    return found
+
+
+def _conntrack(layout: Layout, key: bytes, value: bytes, context: Context) -> dict[str, Any]:
+    entry = layout.decode(key, value)
+    proto, kind = entry["proto"], entry["type"]
+    flags = sum(entry.get(f"flags{index}", 0) << 8 * index for index in range(4))
+    found = {name: entry[name] for name in ("addr_a", "port_a", "addr_b", "port_b")}
+    found = {
+        "proto": protocol(proto),
+        **found,
+        "type": _TYPES.get(kind, f"type-{kind}"),
+        "flags": names(flags, CT_FLAGS),
+    }
+    # v3.30 has the time of the first RST in place of the creation: small maps do not tell which, so both are one name.
+    found |= {"created_or_rst_ns": entry["created_ns"], "last_seen_ns": entry["last_seen_ns"]}
+    found["age_ns"] = max(context.now_ns - entry["last_seen_ns"], 0) if context.now_ns else None
+    if kind == NAT_FWD:
+        table = _FORWARD[layout.ipv6]
+        forward = table.decode(value[_FORWARD_AT : _FORWARD_AT + table.size])
+        return {**found, "from": "b" if flags & _B_A else "a", **{n: forward[n] for n in forward if n != "rev_proto"}}
+    ab, ba = entry["ab_bits"], entry["ba_bits"]
+    limit = timeout_s(proto, flags, ab, ba)
+    found["from"] = "b" if flags & _B_A or (ba & _OPENER and not ab & _OPENER) else "a"
+    found |= {"state": state(proto, flags, ab, ba), "timeout_s": limit}
+    for leg in ("ab", "ba"):
+        found[leg] = {
+            name: entry[f"{leg}_{name}"]
+            for name in ("bytes", "packets", "seqno", "ifindex")
+            if f"{leg}_{name}" in entry
+        } | {"flags": names(entry[f"{leg}_bits"], LEG_FLAGS)}
+    return found | {
+        name: entry[name] for name in ("orig_dst", "orig_dport", "orig_sport", "orig_src", "tun_ip") if name in entry
+    }
+
+
+def _frontend(layout: Layout, key: bytes, value: bytes, context: Context) -> dict[str, Any]:
+    entry = _plain(layout, key, value, context)
+    length = entry.pop("prefixlen", 0)
+    fixed = 152 if layout.ipv6 else 56
+    source = entry.pop("source", None)
+    entry["source"] = f"{source}/{length - fixed}" if length > fixed else None
+    entry["drop"] = entry["count"] == DROP_COUNT
+    entry["flags"] = names(entry.get("flags", 0), NAT_FLAGS)
+    return entry
+
+
+def _route(layout: Layout, key: bytes, value: bytes, context: Context) -> dict[str, Any]:
+    entry = layout.decode(key, value)
+    flags = entry["flags"]
+    found: dict[str, Any] = {"cidr": f"{entry['addr']}/{entry['prefixlen']}", "flags": names(flags, ROUTE_FLAGS)}
+    if flags & 0xC == 0xC:
+        index = int.from_bytes(value[4:8], "little")
+        return {**found, "ifindex": index, "interface": context.interface(index)}
+    return {**found, "next_hop": entry["next_hop"]}
+
+
+def _ip_set(layout: Layout, key: bytes, value: bytes, context: Context) -> dict[str, Any]:
+    entry = layout.decode(key, value)
+    found: dict[str, Any] = {"set_id": f"{entry['set_id']:#x}"}
+    if entry["prefixlen"] - 64 > (128 if layout.ipv6 else 32):
+        return {**found, "addr": entry["addr"], "port": entry["port"], "proto": protocol(entry["proto"])}
+    return {**found, "cidr": f"{entry['addr']}/{entry['prefixlen'] - 64}"}
+
+
+def _failsafe(layout: Layout, key: bytes, value: bytes, context: Context) -> dict[str, Any]:
+    entry = layout.decode(key, value)
+    found = {"proto": protocol(entry["proto"]), "port": entry["port"]}
+    found["direction"] = "outbound" if entry["flags"] & 1 else "inbound"
+    return {**found, "cidr": f"{entry['addr']}/{entry['prefixlen'] - 32}"} if "addr" in entry else found
+
+
+def _interface(layout: Layout, key: bytes, value: bytes, context: Context) -> dict[str, Any]:
+    entry = layout.decode(key, value)
+    entry["flags"] = names(entry["flags"], _IFACE_FLAGS_2 if layout.version == 2 else IFACE_FLAGS)
+    return entry
+
+
+def _counters(layout: Layout, key: bytes, value: bytes, context: Context) -> dict[str, Any]:
+    entry = layout.decode(key, value)
+    count = layout.value.size // 8
+    found: dict[str, Any] = {}
+    if "hook" in entry:
+        found = {"ifindex": entry["ifindex"], "interface": context.interface(entry["ifindex"])}
+        found["hook"] = HOOKS.get(entry["hook"], f"hook {entry['hook']}")
+    return {**found, "counters": {reasons.name(index, count): entry[str(index)] for index in range(count)}}
+
+
+def _rule(layout: Layout, key: bytes, value: bytes, context: Context) -> dict[str, Any]:
+    entry = layout.decode(key, value)
+    return {"rule_id": entry["rule_id"], "rule": context.rules.get(entry["rule_id"]), "packets": entry["packets"]}
+
+
+def _profile(layout: Layout, key: bytes, value: bytes, context: Context) -> dict[str, Any]:
+    entry = _plain(layout, key, value, context)
+    mean = entry["total_ns"] / entry["samples"] if entry["samples"] else None
+    return {**entry, "kind": _KINDS.get(entry["kind"], f"kind {entry['kind']}"), "mean_ns": mean}
+
+
+_EXPLAIN: dict[str, Callable[[Layout, bytes, bytes, Context], dict[str, Any]]] = {
+    "ct": _conntrack, "nat_fe": _frontend, "routes": _route, "ip_sets": _ip_set, "fsafes": _failsafe,
+    "iface": _interface, "counters": _counters, "rule_ctrs": _rule, "profiling": _profile,
+}  # fmt: skip
+
+
+def text(kind: str, entry: dict[str, Any], *, raw: bool = False) -> str:
+    """One entry as one line. *kind*: the map's base name without ``cali_v4_``."""
+    if kind == "ct":
+        return _raw_conntrack(entry) if raw else _conntrack_line(entry)
+    if kind == "routes":
+        flags = entry["flags"]
+        words = [word for word in flags if word not in ("local", "workload", "host")]
+        where = ["local" if "local" in flags else "remote", *(w for w in ("host", "workload") if w in flags)]
+        where = where if {"host", "workload"} & set(flags) else []
+        to = f" idx {entry['ifindex']}" if "ifindex" in entry else ""
+        if not to and not ip_address(entry["next_hop"]).is_unspecified:
+            to = f" nh {entry['next_hop']}"
+        return f"{entry['cidr']:>15}: {' '.join(where + words)}{to}"
+    if kind == "arp":
+        return f"dev {entry['ifindex']:4d}: {entry['addr']:>15} : {entry['mac_src']} -> {entry['mac_dst']}"
+    if kind == "iface":
+        names_of = {"xdp": "XDPPolicy", "ingress": "IngressPolicy", "egress": "EgressPolicy"}
+        policies = "".join(
+            f"{names_of[where]}{family.upper()}: {entry[f'{where}_{family}']}, "
+            for family in ("v4", "v6")
+            for where in names_of
+            if f"{where}_{family}" in entry
+        )
+        filters = "".join(
+            f"{name}: {entry[key]}, "
+            for name, key in (("IngressFilter", "filter_in"), ("EgressFilter", "filter_eg"))
+            if key in entry
+        )
+        return (
+            f"{entry['ifindex']:5d} : {{flags: {','.join(entry['flags'])}, {policies}{filters}name: {entry['name']}}}"
+        )
+    if kind == "nat_aff":
+        number = next((n for n, name in PROTOCOLS.items() if name == entry["proto"]), entry["proto"])
+        return (
+            f"client {entry['client']} svc proto {number} {entry['addr']}:{entry['port']} -> "
+            f"{entry['backend']}:{entry['backend_port']} ts {entry['ts_ns']}"
+        )
+    if kind == "mglv":
+        return f"svc {entry['id']} ordinal {entry['ordinal']} -> {entry['addr']}:{entry['port']}"
+    if kind == "rule_ctrs":
+        return f"{entry['rule_id']:#018x}  {entry['packets']:>10}  {entry['rule'] or '(no policy debug file names it)'}"
+    return "  ".join(f"{name} {_word(value)}" for name, value in entry.items() if name != "map" and value is not None)
+
+
+def _word(value: object) -> str:
+    return ",".join(str(each) for each in value) if isinstance(value, list) else str(value)
+
+
+def _ago(entry: dict[str, Any]) -> str:
+    return "" if entry["age_ns"] is None else f"  Active ago {entry['age_ns'] / _S:.3f}s"
+
+
+def _ends(entry: dict[str, Any]) -> tuple[str, str]:
+    """Source and destination of a conntrack entry."""
+    a, b = (f"{entry[f'addr_{end}']}:{entry[f'port_{end}']}" for end in "ab")
+    return (b, a) if entry["from"] == "b" else (a, b)
+
+
+def _conntrack_line(entry: dict[str, Any]) -> str:
+    source, target = _ends(entry)
+    line = f"{entry['proto'].upper().replace('PROTO', 'Proto')} {source} -> "
+    if entry["type"] == "nat-fwd":
+        line += f"{target}  forward to {entry['rev_addr_a']}:{entry['rev_port_a']} <-> "
+        return line + f"{entry['rev_addr_b']}:{entry['rev_port_b']}{_ago(entry)}"
+    if entry["type"] == "nat-rev":
+        line += f"{entry['orig_dst']}:{entry['orig_dport']} -> "
+    line += target
+    if {"np-fwd", "np-remote", "ext-local"} & set(entry["flags"]):
+        line += " external client"
+    tunnel = entry["tun_ip"]
+    if tunnel and not ip_address(tunnel).is_unspecified:
+        line += f", service forwarded {'to' if 'np-fwd' in entry['flags'] else 'from'} {tunnel}"
+    sport = int(source.rpartition(":")[2])
+    if entry.get("orig_sport") and entry["orig_sport"] != sport:
+        line += f"  source port changed from {entry['orig_sport']}"
+    line += _ago(entry) + (f" {entry['state']}" if entry["state"] else "")
+    if entry["age_ns"] is not None:
+        left = entry["timeout_s"] - entry["age_ns"] / _S
+        line += f"  expires in {left:.0f}s" if left > 0 else "  expired"
+    return line
+
+
+def _raw_conntrack(entry: dict[str, Any]) -> str:
+    number = next((n for n, name in PROTOCOLS.items() if name == entry["proto"]), entry["proto"])
+    key = f"{entry['addr_a']}:{entry['port_a']} <-> {entry['addr_b']}:{entry['port_b']}"
+    kind = next((n for n, name in _TYPES.items() if name == entry["type"]), entry["type"])
+    line = f"ConntrackKey{{proto={number} {key}}} -> Entry{{Type:{kind}, LastSeen:{entry['last_seen_ns']}, "
+    line += f"Flags: {' '.join(entry['flags']) or '<none>'}"
+    if kind == NAT_FWD:
+        line += f" REVKey: ConntrackKey{{proto={number} {entry['rev_addr_a']}:{entry['rev_port_a']} <-> "
+        return line + f"{entry['rev_addr_b']}:{entry['rev_port_b']}}} NATSPort: {entry['nat_sport']}}}{_ago(entry)}"
+    legs = " ".join(
+        f"{name}:{{Bytes:{leg.get('bytes', 0)} Packets:{leg.get('packets', 0)} Seqno:{leg['seqno']} "
+        + " ".join(f"{label}:{str(flag in leg['flags']).lower()}" for label, flag in _RAW_BITS)
+        + f" Ifindex:{leg.get('ifindex', 0)}}}"
+        for name, leg in (("A2B", entry["ab"]), ("B2A", entry["ba"]))
+    )
+    rest = (
+        f"OrigDst:{entry['orig_dst']} OrigSrc:{entry.get('orig_src', '-')} OrigPort:{entry['orig_dport']} "
+        f"OrigSPort:{entry.get('orig_sport', 0)} TunIP:{entry['tun_ip']}"
+    )
+    return f"{line} Data: {{{legs} {rest}}}}}{_ago(entry)} {entry['state']}".rstrip()
+
+
+_RAW_BITS = (
+    ("SynSeen", "syn"), ("AckSeen", "ack"), ("FinSeen", "fin"), ("RstSeen", "rst"), ("Approved", "approved"),
+    ("Opener", "opener"),
+)  # fmt: skip
+
+
+def iter_nat(
+    frontends: Iterable[dict[str, Any]], backends: Iterable[dict[str, Any]], *, both: bool = True
+) -> Iterator[str]:
+    """Frontends, each with its backends; those that are missing are named. *both*: both maps were there."""
+    known = {(b["id"], b["ordinal"]): f"{b['addr']}:{b['port']}" for b in backends}
+    for front in frontends:
+        number = next((n for n, name in PROTOCOLS.items() if name == front["proto"]), front["proto"])
+        count = -1 if front["drop"] else front["count"]
+        flags = f" flags {', '.join(front['flags'])}" if front["flags"] else ""
+        source = f" src {front['source']}" if front["source"] else ""
+        yield (
+            f"{front['addr']} port {front['port']} proto {number} id {front['id']} count {count} "
+            f"local {front['local']}{flags}{source}"
+        )
+        for ordinal in range(max(count, 0)):
+            place = known.get((front["id"], ordinal), " is missing" if both else " (backends were not read)")
+            yield f"\t{front['id']}:{ordinal}\t {place}"
+
+
+def iter_ip_sets(entries: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """IP sets, each with its members."""
+    sets: dict[str, list[str]] = {}
+    for entry in entries:
+        member = entry.get("cidr") or f"{entry['addr']}:{entry['port']} (proto {entry['proto']})"
+        sets.setdefault(entry["set_id"], []).append(member)
+    for name in sorted(sets):
+        yield f"IP set {name}"
+        yield from (f"   {member}" for member in sorted(sets[name]))
+        yield ""
+    if not sets:
+        yield "No IP sets found."
+
+
+def iter_counters(entries: Iterable[dict[str, Any]], interface: str | None = None) -> Iterator[str]:
+    """One table for each interface: reason by hook."""
+    tables: dict[str, dict[str, dict[str, int]]] = {}
+    for entry in entries:
+        tables.setdefault(entry.get("interface", "(this pin)"), {})[entry.get("hook", "tc")] = entry["counters"]
+    for name, hooks in sorted(tables.items()):
+        if interface not in (None, name):
+            continue
+        columns = [hook for hook in (*HOOKS.values(), "tc") if hook in hooks]
+        yield f"dumped {name} counters."
+        yield f"{'TYPE':24}" + "".join(f"{hook.removeprefix('tc ').upper():>14}" for hook in columns)
+        for reason in hooks[columns[0]]:
+            yield f"{reason:24}" + "".join(f"{hooks[hook].get(reason, 0):>14}" for hook in columns)
+        yield ""
+
+
+# --- Conntrack in bulk -------------------------------------------------------------------------------------------
+
+
+def iter_json_blocks(raw: RawMap, context: Context) -> Iterator[str]:
+    """Conntrack entries as JSON lines, thousands at once; the same lines that :func:`iter_objects` gives."""
+    layout = maptables.resolve(raw)
+    for _, keys, values in maptables.blocks(raw):
+        types = values[_TYPE_AT :: layout.value.size]
+        for kind in sorted(set(types)):
+            chosen = [each == kind for each in types] if len(set(types)) > 1 else None
+            yield "".join(_json_lines(raw, layout, context, kind, *_select(layout, keys, values, chosen)))
+
+
+def _select(layout: Layout, keys: bytes, values: bytes, chosen: list[bool] | None) -> tuple[bytes, bytes]:
+    if chosen is None:
+        return keys, values
+    parts = []
+    for packed, size in ((keys, layout.key.size), (values, layout.value.size)):
+        parts.append(b"".join(compress(_cut(packed, size), chosen)))
+    return parts[0], parts[1]
+
+
+def _json_lines(raw: RawMap, layout: Layout, context: Context, kind: int, keys: bytes, values: bytes) -> Iterable[str]:
+    """Records of one type. What depends on few bits is put into words once for each combination of them."""
+    if kind == NAT_FWD or layout.version < 3:
+        pairs = zip(_cut(keys, layout.key.size), _cut(values, layout.value.size), strict=True)
+        return [json.dumps({"map": raw.name, **_conntrack(layout, *each, context)}) + "\n" for each in pairs]
+    c = dict((*layout.key.iter_columns(keys), *layout.value.iter_columns(values)))
+    bits = list(
+        zip(c["proto"], c["flags0"], c["flags1"], c["flags2"], c["flags3"], c["ab_bits"], c["ba_bits"], strict=True)
+    )
+    known = {each: _fragments(kind, *each) for each in set(bits)}
+    head, middle, after, ab, ba = zip(*map(known.__getitem__, bits), strict=True)
+    now = context.now_ns
+    age = [max(now - seen, 0) for seen in c["last_seen_ns"]] if now else ["null"] * len(bits)
+    legs = [c[f"{leg}_{name}"] for leg in ("ab", "ba") for name in _LEG]
+    rows = zip(
+        *(head, c["addr_a"], c["port_a"], c["addr_b"], c["port_b"], middle, c["created_ns"], c["last_seen_ns"]),
+        *(age, after, *legs[:4], ab, *legs[4:], ba, *(c[name] for name in _ORIGINAL)),
+        strict=True,
+    )
+    return map(_line(raw.name).__mod__, rows)
+
+
+def _line(name: str) -> str:
+    leg = '{"bytes": %d, "packets": %d, "seqno": %d, "ifindex": %d, "flags": %s}'
+    return (
+        f'{{"map": {json.dumps(name)}, "proto": %s, "addr_a": "%s", "port_a": %d, "addr_b": "%s", "port_b": %d, %s, '
+        f'"created_or_rst_ns": %d, "last_seen_ns": %d, "age_ns": %s, %s, "ab": {leg}, "ba": {leg}, '
+        '"orig_dst": "%s", "orig_dport": %d, "orig_sport": %d, "orig_src": "%s", "tun_ip": "%s"}\n'
+    )
+
+
+def _fragments(kind: int, proto: int, f0: int, f1: int, f2: int, f3: int, ab: int, ba: int) -> tuple[str, ...]:
+    flags = f0 | f1 << 8 | f2 << 16 | f3 << 24
+    about = {"type": _TYPES.get(kind, f"type-{kind}"), "flags": names(flags, CT_FLAGS)}
+    source = "b" if flags & _B_A or (ba & _OPENER and not ab & _OPENER) else "a"
+    after = {"from": source, "state": state(proto, flags, ab, ba), "timeout_s": timeout_s(proto, flags, ab, ba)}
+    return (
+        json.dumps(protocol(proto)),
+        json.dumps(about)[1:-1],
+        json.dumps(after)[1:-1],
+        json.dumps(names(ab, LEG_FLAGS)),
+        json.dumps(names(ba, LEG_FLAGS)),
+    )
+
+
+def _cut(packed: bytes, size: int) -> Iterator[bytes]:
+    return (packed[at : at + size] for at in range(0, len(packed), size))
+
+
+def conntrack_summary(raw: RawMap) -> dict[str, int]:
+    """How many entries of each protocol, type and state, as ``conntrack stats`` counts them."""
+    layout = maptables.resolve(raw)
+    wanted = ("type", "flags0", "ab_bits", "ba_bits")
+    rows = [row for row in layout.value.rows if row[2] in wanted]
+    bits: Counter[tuple[int, ...]] = Counter()
+    narrow = Table(";".join(f"{at} {kind} {name}" for at, kind, name in rows), layout.value.size)
+    for _, keys, values in maptables.blocks(raw):
+        protos = keys[:: layout.key.size]
+        columns = dict(narrow.iter_columns(values))
+        bits.update(zip(protos, *(columns[name] for name in wanted), strict=True))
+    found = {"entries": sum(bits.values()), "max_entries": raw.max_entries, "connections": 0, "nat_connections": 0}
+    found |= dict.fromkeys(("tcp", "udp", "others", "established", "closed", "reset", "syn_sent"), 0)
+    for (proto, kind, flags, ab, ba), count in bits.items():
+        if kind == NAT_FWD:
+            continue
+        found["connections"] += count
+        found["nat_connections"] += count if kind == NAT_REV else 0
+        found[PROTOCOLS[proto] if proto in (6, 17) else "others"] += count
+        if proto == 6:
+            found[state(proto, flags, ab, ba).lower().replace("-", "_")] += count
+    return found
+
+
+def summary(raw: RawMap) -> dict[str, Any]:
+    """How full a map is; for conntrack what is in it."""
+    layout = maptables.resolve(raw)
+    if _kind(layout) == "ct":
+        return {"map": raw.name, **conntrack_summary(raw)}
+    return {"map": raw.name, "entries": sum(n for n, _, _ in maptables.blocks(raw)), "max_entries": raw.max_entries}
