@@ -155,7 +155,7 @@ def bpf_programs(program_times: ProgramTimes) -> Said:
                     f"{each.run_count} runs, {each.run_ns // max(each.run_count, 1)} ns each",
                 ),
                 "this program takes a large part of a CPU",
-                "calitrace check debug: is Calico's packet log on? calitrace drops: is it a flood?",
+                "calitrace check debug: is Calico's packet log on?; calitrace check drops: is it a flood?",
             )
 
 

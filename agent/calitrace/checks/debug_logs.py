@@ -112,7 +112,9 @@ def trace_pipe_readers(trace_readers: tuple[Process, ...]) -> Said:
             "",
             tuple(f"process {each.pid} ({each.name}) has trace_pipe open" for each in trace_readers),
             "whoever else reads the log gets only the lines that these leave",
-            "end it: kill " + " ".join(str(each.pid) for each in trace_readers) + "; calitrace log needs no trace_pipe",
+            "kill "
+            + " ".join(str(each.pid) for each in trace_readers)
+            + "; calitrace probe --trace reads the log beside it",
         )
 
 

@@ -9,7 +9,7 @@ from calitrace.checks.snapshot import Drops
 
 HOOKS = {0: "tc ingress", 1: "tc egress", 2: "XDP"}
 _FIXES = {
-    "DROPPED_BY_POLICY": "calitrace drops names the rule; calico-node -bpf policy dump IFACE all",
+    "DROPPED_BY_POLICY": "calico-node -bpf policy dump IFACE all; calitrace probe nodeport HOST:PORT --trace names the rule",
     "UNAUTH_SOURCE": "compare loadBalancerSourceRanges with the clients, node addresses with kubectl get nodes -o wide",
     "RT_UNKNOWN": "calico-node -bpf routes dump: is the backend's address there?",
     "BLACK_HOLE": "calico-node -bpf nat dump: does any service have that address and port?",
@@ -34,9 +34,7 @@ def calico_reasons(drops: Drops) -> Said:
                     f"{each.interface} {HOOKS.get(each.hook, each.hook)}",
                     (f"{reason}: {before} -> {after} within {drops.seconds:g} s",),
                     f"packets are dropped: {reasons.MEANING[reason]}",
-                    _FIXES.get(
-                        reason, f"calitrace drops shows them; calico-node -bpf counters dump --iface={each.interface}"
-                    ),
+                    _FIXES.get(reason, f"calico-node -bpf counters dump --iface={each.interface}"),
                 )
 
 
@@ -68,7 +66,7 @@ def silent(drops: Drops) -> Said:
                 ),
                 "programs on this interface drop packets without counting them: reverse path, invalid conntrack state, "
                 "empty program slot (projectcalico/calico#6739), or another program",
-                f"calitrace drops -i {qdisc.interface}",
+                "calitrace probe nodeport HOST:PORT --trace: which packets, and why",
             )
 
 

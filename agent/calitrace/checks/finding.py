@@ -31,7 +31,8 @@ class Section:
 class Finding:
     """*subject*: the interface, map or service it is about, or "". *evidence*: the very lines, bytes, counters.
 
-    *meaning*: what that does to traffic. *fix*: a command to run, or what to change.
+    *meaning*: what that does to traffic. *fix*: a command to run, or what to change; alternatives and steps are
+    separated by "; ".
     """
 
     severity: Severity

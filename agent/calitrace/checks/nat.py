@@ -50,7 +50,11 @@ def backends_complete(nat: Nat) -> Said:
 
 
 def backends_routed(nat: Nat, node_routes: tuple[NodeRoute, ...]) -> Said:
-    """Looks up each backend's address in the routes map: without a route the packet is dropped (RT_UNKNOWN)."""
+    """Looks up each backend's address in the routes map.
+
+    Without a route, packets that come from outside for it are dropped (RT_UNKNOWN). Backends outside the cluster have
+    none, and pods reach them all the same.
+    """
     by_length: dict[int, set[int]] = {}
     for route in node_routes:
         by_length.setdefault(route.network.prefixlen, set()).add(int(route.network.network_address))
@@ -68,10 +72,10 @@ def backends_routed(nat: Nat, node_routes: tuple[NodeRoute, ...]) -> Said:
     ]
     if lines:
         yield Finding(
-            Severity.ERROR,
+            Severity.WARNING,
             "",
             tuple(iter_numbered(lines, _MOST)),
-            "packets for these backends are dropped with RT_UNKNOWN: Felix does not know the pod's address",
+            "packets from outside for these backends are dropped with RT_UNKNOWN: Felix does not know the address",
             "calico-node -bpf routes dump; is the backend outside the cluster, or its pod's IP of another IPAM?",
         )
 

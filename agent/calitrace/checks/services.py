@@ -370,7 +370,9 @@ def mtu(links: Links, routes: Routes, kubernetes: Kubernetes | None = None, host
     for uplink in carriers(links, routes, _addresses(kubernetes, host)):
         large = [pod for pod in pods if pod.mtu + NODEPORT_OVERHEAD > uplink.mtu]
         left = uplink.mtu - NODEPORT_OVERHEAD
-        smaller = f'"vxlanMTU":{left}'
+        smaller = (
+            f'kubectl patch installation default --type merge -p \'{{"spec":{{"calicoNetwork":{{"mtu":{left}}}}}}}\''
+        )
         if large:
             yield Finding(
                 WARNING,
@@ -382,7 +384,7 @@ def mtu(links: Links, routes: Routes, kubernetes: Kubernetes | None = None, host
                 "full-size packets between a client and a pod on another node do not fit into the tunnel: large "
                 "answers stall (projectcalico/calico#4439, #12432)",
                 f"ip link set {uplink.name} mtu {max(pod.mtu for pod in large) + NODEPORT_OVERHEAD}, on every node and "
-                f"what is between; or lower the pods' MTU: {patch(smaller)}",
+                f"what is between; or lower the pods' MTU: {smaller}",
             )
 
 

@@ -47,7 +47,11 @@ def iter_table(results: list[Result], *, verbose: bool = False) -> Iterator[str]
     """
     for result, finding in _by_severity(results):
         yield f"{finding.severity.value.upper():8} {result.check.id}{f'  {finding.subject}' if finding.subject else ''}"
-        for label, lines in (("saw", finding.evidence), ("means", (finding.meaning,)), ("fix", (finding.fix,))):
+        for label, lines in (
+            ("saw", finding.evidence),
+            ("means", (finding.meaning,)),
+            ("fix", finding.fix.split("; ")),
+        ):
             for line in lines:
                 yield from _folded(line, f"         {label:6} ")
                 label = ""
@@ -140,7 +144,7 @@ def iter_markdown(snapshot: Snapshot, results: list[Result]) -> Iterator[str]:
         yield "What to do:"
         yield ""
         yield "```"
-        yield finding.fix
+        yield from finding.fix.split("; ")
         yield "```"
         yield ""
         yield f'Calico\'s page "Troubleshoot eBPF mode": {result.check.section}.'
