@@ -17,7 +17,9 @@ from typing import Any
 
 import pytest
 
-from calitrace.kernel import netns, syscall, tc
+from calitrace.checks import registry
+from calitrace.checks.snapshot import Missing
+from calitrace.kernel import netns, node, syscall, tc
 from calitrace.lab import deployment, network
 from calitrace.lab import state as record
 from calitrace.lab.topology import NODE_A, Lab
@@ -269,6 +271,26 @@ def test_the_snapshot_gives_the_same_elsewhere(lab: Lab, felix: tuple[str, str],
     live = run(lab, *felix, "-w", str(kept))
     offline = calitrace("check", "-r", str(kept), "-o", "json")
     assert [json.loads(line) for line in offline.stdout.splitlines()] == live
+
+
+def test_without_root_nothing_is_taken_for_absent(lab: Lab) -> None:
+    """What may not be read is missing: above all it is no proof that there is no program and no kube-proxy."""
+    receive, send = os.pipe()
+    before = node.collect(node.Where(lab.namespace("node-a"), lab.pins / "node-a"), 0, lambda _: None)
+    assert not isinstance(before.links, Missing)
+    child = os.fork()
+    if child == 0:
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+        results = registry.run(node.collect(node.Where(), 0, lambda _: None))
+        os.write(send, json.dumps([each.check.id for each in results if each.findings]).encode())
+        os._exit(0)
+    os.close(send)
+    with os.fdopen(receive) as answer:
+        found = json.load(answer)
+    os.waitpid(child, 0)
+    assert not {"services.ebpf-off", "services.kube-proxy-absent"} & set(found)
 
 
 def test_a_healthy_node_has_traffic_and_no_unanswered_connections(lab: Lab, felix: tuple[str, str]) -> None:

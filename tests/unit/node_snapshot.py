@@ -214,7 +214,7 @@ HEALTHY = Snapshot(
     },
     links=LINKS,
     routes=ROUTES,
-    processes=(Process(57, "calico-node", "calico-node -felix"),),
+    processes=(Process(57, "calico-node", "calico-node -felix"), Process(40, "kubelet", "/usr/bin/kubelet")),
     chains=("KUBE-KUBELET-CANARY", "cali-FORWARD"),
     trace_readers=(),
     lockdown="none",

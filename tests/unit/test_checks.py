@@ -111,7 +111,7 @@ FIRES: list[tuple[str, dict[str, Any], str]] = [
         {"links": bare(), "processes": PROXY, "felix_lines": (line("Felix starting up"),)},
         "BPF enabled, starting",
     ),
-    ("services.kube-proxy-absent", {"links": bare()}, "no kube-proxy among 1"),
+    ("services.kube-proxy-absent", {"links": bare()}, "no kube-proxy among 2"),
     ("services.kube-proxy-beside", {"processes": PROXY} | OLD_BROKEN, "process 99: kube-proxy --config=/x"),
     (
         "services.healthz-port",
@@ -673,6 +673,7 @@ QUIET: list[tuple[str, dict[str, Any]]] = [
 ]
 GONE_ALL = {"kubernetes": Missing("no API server"), "maps": MAPS[:5]}
 UNKNOWN: list[tuple[str, dict[str, Any], str]] = [
+    ("services.kube-proxy-absent", {"links": bare(), "processes": ()}, "no process kubelet in sight"),
     ("services.workload-programs", {"links": bare()}, "no interface carries a Calico program"),
     ("services.workload-programs", {"links": with_link(POD, programs={}, kind="netkit")}, "netkit"),
     ("services.uplink-programs", {"links": bare()}, "no interface carries a Calico program"),

@@ -9,7 +9,8 @@ from calitrace.checks.snapshot import Drops
 
 HOOKS = {0: "tc ingress", 1: "tc egress", 2: "XDP"}
 _FIXES = {
-    "DROPPED_BY_POLICY": "calico-node -bpf policy dump IFACE all; calitrace probe nodeport HOST:PORT --trace names the rule",
+    "DROPPED_BY_POLICY": "calitrace probe nodeport HOST:PORT --trace names the rule; "
+    "calico-node -bpf policy dump IFACE all",
     "UNAUTH_SOURCE": "compare loadBalancerSourceRanges with the clients, node addresses with kubectl get nodes -o wide",
     "RT_UNKNOWN": "calico-node -bpf routes dump: is the backend's address there?",
     "BLACK_HOLE": "calico-node -bpf nat dump: does any service have that address and port?",

@@ -271,8 +271,14 @@ def bandwidth_plugin(links: Links) -> Said:
 
 
 def kube_proxy_absent(links: Links, processes: tuple[Process, ...]) -> Said:
-    """Looks for kube-proxy where no Calico program is attached: one of the two must serve services."""
-    if not ebpf_on(links) and not _kube_proxies(processes):
+    """Looks for kube-proxy where no Calico program is attached: one of the two must serve services.
+
+    That it is absent is believed only where a kubelet is in sight: a container sees its own processes alone, and in
+    k3s kube-proxy is part of another process.
+    """
+    if not any(each.name == "kubelet" for each in processes):
+        yield Unknown("no process kubelet in sight: it is not known whether kube-proxy would be")
+    elif not ebpf_on(links) and not _kube_proxies(processes):
         yield Finding(
             ERROR,
             "",

@@ -67,7 +67,8 @@ def command(
     """Look through Calico's page "Troubleshoot eBPF mode" and show what was seen, what it means, what to do.
 
     AREA is services, drops, cpu, debug, maps or performance; all by default. A check whose source cannot be read is
-    not run, and said to be. Exit status 0: nothing found, 1: findings, 3: nothing could be looked at.
+    not run, and said to be. Exit status 0: nothing found, 1: findings, 3: neither interfaces nor maps nor cluster nor
+    Felix could be looked at.
     """
     from calitrace.checks import registry
     from calitrace.report import check as shown
@@ -91,9 +92,17 @@ def command(
     )
     for line in lines:
         click.echo(line)
-    if all(result.why and not result.findings for result in results):
-        return int(Exit.ENVIRONMENT)
-    return int(Exit.FINDINGS if any(result.findings for result in results) else Exit.DONE)
+    if any(result.findings for result in results):
+        return int(Exit.FINDINGS)
+    return int(Exit.DONE if _looked(snapshot) else Exit.ENVIRONMENT)
+
+
+def _looked(snapshot: Snapshot) -> bool:
+    """Whether anything of a dataplane was seen: interfaces with their programs, maps, the cluster, or Felix."""
+    from calitrace.checks.snapshot import Missing
+
+    seen = (snapshot.links, snapshot.maps, snapshot.kubernetes, snapshot.felix_objects, snapshot.felix_lines)
+    return not all(isinstance(each, Missing) for each in seen)
 
 
 def _explain(identifier: str) -> int:

@@ -6,6 +6,7 @@ Each source is read by itself: what fails becomes `Missing` with the reason and 
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import socket
@@ -36,12 +37,13 @@ from calitrace.checks.snapshot import (
     ThreadTime,
     ThreadTimes,
 )
-from calitrace.errors import EnvironmentUnfit, Error
+from calitrace.errors import EnvironmentUnfit, Error, UsageError
 from calitrace.kernel import iptables, maps, netns, syscall, tc
 
 T = TypeVar("T")
 Progress = Callable[[str], None]
 _PROC = Path("/proc")
+_LOOKED_FOR = ("kubelet", "kube-proxy", "calico-node", "calico-felix")
 _SYSCTLS = ("net.core.bpf_jit_enable", "net.core.bpf_jit_limit", "kernel.bpf_stats_enabled")
 _ALL = 1 << 62
 # What is decoded, and how many rows of it are kept; of conntrack enough to see what goes unanswered.
@@ -111,10 +113,14 @@ def _source(read: Callable[[], T], name: str) -> T | Missing:
 
     try:
         return read()
+    except UsageError as failure:
+        return Missing(f"{failure.cause} ({failure.hint})")
     except Error as failure:
         return Missing(failure.cause)
-    except (OSError, NetlinkError) as failure:
-        return Missing(f"{name}: {getattr(failure, 'strerror', None) or failure}")
+    except NetlinkError as failure:
+        return Missing(f"{name}: {os.strerror(failure.code)}")
+    except OSError as failure:
+        return Missing(f"{name}: {failure.strerror}")
 
 
 def _host(node: str, env: dict[str, str] | Missing) -> Host:
@@ -140,27 +146,45 @@ def _lockdown() -> str:
 
 
 def iter_processes(inum: int) -> Iterator[Process]:
-    """The processes in the network namespace with this inode number; kernel threads are left out."""
+    """The processes in the network namespace with this inode number; kernel threads are left out.
+
+    Raises EnvironmentUnfit where it is hidden from us in which namespace one of those is that checks look for.
+    """
     for entry in _PROC.iterdir():
         if entry.name.isdigit():
             with suppress(OSError):  # it ended while we looked
-                if (entry / "ns/net").stat().st_ino == inum:
-                    command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-                    if command:
-                        yield Process(int(entry.name), _comm(entry), command[:200])
+                name = _comm(entry)
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+                try:
+                    where = (entry / "ns/net").stat().st_ino
+                except PermissionError:
+                    if name in _LOOKED_FOR and (entry / "stat").exists():
+                        raise EnvironmentUnfit(f"the network namespace of {name} is hidden: run as root") from None
+                    continue
+                if command and where == inum:
+                    yield Process(int(entry.name), name, command[:200])
+
+
+def iter_trace_readers() -> Iterator[Process]:
+    """Processes that have a trace_pipe open. Raises EnvironmentUnfit without root."""
+    if os.geteuid() != 0:
+        raise EnvironmentUnfit("the open files of other processes are hidden: run as root")
+    for entry in _PROC.iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):  # it ended while we looked, or is out of even root's reach
+                if any(_target(each).endswith("/trace_pipe") for each in (entry / "fd").iterdir()):
+                    yield Process(int(entry.name), _comm(entry))
+
+
+def _target(link: Path) -> str:
+    try:
+        return str(link.readlink())
+    except FileNotFoundError:  # closed while we looked
+        return ""
 
 
 def _comm(entry: Path) -> str:
     return (entry / "comm").read_text(errors="replace").strip()
-
-
-def iter_trace_readers() -> Iterator[Process]:
-    """Processes that have a trace_pipe open."""
-    for entry in _PROC.iterdir():
-        if entry.name.isdigit():
-            with suppress(OSError):
-                if any(str(each.readlink()).endswith("/trace_pipe") for each in (entry / "fd").iterdir()):
-                    yield Process(int(entry.name), _comm(entry))
 
 
 def _felix_env(processes: tuple[Process, ...] | Missing) -> dict[str, str]:
@@ -277,8 +301,11 @@ def _links(route: Any) -> tuple[Link, ...]:
 def _attached(route: Any, index: int, clsact: bool, known: dict[int, Program]) -> dict[str, tuple[Program, ...]]:
     ids: dict[str, list[int]] = {hook: [] for hook in tc.HOOKS}
     for hook in tc.HOOKS:
-        with suppress(OSError):  # before Linux 6.6 there is no tcx
+        try:
             ids[hook] += syscall.attached_programs(index, hook)
+        except OSError as failure:
+            if failure.errno == errno.EPERM:  # others mean a kernel before 6.6, which has no tcx
+                raise
     if clsact:
         for hook, _name, identifier in tc.iter_programs(route, index):
             ids[hook].append(identifier)
@@ -390,13 +417,17 @@ def _measured(found: Snapshot, bpffs: Path, interval_s: float) -> dict[str, Any]
         )
         seconds = round(time.monotonic() - began, 3)
     measured: dict[str, Any] = {}
-    measured["thread_times"] = ThreadTimes(
-        seconds,
-        tuple(
-            ThreadTime(pid, process, name, round(used - threads[pid, tid][2], 3))
-            for (pid, tid), (process, name, used) in after_threads.items()
-            if (pid, tid) in threads
-        ),
+    measured["thread_times"] = (
+        found.processes
+        if isinstance(found.processes, Missing)
+        else ThreadTimes(
+            seconds,
+            tuple(
+                ThreadTime(pid, process, name, round(used - threads[pid, tid][2], 3))
+                for (pid, tid), (process, name, used) in after_threads.items()
+                if (pid, tid) in threads
+            ),
+        )
     )
     broken = [each for each in (statistics, programs, after_programs) if isinstance(each, Missing)]
     if broken or isinstance(programs, Missing) or isinstance(after_programs, Missing):
