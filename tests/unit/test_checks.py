@@ -18,6 +18,7 @@ from tests.unit.node_snapshot import (
     HEALTHY,
     KUBERNETES,
     LINKS,
+    LO,
     MAPS,
     NO_DROPS,
     NODE_ROUTES,
@@ -673,7 +674,15 @@ QUIET: list[tuple[str, dict[str, Any]]] = [
 ]
 GONE_ALL = {"kubernetes": Missing("no API server"), "maps": MAPS[:5]}
 UNKNOWN: list[tuple[str, dict[str, Any], str]] = [
-    ("services.kube-proxy-absent", {"links": bare(), "processes": ()}, "no process kubelet in sight"),
+    *(
+        (check, {"links": bare(), "processes": (), "felix_objects": felix()}, "no process kubelet in sight")
+        for check in (
+            *("services.kube-proxy-absent", "services.kube-proxy-beside", "services.healthz-port"),
+            *("cpu.kube-proxy-fight", "cpu.kube-proxy-rules"),
+        )
+    ),
+    ("services.ebpf-off", {"links": (LO, replace(ETH0, programs={})), "processes": ()}, "neither a kubelet"),
+    ("services.ebpf-off", {"links": (LO,), "processes": Missing("not root")}, "neither a kubelet"),
     ("services.workload-programs", {"links": bare()}, "no interface carries a Calico program"),
     ("services.workload-programs", {"links": with_link(POD, programs={}, kind="netkit")}, "netkit"),
     ("services.uplink-programs", {"links": bare()}, "no interface carries a Calico program"),

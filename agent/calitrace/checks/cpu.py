@@ -6,7 +6,7 @@ from calitrace.calico.felix_config import Settings, Unset
 from calitrace.calico.release import Release
 from calitrace.checks.finding import Check, Finding, Said, Section, Severity, Unknown
 from calitrace.checks.objects import ebpf_on, iter_numbered, patch
-from calitrace.checks.services import KUBE_PROXY_OFF
+from calitrace.checks.services import KUBE_PROXY_OFF, kube_proxies
 from calitrace.checks.snapshot import Kubernetes, Link, Map, Process, ProgramTimes, ThreadTimes
 
 Links = tuple[Link, ...]
@@ -47,10 +47,12 @@ def kube_proxy_fight(links: Links, processes: tuple[Process, ...], felix: Settin
     Felix removes kube-proxy's iptables rules, kube-proxy writes them again, without end. Besides the CPU, services
     flap.
     """
-    found = [each for each in processes if each.name == "kube-proxy"]
+    found = kube_proxies(processes)
     cleanup = felix.get("bpfKubeProxyIptablesCleanupEnabled")
     if isinstance(cleanup, Unset):
         yield Unknown(cleanup.why)
+    elif isinstance(found, Unknown):
+        yield found
     elif found and cleanup.value and ebpf_on(links):
         yield Finding(
             Severity.ERROR,
@@ -68,7 +70,10 @@ def kube_proxy_rules(links: Links, chains: tuple[str, ...], processes: tuple[Pro
     They cost each packet that enters the host's stack, and send traffic to endpoints that have long gone.
     """
     mine = [chain for chain in chains if chain.startswith(("KUBE-SVC-", "KUBE-SEP-", "KUBE-SERVICES", "KUBE-EXT-"))]
-    if mine and ebpf_on(links) and not any(each.name == "kube-proxy" for each in processes):
+    found = kube_proxies(processes)
+    if isinstance(found, Unknown):
+        yield found
+    elif mine and ebpf_on(links) and not found:
         yield Finding(
             Severity.WARNING,
             "",

@@ -35,14 +35,21 @@ NODEPORT_OVERHEAD = 50  # IPv4, UDP, VXLAN and Ethernet headers of the NodePort 
 _HOOKS = ("ingress", "egress")
 
 
-def ebpf_off(links: Links, felix: Settings | None = None) -> Said:
+def ebpf_off(links: Links, felix: Settings | None = None, processes: tuple[Process, ...] | None = None) -> Said:
     """Looks for a Calico program on any interface (tc and tcx), and at bpfEnabled.
 
     Requested and not on means that Felix fell back, does not run, or could not attach; then only kube-proxy could
     serve services. Not requested and still on means that programs of an earlier time handle traffic with maps that
     nobody writes any more.
+
+    That nothing is on is believed only where a kubelet runs or Calico has an interface: a pod's own namespace has no
+    program either.
     """
     on = ebpf_on(links)
+    calico = any(is_workload(link) or (link.name in OWN_DEVICES and link.name != "lo") for link in links)
+    if not on and not calico and not any(each.name == "kubelet" for each in processes or ()):
+        yield Unknown("neither a kubelet nor an interface of Calico's in sight: is this the node's network namespace?")
+        return
     wanted = felix.get("bpfEnabled") if felix else Unset("Felix's settings are not known")
     if isinstance(wanted, Unset):
         if not on:
@@ -276,9 +283,10 @@ def kube_proxy_absent(links: Links, processes: tuple[Process, ...]) -> Said:
     That it is absent is believed only where a kubelet is in sight: a container sees its own processes alone, and in
     k3s kube-proxy is part of another process.
     """
-    if not any(each.name == "kubelet" for each in processes):
-        yield Unknown("no process kubelet in sight: it is not known whether kube-proxy would be")
-    elif not ebpf_on(links) and not _kube_proxies(processes):
+    found = kube_proxies(processes)
+    if isinstance(found, Unknown):
+        yield found
+    elif not ebpf_on(links) and not found:
         yield Finding(
             ERROR,
             "",
@@ -288,8 +296,12 @@ def kube_proxy_absent(links: Links, processes: tuple[Process, ...]) -> Said:
         )
 
 
-def _kube_proxies(processes: tuple[Process, ...]) -> list[Process]:
-    return [each for each in processes if each.name == "kube-proxy"]
+def kube_proxies(processes: tuple[Process, ...]) -> list[Process] | Unknown:
+    """The kube-proxies; that there is none is believed only where a kubelet is in sight."""
+    found = [each for each in processes if each.name == "kube-proxy"]
+    if not found and not any(each.name == "kubelet" for each in processes):
+        return Unknown("no process kubelet in sight: it is not known whether kube-proxy would be")
+    return found
 
 
 def kube_proxy_beside(links: Links, processes: tuple[Process, ...], felix: Settings | None = None) -> Said:
@@ -297,9 +309,11 @@ def kube_proxy_beside(links: Links, processes: tuple[Process, ...], felix: Setti
 
     Where it is known to be true, cpu.kube-proxy-fight speaks; where it is false, the two may live together.
     """
-    found = _kube_proxies(processes)
+    found = kube_proxies(processes)
     cleanup = felix.get("bpfKubeProxyIptablesCleanupEnabled") if felix else Unset("Felix's settings are not known")
-    if found and ebpf_on(links) and isinstance(cleanup, Unset):
+    if isinstance(found, Unknown):
+        yield found
+    elif found and ebpf_on(links) and isinstance(cleanup, Unset):
         yield Finding(
             WARNING,
             "",
@@ -320,15 +334,18 @@ def healthz_port(links: Links, processes: tuple[Process, ...], felix: Settings, 
     """Looks for kube-proxy where Felix is to listen on bpfKubeProxyHealthzPort: both want port 10256."""
     port = felix.get("bpfKubeProxyHealthzPort")
     cleanup = felix.get("bpfKubeProxyIptablesCleanupEnabled")
-    if isinstance(port, Unset) or isinstance(cleanup, Unset):
+    found = kube_proxies(processes)
+    if isinstance(found, Unknown):
+        yield found
+    elif isinstance(port, Unset) or isinstance(cleanup, Unset):
         yield Unknown("bpfKubeProxyHealthzPort or bpfKubeProxyIptablesCleanupEnabled is not known")
     elif release.oldest < (3, 31):
         yield Unknown(f"bpfKubeProxyHealthzPort is of v3.31, and this is {release}")
-    elif _kube_proxies(processes) and ebpf_on(links) and not cleanup.value and port.value == 10256:
+    elif found and ebpf_on(links) and not cleanup.value and port.value == 10256:
         yield Finding(
             INFO,
             "",
-            (str(port), *(f"process {each.pid}: {each.name}" for each in _kube_proxies(processes))),
+            (str(port), *(f"process {each.pid}: {each.name}" for each in found)),
             "kube-proxy owns port 10256: Felix logs an error each time it cannot bind it (projectcalico/calico#10748)",
             patch('"bpfKubeProxyHealthzPort":0'),
         )
