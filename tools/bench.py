@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import socket
 import statistics
+import struct
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -24,7 +27,7 @@ from pyroute2 import netns as pyroute_netns
 
 from calitrace import identity
 from calitrace.identity import Identity
-from calitrace.kernel import loader, netns, syscall
+from calitrace.kernel import loader, mounts, netns, syscall
 from calitrace.kernel.collectors import Collectors, Plan
 
 if TYPE_CHECKING:
@@ -244,6 +247,58 @@ def start_up() -> Iterator[Result]:
     yield row("--help", statistics.median(helped), "s", peer=statistics.median(bare), at_most=0.15)
 
 
+ENTRIES = 1_000_000
+
+
+def maps_read() -> Iterator[Result]:
+    """A million conntrack entries in a real pinned map: dump as JSON, beside bpftool's, and summary."""
+    if not shutil.which("bpftool"):
+        raise SystemExit("error: bpftool is not there\nhint: apt-get install bpftool")
+    program = str(Path(sys.executable).parent / "calitrace")
+    with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
+        where = Path(directory)
+        mounts.mount_bpffs(where)
+        stack.callback(mounts.unmount, where)
+        pin = where / "tc" / "globals" / "cali_v4_ct4"
+        pin.parent.mkdir(parents=True)
+        descriptor = syscall.map_create(9, 16, 88, 2 * ENTRIES, name=pin.name)  # an LRU may evict when nearly full
+        stack.callback(os.close, descriptor)
+        syscall.object_pin(descriptor, pin)
+        chance = random.Random(1)
+        for start in range(0, ENTRIES, 10_000):
+            rows = range(start, start + 10_000)
+            keys = (struct.pack("<IIIHH", 6, 0x0100000A + (i << 8), 0x0200400A, i & 0xFFFF, 80) for i in rows)
+            leg = (
+                struct.pack("<QIIII", chance.getrandbits(20), i & 0xFFF, chance.getrandbits(32), 0x13, 3) for i in rows
+            )
+            values = (
+                struct.pack("<QQ7xB", 0, i, 1) + each + each + bytes(16) for i, each in zip(rows, leg, strict=True)
+            )
+            syscall.map_update_batch(descriptor, 10_000, b"".join(keys), b"".join(values))
+        words = [program, "maps", "conntrack", "dump", "-o", "json", "--bpffs", str(where)]
+        started = time.monotonic()
+        subprocess.run(["bpftool", "map", "dump", "-j", "pinned", str(pin)], check=True, stdout=subprocess.DEVNULL)
+        peer = time.monotonic() - started
+        started = time.monotonic()
+        with subprocess.Popen(words, stdout=subprocess.PIPE) as running:
+            assert running.stdout is not None
+            running.stdout.readline()
+            first = time.monotonic() - started
+            running.stdout.close()
+        started = time.monotonic()
+        child = subprocess.Popen(words, stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(child.pid, 0)
+        took = time.monotonic() - started
+        if status:
+            raise SystemExit("error: the dump failed")
+        yield row("maps: dump 1 M, JSON", took, "s", peer=peer, at_most=0.2, of_peer=True)
+        yield row("maps: first line", first, "s", at_most=0.3)
+        yield row("maps: peak memory", usage.ru_maxrss / 1024, "MB", at_most=300)
+        started = time.monotonic()
+        subprocess.run([*words[:3], "summary", *words[6:]], check=True, stdout=subprocess.DEVNULL)
+        yield row("maps: summary 1 M", time.monotonic() - started, "s", at_most=2)
+
+
 def main() -> int:
     """Exit status 0 also where an aim is missed: the table says so."""
     if os.geteuid():
@@ -251,7 +306,7 @@ def main() -> int:
         return 3
     results = []
     print(f"{'what':28} {'value':>9} {'unit':4} {'peer':>9} {'ratio':>6}  {'aim':14} met")
-    for result in (*start_up(), *collectors_cost()):
+    for result in (*start_up(), *maps_read(), *collectors_cost()):
         results.append(asdict(result))
         peer = "-" if result.peer is None else f"{result.peer:.3g}"
         ratio = "-" if result.ratio is None else f"{result.ratio:.2f}"

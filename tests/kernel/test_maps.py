@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 import struct
+import subprocess
+import sys
 import threading
 from typing import TYPE_CHECKING
 
 import pytest
 
+from calitrace import journal
+from calitrace.calico import maptables
 from calitrace.errors import EnvironmentUnfit, NotCalico, UsageError
 from calitrace.kernel import maps, mounts, syscall
 
@@ -209,3 +214,107 @@ def test_no_maps_is_not_calico(bpffs: Path) -> None:
 def test_no_such_process() -> None:
     with pytest.raises(UsageError, match="no process 999999999"):
         maps.root(None, None, 999999999)
+
+
+def calitrace(*words: str) -> subprocess.CompletedProcess[str]:
+    """Run a maps command to its end."""
+    command = (sys.executable, "-c", "from calitrace.cli.main import run; run()", "maps", *words)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+
+
+def connections(count: int) -> dict[bytes, bytes]:
+    """Conntrack entries of v4, IPv4."""
+    return {struct.pack("<IIIHH", 6, i, 9, i & 0xFFFF, 80): struct.pack("<QQ72x", 0, i) for i in range(count)}
+
+
+@pytest.mark.parametrize("layout", maptables.layouts(), ids=lambda e: f"{e.base}-{e.version}-{e.value.size}")
+def test_every_version_live_and_from_a_snapshot(bpffs: Path, tmp_path: Path, layout: maptables.Layout) -> None:
+    """Known bytes of every layout, in a real map of its sizes."""
+    name = layout.base + (str(layout.version) if layout.version > 1 else "")
+    found = pin(bpffs, name, HASH, (layout.key.size, layout.value.size), 10)
+    key = bytes(index + 1 for index in range(layout.key.size))
+    value = bytes((index * 7) & 0xFF for index in range(layout.value.size))
+    write(found, {key: value})
+    raw = maps.read(found)
+    (live,) = maptables.iter_entries(raw, maptables.resolve(raw))
+    assert live == layout.decode(key, value)
+    stream = io.BytesIO()
+    writer = journal.Writer(stream, {})
+    for body in journal.map_bodies(raw, maptables.blocks(raw)):
+        writer.write(journal.MAPS, body)
+    stream.seek(0)
+    (stored,) = journal.read(stream).maps
+    assert list(maptables.iter_entries(stored, maptables.resolve(stored))) == [live]
+
+
+def test_bad_input_has_one_error_and_its_status(bpffs: Path, tmp_path: Path) -> None:
+    assert calitrace("nat", "dump", "--bpffs", str(bpffs)).returncode == 4
+    pin(bpffs, "cali_v4_ct9", LRU_HASH, (16, 92), 10)
+    refused = calitrace("conntrack", "dump", "--bpffs", str(bpffs))
+    assert refused.returncode == 3
+    assert "v9 16+92" in refused.stderr
+    assert "v4 16+88" in refused.stderr
+    for words in (("walk", "1.2.3", "10.0.0.1:80/tcp"), ("walk", "1.2.3.4", "10.0.0.1:80"),
+                  ("walk", "::1", "1.1.1.1:1/tcp"),
+                  ("walk", "1.2.3.4", "10.0.0.1:99999/tcp"), ("conntrack", "get", "10.0.0.999"), ("diff", "one"),
+                  ("conntrack", "dump", "-r", "/nonexistent"), ("conntrack", "clean"),
+                  ("conntrack", "remove", "what", "1.1.1.1", "2.2.2.2", "--dry-run")):  # fmt: skip
+        done = calitrace(*words, "--bpffs", str(bpffs))
+        assert done.returncode == 2, done
+        assert done.stderr.startswith("error: ")
+        assert "Traceback" not in done.stderr
+
+
+def test_a_snapshot_cut_short_is_shown_and_then_told(bpffs: Path, tmp_path: Path) -> None:
+    write(pin(bpffs, "cali_v4_ct4", LRU_HASH, (16, 88), 1000), connections(100))
+    whole, cut, garbage = (tmp_path / name for name in ("whole", "cut", "garbage"))
+    assert calitrace("snapshot", "-w", str(whole), "--bpffs", str(bpffs)).returncode == 0
+    raw = whole.read_bytes()
+    cut.write_bytes(raw[:-5])
+    garbage.write_bytes(raw + b"\xc1")
+    for file in (cut, garbage):
+        done = calitrace("conntrack", "dump", "-r", str(file))
+        assert len(done.stdout.splitlines()) == 100
+        assert done.returncode == 2
+        assert "error: the snapshot is incomplete" in done.stderr
+
+
+def test_a_closed_pipe_is_no_error(bpffs: Path) -> None:
+    write(pin(bpffs, "cali_v4_ct4", LRU_HASH, (16, 88), 50_000), connections(20_000))
+    for output in ("json", "table"):
+        command = (sys.executable, "-c", "from calitrace.cli.main import run; run()", "maps", "conntrack", "dump")
+        with subprocess.Popen(
+            (*command, "-o", output, "--bpffs", str(bpffs)), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as running:
+            assert running.stdout is not None
+            assert running.stderr is not None
+            assert running.stdout.readline()
+            running.stdout.close()
+            assert running.stderr.read() == b""
+
+
+def test_several_versions_side_by_side(bpffs: Path) -> None:
+    write(pin(bpffs, "cali_v4_ct3", HASH, (16, 88), 10), connections(1))
+    write(pin(bpffs, "cali_v4_ct4", LRU_HASH, (16, 88), 10), connections(2))
+    done = calitrace("conntrack", "dump", "--bpffs", str(bpffs))
+    assert len(done.stdout.splitlines()) == 2
+    assert "mid-upgrade" in done.stderr
+    chosen = calitrace("conntrack", "dump", "--ver", "3", "--bpffs", str(bpffs))
+    assert len(chosen.stdout.splitlines()) == 1
+
+
+def test_changes_only_with_permission(bpffs: Path) -> None:
+    write(pin(bpffs, "cali_v4_ct4", LRU_HASH, (16, 88), 10), connections(3))
+    counters = pin(bpffs, "cali_counters6", PERCPU_HASH, (8, 216), 10)
+    key = struct.pack("<II", 1, 0)
+    write(counters, {key: b"\1" * 216 * syscall.possible_cpus()})
+    interfaces = pin(bpffs, "cali_iface4", HASH, (4, 52), 10)
+    write(interfaces, {struct.pack("<I", 1): struct.pack("<I16s32x", 1, b"cali7")})
+    for words in (("conntrack", "clean"), ("counters", "flush", "--iface", "cali7")):
+        assert calitrace(*words, "--bpffs", str(bpffs), "--dry-run").returncode == 0
+        assert calitrace(*words, "--bpffs", str(bpffs)).returncode == 2
+    assert dict(maps.read(counters).entries)[key] == b"\1" * 216 * syscall.possible_cpus()
+    for words in (("conntrack", "clean"), ("counters", "flush", "--iface", "cali7")):
+        assert calitrace(*words, "--bpffs", str(bpffs), "--allow-system-changes").returncode == 0
+    assert dict(maps.read(counters).entries)[key] == bytes(216 * syscall.possible_cpus())
+    assert calitrace("conntrack", "dump", "--bpffs", str(bpffs)).stdout == ""

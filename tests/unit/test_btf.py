@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from calitrace import btf
 from calitrace.btf import Btf, Member
+from calitrace.calico import maptables
 from calitrace.errors import Malformed
 
 _VMLINUX = Path("/sys/kernel/btf/vmlinux")
@@ -181,3 +182,16 @@ def test_sk_buff_of_this_kernel() -> None:
     type_id = kernel.find("sk_buff", btf.KIND_STRUCT)
     assert type_id is not None
     assert max(m.offset for m in members.values()) < kernel.size(type_id)
+
+
+def test_a_table_beside_the_btf_of_its_map() -> None:
+    blob = Blob()
+    blob.add(btf.KIND_INT, "u32", 4, tail=struct.pack("<I", 32))
+    blob.add(btf.KIND_INT, "u8", 1, tail=struct.pack("<I", 8))
+    blob.add(btf.KIND_ARRAY, tail=struct.pack("<III", 2, 1, 4))
+    blob.add(btf.KIND_STRUCT, "value", 8, 2, blob.members(("flags", 1, 0), ("addr", 3, 32)))
+    types = Btf(blob.raw())
+    assert maptables.disagreement(maptables.Table("0 u32 flags;6 u16 half", 8), types, 4) == ""
+    moved = maptables.disagreement(maptables.Table("0 u16 low;2 u16 half", 8), types, 4)
+    assert moved == "BTF has no member where our table has half at byte 2"
+    assert maptables.disagreement(maptables.Table("0 u32 flags", 12), types, 4) == "BTF has 8 bytes, our table 12"

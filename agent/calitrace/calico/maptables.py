@@ -14,6 +14,7 @@ from functools import lru_cache
 from ipaddress import IPv6Address
 from typing import TYPE_CHECKING, Any
 
+from calitrace.btf import KIND_ARRAY, KIND_STRUCT, KIND_UNION, Btf
 from calitrace.calico.maps import RawMap, identify
 from calitrace.errors import LayoutMismatch
 
@@ -248,6 +249,34 @@ def resolve(raw: RawMap) -> Layout:
     raise LayoutMismatch(
         0, f"key+value bytes of {expected}", f"v{version} {raw.key_size}+{raw.value_size}", f"map {raw.name}"
     )
+
+
+def disagreement(table: Table, types: Btf, type_id: int) -> str:
+    """What a map's own BTF says against a table: its size, or a member of ours where BTF has none; "" when both agree.
+
+    Names are not compared: Calico renames members, and what it means by an array of bytes BTF cannot say.
+    Raises Malformed for a broken BTF.
+    """
+    if types.size(type_id) != table.size:
+        return f"BTF has {types.size(type_id)} bytes, our table {table.size}"
+    starts = set(_starts(types, type_id, 0))
+    lost = [f"{name} at byte {offset}" for offset, _, name in table.rows if offset not in starts]
+    return f"BTF has no member where our table has {', '.join(lost)}" if lost else ""
+
+
+def _starts(types: Btf, type_id: int, at: int) -> Iterator[int]:
+    """The bytes at which a member, or an element of an array, begins."""
+    inner = types.resolve(type_id)
+    kind = types.kind(inner)
+    yield at
+    if kind in (KIND_STRUCT, KIND_UNION):
+        for member in types.members(inner):
+            yield from _starts(types, member.type_id, at + member.offset)
+    elif kind == KIND_ARRAY:
+        element, count = types.array(inner)
+        width = types.size(element)
+        for index in range(count):
+            yield from _starts(types, element, at + index * width)
 
 
 def summed(raw: RawMap, value: bytes) -> bytes:

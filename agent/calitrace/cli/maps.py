@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from calitrace.calico.maps import RawMap
+    from calitrace.kernel.maps import Found
     from calitrace.report.mapdump import Context
 
 POLICY_DIRECTORY = Path("/var/run/calico/bpf/policy")
 CTLB = "ctlb"
+_NEVER_GUESS = "a newer Calico? calitrace never guesses a layout"
 # Command: what it shows, and the maps' base names without cali_ and family.
 SUBJECTS = {
     "arp": ("Neighbours that NodePort tunnels were received from.", ("arp",)),
@@ -46,7 +48,10 @@ SUBJECTS = {
 
 @dataclass
 class Source:
-    """Maps to read, wherever from. *broken*: what ended a snapshot too early, told after what was read."""
+    """Maps to read, wherever from. *broken*: what ended a snapshot too early, told after what was read.
+
+    *differing*: what a map's own BTF says against our table, by pin.
+    """
 
     maps: list[RawMap]
     in_use: set[str]
@@ -55,9 +60,10 @@ class Source:
     now_ns: int = 0
     notes: list[str] = field(default_factory=list)
     broken: Malformed | None = None
+    differing: dict[str, str] = field(default_factory=dict)
 
     def context(self) -> Context:
-        """What gives numbers their names; ifstate's names where the interfaces themselves are unknown."""
+        """What gives numbers their names; Felix's own, in ifstate, come first."""
         from calitrace.calico import maptables
         from calitrace.report.mapdump import Context
 
@@ -65,7 +71,7 @@ class Source:
         for raw in self.pick(("iface",)):
             with suppress(LayoutMismatch):
                 known.update({e["ifindex"]: e["name"] for e in maptables.iter_entries(raw, maptables.resolve(raw))})
-        return Context(self.now_ns, {**known, **self.interfaces}, self.rules)
+        return Context(self.now_ns, {**self.interfaces, **known}, self.rules)
 
     def pick(self, bases: Iterable[str], *, ipv6: bool = False, version: int | None = None) -> list[RawMap]:
         """The live maps of these base names: of several versions the newest that loaded programs use."""
@@ -85,6 +91,9 @@ class Source:
             if len({raw.name for raw in found}) > 1:
                 names = ", ".join(sorted({raw.name for raw in found}))
                 self.note(f"several versions are here ({names}): the node is in mid-upgrade; shown: v{newest}")
+        for raw in chosen:
+            if raw.pin in self.differing:
+                raise Error(f"map {raw.name} is not as we know it: {self.differing[raw.pin]}", _NEVER_GUESS)
         return chosen
 
     def note(self, text: str) -> None:
@@ -100,11 +109,39 @@ def _live(bpffs: Path | None, netns: str | None, pid: int | None, policy_dir: Pa
     source = Source(
         [maps.read(each) for each in found if maps.readable(each)],
         {each.pin for each in found if each.in_use},
-        maps.interfaces(netns, pid),
+        # Maps from elsewhere with ifindices of elsewhere: ours would give them wrong names.
+        {} if bpffs is not None and netns is None and pid is None else maps.interfaces(netns, pid),
         now_ns=time.monotonic_ns(),
     )
     source.rules = _rules(policy_dir, source)
+    source.differing = _compare(zip(found, map(maps.read, found), strict=True))
     return source
+
+
+def _compare(maps: Iterable[tuple[Found, RawMap]]) -> dict[str, str]:
+    """Pin to what a map's own BTF says against our table."""
+    from calitrace.btf import Btf
+    from calitrace.calico import maptables
+    from calitrace.kernel.maps import types
+
+    known: dict[int, Btf] = {}
+    differing = {}
+    for found, raw in maps:
+        try:
+            layout = maptables.resolve(raw)
+        except LayoutMismatch:
+            continue  # refused when it is asked for
+        info = found.info
+        if info.btf_id not in known:
+            blob = types(found)
+            if blob is None:
+                continue
+            known[info.btf_id] = Btf(blob)
+        for table, type_id in ((layout.key, info.btf_key_type_id), (layout.value, info.btf_value_type_id)):
+            said = maptables.disagreement(table, known[info.btf_id], type_id) if type_id else ""
+            if said:
+                differing[found.pin] = said
+    return differing
 
 
 def _rules(directory: Path, source: Source) -> dict[int, str]:
@@ -248,7 +285,7 @@ def _chosen(source: Source, name: str, options: dict[str, Any]) -> list[RawMap]:
 
 def _refused(wrong: LayoutMismatch) -> Error:
     return Error(f"cannot read {wrong.record}: it has {wrong.actual}, known are {wrong.expected}",
-                 "a newer Calico? calitrace never guesses a layout")  # fmt: skip
+                 _NEVER_GUESS)  # fmt: skip
 
 
 def _objects(source: Source, maps: Iterable[RawMap]) -> Iterator[dict[str, Any]]:
@@ -320,6 +357,46 @@ def _dump(name: str, **options: Any) -> int:
     return _finish(source)
 
 
+def _policy(words: tuple[str, ...], **options: Any) -> int:
+    """Print the hits of policy rules: of all, or of the rules of an interface and hook (ingress, egress, xdp, all).
+
+    Rules are named by Felix's policy debug files (bpfPolicyDebugEnabled).
+    """
+    from calitrace.calico import policy
+
+    if not words:
+        return _dump("policy", **options)
+    interface, *hooks = words
+    if len(hooks) != 1 or hooks[0] not in ("ingress", "egress", "xdp", "all"):
+        raise UsageError("name an interface and a hook", "calitrace maps policy dump cali1234 ingress|egress|xdp|all")
+    wanted = ("ingress", "egress", "xdp") if hooks[0] == "all" else (hooks[0],)
+    family = "v6" if options["ipv6"] else "v4"
+    source = _source(options)
+    hits = {entry["rule_id"]: entry["packets"] for entry in _objects(source, source.pick(("rule_ctrs",)))}
+    found = False
+    for hook in wanted:
+        file = options["policy_dir"] / f"{interface}_{hook}_{family}.json"
+        try:
+            rules = policy.rule_names(file.read_bytes())
+        except FileNotFoundError:
+            continue
+        except (OSError, Malformed) as failure:
+            raise UsageError(f"cannot read {file}: {failure}") from failure
+        found = True
+        if options["as_json"] or options["output"] == "json":
+            for rule, name in rules.items():
+                about = {"interface": interface, "policy_direction": hook, "rule_id": rule, "rule": name}
+                click.echo(json.dumps({**about, "packets": hits.get(rule, 0)}))
+            continue
+        click.echo(f"IfaceName: {interface}\nPolicy: {hook}")
+        for rule, name in rules.items():
+            click.echo(f"  {name}  hit count {hits.get(rule, 0)}")
+    if not found:
+        raise UsageError(f"no policy debug file of {interface} in {options['policy_dir']}",
+                         "set bpfPolicyDebugEnabled, or name the directory with --policy-dir")  # fmt: skip
+    return _finish(source)
+
+
 def _missing_interfaces(source: Source, maps: list[RawMap]) -> None:
     """Workload interfaces of the node that Calico's map does not have: their packets are dropped."""
     known = {entry["ifindex"] for entry in _objects(source, maps)}
@@ -333,7 +410,9 @@ def _matches(entry: dict[str, Any], words: tuple[str, ...]) -> bool:
 
     Backends of the nat maps always match: it is the frontends that are asked for.
     """
-    return _base(entry["map"]) == "nat_be" or all(any(_is(value, word) for key, value in entry.items() if key != "map") for word in words)
+    return _base(entry["map"]) == "nat_be" or all(
+        any(_is(value, word) for key, value in entry.items() if key != "map") for word in words
+    )
 
 
 def _is(value: object, word: str) -> bool:
@@ -696,7 +775,8 @@ def _flush_counters(iface: str | None, **options: Any) -> int:
     from calitrace.kernel import maps
 
     change = _may_change(options)
-    known = maps.interfaces(options["netns"], options["pid"])
+    source = _live(options["bpffs"], options["netns"], options["pid"], options["policy_dir"])
+    known = source.context().interfaces
     if iface is not None and iface not in known.values():
         raise UsageError(f"no interface {iface}", "list them with `calitrace maps counters dump`")
     for found, raw in _live_maps(options, "counters"):
@@ -743,6 +823,10 @@ def _add(path: str, function: Callable[..., int], *options: Callable[[Any], Any]
     parent.add_command(click.command(verb)(_with((*options, *_CHANGE), function)))
 
 
+_policy_group = command.commands["policy"]
+assert isinstance(_policy_group, click.Group)
+_policy_words = click.argument("words", nargs=-1, metavar="[IFACE HOOK]")
+_policy_group.add_command(click.command("dump")(_with((_policy_words, *_READ), _policy)))
 _add("conntrack clean", _clean_conntrack)
 _add("conntrack remove", _remove_conntrack, *(click.argument(each) for each in ("proto", "ip1", "ip2")))
 _add("counters flush", _flush_counters, click.option("--iface", help="Only this interface."))

@@ -7,13 +7,9 @@ the destination is a host, for any node; affinity; backend; route; the interface
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
-from typing import TYPE_CHECKING, Any
+from ipaddress import ip_address, ip_network
+from typing import Any
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-Address = IPv4Address | IPv6Address
 _ANY_NODE = {4: "255.255.255.255", 6: "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff"}
 NO_FRONTEND, NO_BACKEND, NO_ROUTE, NO_INTERFACE = "no frontend", "frontend without backend", "no route", "no ifstate"
 STALE, DISAGREE, BAD_SOURCE, BLACKHOLE = (
@@ -26,7 +22,7 @@ STALE, DISAGREE, BAD_SOURCE, BLACKHOLE = (
 
 @dataclass(frozen=True)
 class Packet:
-    """Addresses as text in their usual spelling; *sport* 0 when it does not matter. *ingress*: interface or ""."""
+    """Addresses as text in their usual spelling; *sport* 0: some new connection. *ingress*: interface or ""."""
 
     src: str
     sport: int
@@ -123,17 +119,13 @@ def _inside(address: str, cidr: str | None) -> bool:
 
 
 def _conntrack(packet: Packet, tables: Tables) -> dict[str, Any] | None:
+    """The entry with these ends; none for a packet without a source port, which stands for a new connection."""
     ends = {(packet.src, packet.sport), (packet.dst, packet.dport)}
-    for entry in tables.conntrack:
-        if entry["proto"] == packet.proto:
-            there = {(entry["addr_a"], entry["port_a"]), (entry["addr_b"], entry["port_b"])}
-            if there == ends or (not packet.sport and ends - there == {(packet.src, 0)} and _has(there, packet.src)):
-                return entry
+    for entry in tables.conntrack if packet.sport else ():
+        there = {(entry["addr_a"], entry["port_a"]), (entry["addr_b"], entry["port_b"])}
+        if entry["proto"] == packet.proto and there == ends:
+            return entry
     return None
-
-
-def _has(ends: Iterable[tuple[str, int]], address: str) -> bool:
-    return any(each == address for each, _ in ends)
 
 
 def _tracked(packet: Packet, entry: dict[str, Any], front: dict[str, Any] | None, tables: Tables) -> list[Step]:

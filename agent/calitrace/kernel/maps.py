@@ -189,6 +189,16 @@ def _used_by_calico() -> dict[int, syscall.MapInfo]:
     return found
 
 
+def types(found: Found) -> bytes | None:
+    """The BTF that describes a map's key and value (``info.btf_key_type_id`` and so on), None when it has none."""
+    if not (found.info.btf_id and found.info.btf_key_type_id and found.info.btf_value_type_id):
+        return None
+    try:
+        return syscall.btf_bytes(found.info.btf_id)
+    except OSError:  # before Linux 4.19, or the map has gone
+        return None
+
+
 def open_map(found: Found) -> int:
     """A file descriptor. Raises EnvironmentUnfit when the map has gone meanwhile, or may not be opened."""
     try:

@@ -1,0 +1,446 @@
+"""Calico's maps: tables, words, walk and diff, from known bytes and from what real Calico programs left."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from calitrace.calico import bpftool, maptables
+from calitrace.calico.maps import RawMap, identify
+from calitrace.correlate import mapdiff, walk
+from calitrace.errors import LayoutMismatch, Malformed
+from calitrace.journal import Stored
+from calitrace.report import mapdump
+
+DATA = Path(__file__).resolve().parent.parent / "data" / "maps"
+NOW = mapdump.Context(now_ns=10_000_000_000, interfaces={2: "eth0", 3: "cali1"}, rules={7: "default.p rule 0 (deny)"})
+
+
+def made(name: str, *entries: tuple[bytes, bytes], cpus: int = 1) -> RawMap:
+    """A map of these entries."""
+    (key, value) = entries[0]
+    return RawMap(name, name, 1, len(key), len(value) // cpus, 100, cpus, list(entries))
+
+
+def objects(raw: RawMap) -> list[dict[str, Any]]:
+    """All of a map's entries in words, without the map's name."""
+    return [{k: v for k, v in e.items() if k != "map"} for e in mapdump.iter_objects(raw, NOW)]
+
+
+def only(name: str, key: bytes, value: bytes, cpus: int = 1) -> dict[str, Any]:
+    """One entry in words."""
+    (found,) = objects(made(name, (key, value), cpus=cpus))
+    return found
+
+
+def real(node: str, name: str) -> RawMap:
+    """A map that a run of Calico's own programs left: one connection from a client through node-a to node-b."""
+    return bpftool.read((DATA / f"node-{node}.{name}.json").read_text(), name)
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("cali_v4_ct4", ("cali_v4_ct", 4, False)),
+        ("cali_v4_ct", ("cali_v4_ct", 1, False)),
+        ("cali_v4_ct4_old", ("cali_v4_ct", 4, True)),
+        ("xdp_cali_progs3", ("xdp_cali_progs", 3, False)),
+        ("no-map", ("no-map", 1, False)),
+    ],
+)
+def test_names(name: str, wanted: tuple[str, int, bool]) -> None:
+    assert identify(name) == wanted
+
+
+@pytest.mark.parametrize("layout", maptables.layouts(), ids=lambda e: f"{e.base}-{e.version}-{e.value.size}")
+@given(data=st.data())
+def test_any_bytes_of_the_right_size_decode(layout: maptables.Layout, data: st.DataObject) -> None:
+    key = data.draw(st.binary(min_size=layout.key.size, max_size=layout.key.size))
+    value = data.draw(st.binary(min_size=layout.value.size, max_size=layout.value.size))
+    name = layout.base + (str(layout.version) if layout.version > 1 else "")
+    raw = made(name, (key, value))
+    assert maptables.resolve(raw) == layout
+    kind = layout.base.removeprefix("cali_").removeprefix("v4_").removeprefix("v6_")
+    for entry in mapdump.iter_objects(raw, NOW):
+        json.dumps(entry)
+        if kind not in ("nat_fe", "ip_sets", "counters"):
+            mapdump.text(kind, entry)
+            mapdump.text(kind, entry, raw=True)
+    if kind == "ct":
+        assert "".join(mapdump.iter_json_blocks(raw, NOW)) == "".join(
+            json.dumps(each) + "\n" for each in mapdump.iter_objects(raw, NOW)
+        )
+    assert mapdump.summary(raw)["entries"] == 1
+
+
+def test_an_unknown_size_is_refused_with_what_is_known() -> None:
+    with pytest.raises(LayoutMismatch, match=r"v4 16\+88.*found v5 16\+92"):
+        maptables.resolve(made("cali_v4_ct5", (bytes(16), bytes(92))))
+    with pytest.raises(LayoutMismatch, match="a map we know"):
+        maptables.resolve(made("cali_other", (bytes(16), bytes(92))))
+
+
+def conntrack(version: int, **members: int | bytes) -> bytes:
+    """A conntrack value of v1 to v4, IPv4, by the offsets of Calico's headers."""
+    size = {1: 56, 2: 64, 3: 88, 4: 88}[version]
+    legs = {1: (24, 32), 2: (24, 36), 3: (24, 48), 4: (24, 48)}[version]
+    bits = {1: 4, 2: 4, 3: 16, 4: 16}[version]
+    raw = bytearray(size)
+    struct.pack_into("<QQBB", raw, 0, 1, 9_000_000_000, int(members.get("type", 0)), int(members.get("flags", 0)))
+    for leg, name in zip(legs, ("ab", "ba"), strict=True):
+        struct.pack_into("<I", raw, leg + bits, int(members.get(name, 0)))
+    if version > 2:
+        raw[23] = int(members.get("flags1", 0))
+    return bytes(raw)
+
+
+KEY = struct.pack("<I4s4sHH", 6, bytes([10, 0, 0, 1]), bytes([10, 0, 0, 2]), 80, 4000)
+
+
+@pytest.mark.parametrize("version", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("ab", "ba", "flags", "state", "timeout"),
+    [
+        (0x20, 0, 0, "SYN-SENT", 20),
+        (0x23, 0x3, 0, "ESTABLISHED", 3600),
+        (0x27, 0x3, 0, "ESTABLISHED", 3600),
+        (0x27, 0x7, 0, "CLOSED", 30),
+        (0x27, 0x3, 2, "CLOSED", 30),
+        (0x2B, 0x3, 0, "RESET", 40),
+    ],
+)
+def test_states(version: int, ab: int, ba: int, flags: int, state: str, timeout: int) -> None:
+    entry = only(
+        f"cali_v4_ct{version}" if version > 1 else "cali_v4_ct", KEY, conntrack(version, ab=ab, ba=ba, flags=flags)
+    )
+    assert (entry["state"], entry["timeout_s"], entry["age_ns"]) == (state, timeout, 1_000_000_000)
+    assert (entry["from"], entry["ab"]["flags"][-1]) == ("a", "rst" if ab & 8 and not ab & 0x20 else "opener")
+    assert mapdump.text("ct", entry).startswith("TCP 10.0.0.1:80 -> 10.0.0.2:4000  Active ago 1.000s " + state)
+
+
+@pytest.mark.parametrize(("proto", "limit"), [(17, 60), (1, 5), (58, 5), (132, 600)])
+def test_other_protocols(proto: int, limit: int) -> None:
+    entry = only("cali_v4_ct4", struct.pack("<I", proto) + KEY[4:], conntrack(4, ba=0x20))
+    assert (entry["state"], entry["timeout_s"], entry["from"]) == ("", limit, "b")
+    summary = mapdump.summary(made("cali_v4_ct4", (struct.pack("<I", proto) + KEY[4:], conntrack(4))))
+    assert (summary["udp"], summary["others"]) == ((1, 0) if proto == 17 else (0, 1))
+
+
+def test_forward_and_reverse_of_one_block_and_expiry() -> None:
+    old = bytearray(conntrack(4, ab=0x20, type=2, flags1=1))
+    struct.pack_into("<Q", old, 8, 0)
+    struct.pack_into("<4s4sHH4s", old, 72, bytes([10, 9, 9, 9]), bytes([10, 9, 0, 1]), 443, 55, bytes(4))
+    late = mapdump.Context(now_ns=10**12)
+    raw = made("cali_v4_ct4", (KEY, conntrack(4, type=1)), (KEY, bytes(old)))
+    forward, reverse = mapdump.iter_objects(raw, late)
+    assert forward["type"] == "nat-fwd"
+    line = mapdump.text("ct", forward)
+    assert line.startswith("TCP 10.0.0.1:80 -> 10.0.0.2:4000  forward to 0.0.0.0:0 <-> 0.0.0.0:0  Active ago 991")
+    assert "REVKey: ConntrackKey{proto=6 0.0.0.0:0 <-> 0.0.0.0:0} NATSPort: 0}" in mapdump.text("ct", forward, raw=True)
+    assert "A2B:{Bytes:0 Packets:0 Seqno:0 SynSeen:false" in mapdump.text("ct", reverse, raw=True)
+    assert mapdump.text("ct", reverse) == (
+        "TCP 10.0.0.2:4000 -> 10.9.0.1:443 -> 10.0.0.1:80, service forwarded from 10.9.9.9"
+        "  source port changed from 55  Active ago 1000.000s SYN-SENT  expired"
+    )
+    lines = "".join(mapdump.iter_json_blocks(raw, mapdump.Context())).splitlines()
+    assert [json.loads(line)["age_ns"] for line in lines] == [None, None]
+    assert mapdump.summary(raw) == {
+        "map": "cali_v4_ct4",
+        "entries": 2,
+        "max_entries": 100,
+        "connections": 1,
+        "nat_connections": 1,
+        "tcp": 1,
+        "udp": 0,
+        "others": 0,
+        "established": 0,
+        "closed": 0,
+        "reset": 0,
+        "syn_sent": 1,
+    }
+    empty = RawMap("cali_v4_ct4", "", 1, 16, 88, 1, 1, [])
+    assert list(mapdump.iter_json_blocks(empty, late)) == []
+
+
+def test_what_a_real_connection_left() -> None:
+    forward, reverse = mapdump.iter_objects(real("a", "cali_v4_ct4"), mapdump.Context())
+    assert (forward["type"], forward["addr_a"], forward["port_a"]) == ("nat-fwd", "10.10.0.1", 30080)
+    assert mapdump.text("ct", reverse) == (
+        "TCP 10.10.0.100:40001 -> 10.10.0.1:30080 -> 10.65.1.2:8080 external client, "
+        "service forwarded to 10.10.0.2 CLOSED"
+    )
+    remote = [e for e in mapdump.iter_objects(real("b", "cali_v4_ct4"), mapdump.Context()) if e["type"] != "nat-fwd"]
+    assert [e["tun_ip"] for e in remote] == ["10.10.0.1"]
+    assert [mapdump.text("routes", e) for e in mapdump.iter_objects(real("a", "cali_v4_routes"), NOW)] == [
+        "   10.10.0.1/32: local host",
+        "   10.10.0.2/32: remote host",
+        "   10.65.0.2/32: local workload in-pool nat-out idx 3",
+        "   10.65.1.0/26: remote workload in-pool nat-out same-subnet nh 10.10.0.2",
+        "   10.96.0.0/12: blackhole-drop",
+        "    127.0.0.0/8: local host",
+    ]
+    (arp,) = mapdump.iter_objects(real("a", "cali_v4_arp2"), NOW)
+    assert mapdump.text("arp", arp) == "dev    2:       10.10.0.2 : 6e:0d:47:ed:d9:86 -> ea:1a:e7:df:30:61"
+    first, *_ = mapdump.iter_objects(real("a", "cali_iface4"), NOW)
+    assert mapdump.text("iface", first).startswith("    2 : {flags: v4Ready,host, XDPPolicyV4: -1, IngressPolicyV4: -1")
+    assert mapdump.text("iface", first).endswith("IngressFilter: -1, EgressFilter: -1, name: ens192}")
+
+
+def test_nat_and_its_backends() -> None:
+    fronts = list(mapdump.iter_objects(real("a", "cali_v4_nat_fe3"), NOW))
+    backs = list(mapdump.iter_objects(real("a", "cali_v4_nat_be"), NOW))
+    lines = list(mapdump.iter_nat(fronts, backs))
+    assert "10.10.0.200 port 80 proto 6 id 6 count 1 local 0 src 198.51.100.0/24" in lines
+    assert "10.10.0.200 port 80 proto 6 id 6 count -1 local 0" in lines
+    assert lines[lines.index("10.10.0.1 port 30080 proto 6 id 1 count 1 local 0") + 1] == "\t1:0\t 10.65.1.2:8080"
+    assert "\t1:0\t  is missing" in list(mapdump.iter_nat(fronts, []))
+    assert "\t1:0\t  (backends were not read)" in list(mapdump.iter_nat(fronts, [], both=False))
+    old = only("cali_v4_nat_fe", struct.pack("<4sHBx", bytes([10, 96, 0, 1]), 443, 6), struct.pack("<4I", 1, 0, 0, 0))
+    assert (old["source"], old["flags"]) == (None, [])
+
+
+def test_the_other_maps() -> None:
+    ip_set = struct.pack("<I", 64 + 24) + struct.pack(">Q", 0xABC) + bytes([10, 1, 2, 0, 0, 0, 0, 0])
+    member = struct.pack("<I", 120) + struct.pack(">Q", 0xABC) + struct.pack("<4sHBx", bytes([10, 1, 2, 3]), 53, 17)
+    sets = objects(made("cali_v4_ip_sets", (ip_set, bytes(4)), (member, bytes(4))))
+    assert list(mapdump.iter_ip_sets(sets)) == ["IP set 0xabc", "   10.1.2.0/24", "   10.1.2.3:53 (proto udp)", ""]
+    assert list(mapdump.iter_ip_sets([])) == ["No IP sets found."]
+    safe = only("cali_v4_fsafes2", struct.pack("<IHBB4s", 32, 22, 6, 1, bytes(4)), bytes(4))
+    assert safe == {"proto": "tcp", "port": 22, "direction": "outbound", "cidr": "0.0.0.0/0"}
+    assert only("cali_v4_fsafes", struct.pack("<HBB", 22, 6, 0), bytes(4))["direction"] == "inbound"
+    rule = only("cali_rule_ctrs2", struct.pack("<Q", 7), struct.pack("<QQ", 40, 2), cpus=2)
+    assert mapdump.text("rule_ctrs", rule) == "0x0000000000000007          42  default.p rule 0 (deny)"
+    profile = only("cali_profiling2", struct.pack("<II", 3, 0), struct.pack("<QQ", 100, 4))
+    assert (profile["interface"], profile["kind"], profile["mean_ns"]) == ("cali1", "ingress new", 25)
+    assert only("cali_profiling2", bytes(8), bytes(16))["mean_ns"] is None
+    sticky = only("cali_v4_nat_aff", struct.pack("<4sHBx4s4x", bytes([10, 96, 0, 1]), 80, 6, bytes([10, 0, 0, 9])),
+                  struct.pack("<4sH2xQ", bytes([10, 65, 0, 2]), 8080, 5))  # fmt: skip
+    line = "client 10.0.0.9 svc proto 6 10.96.0.1:80 -> 10.65.0.2:8080 ts 5"
+    assert mapdump.text("nat_aff", sticky) == line
+    maglev = only("cali_v4_mglv2", struct.pack("<II", 1, 9), struct.pack("<4sHxx", bytes([10, 65, 0, 2]), 80))
+    assert mapdump.text("mglv", maglev) == "svc 1 ordinal 9 -> 10.65.0.2:80"
+    translated = only("cali_v4_ct_nats", struct.pack("<Q4s", 5, bytes([10, 65, 0, 2])) + b"\x1f\x90\0\0\x06" + bytes(7),
+                      bytes([10, 96, 0, 1]) + b"\x00\x50\0\0")  # fmt: skip
+    assert (translated["port"], translated["orig_dst"], translated["orig_dport"]) == (8080, "10.96.0.1", 80)
+    assert mapdump.text("ct_nats", translated) == (
+        "cookie 5  addr 10.65.0.2  port 8080  proto tcp  orig_dst 10.96.0.1  orig_dport 80"
+    )
+    assert mapdump.text("qos", {"map": "m", "flags": ["a", "b"], "none": None}) == "flags a,b"
+    v6 = only(
+        "cali_v6_routes", struct.pack("<I", 64) + bytes.fromhex("fd" + "00" * 15), struct.pack("<I", 0x400) + bytes(16)
+    )
+    assert (v6["cidr"], v6["flags"]) == ("fd00::/64", ["vxlan"])
+    assert mapdump.names(0x80000001, {1: "one"}) == ["one", "0x80000000"]
+
+
+def test_counters() -> None:
+    value = struct.pack("<27Q", *range(27))
+    key = struct.pack("<II", 2, 0)
+    entries = objects(made("cali_counters6", (key, value), (struct.pack("<II", 9, 1), value)))
+    lines = list(mapdump.iter_counters(entries, "eth0"))
+    assert lines[0] == "dumped eth0 counters."
+    assert [line.split() for line in lines if line.startswith("RT_UNKNOWN")] == [["RT_UNKNOWN", "12"]]
+    assert list(mapdump.iter_counters(entries))[-len(lines)] == "dumped ifindex 9 counters."
+    (pinned,) = objects(made("cali_counters", (bytes(4), bytes(112))))
+    assert next(iter(mapdump.iter_counters([pinned]))) == "dumped (this pin) counters."
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("{", "JSON"),
+        ("{}", "a list of entries"),
+        ("[1]", "TypeError"),
+        ('[{"key": ["0x1"]}]', "KeyError"),
+        ('[{"key": ["x"], "value": ["0x1"]}]', "ValueError"),
+        ('[{"key": ["0x1"], "value": []}, {"key": [], "value": []}]', "2 sizes"),
+    ],
+)
+def test_what_bpftool_did_not_write(text: str, why: str) -> None:
+    with pytest.raises(Malformed, match=why):
+        bpftool.read(text, "cali_v4_ct4")
+
+
+def test_decoded_entries_and_sources_of_blocks() -> None:
+    raw = made("cali_iface4", (struct.pack("<I", 3), struct.pack("<I16s32x", 5, b"cali1")))
+    assert [e["name"] for e in maptables.iter_entries(raw, maptables.resolve(raw))] == ["cali1"]
+    stored = Stored(4, 52, [(1, bytes(4), bytes(52))])
+    assert list(maptables.blocks(RawMap("cali_iface4", "", 1, 4, 52, 1, 1, stored))) == stored.blocks
+
+
+def test_empty_and_per_cpu_dumps() -> None:
+    empty = bpftool.read("[]", "cali_v4_ct4")
+    assert (empty.key_size, empty.value_size, maptables.blocks(empty)) == (16, 88, [])
+    assert bpftool.read("[]", "cali_new").key_size == 0
+    cells = [{"cpu": n, "value": ["0x02"] + ["0x00"] * 7} for n in range(2)]
+    raw = bpftool.read(json.dumps([{"key": ["0x00"] * 8, "values": cells}]), "cali_rule_ctrs2")
+    assert (raw.cpus, raw.value_size, objects(raw)[0]["packets"]) == (2, 8, 4)
+
+
+# --- Walk and diff -----------------------------------------------------------------------------------------------
+
+
+def tables(**changes: Any) -> walk.Tables:
+    """A node where NodePort 30080 leads to a local and a remote backend."""
+    front = {"port": 30080, "proto": "tcp", "id": 1, "count": 2, "local": 1, "affinity_s": 0, "flags": [],
+             "drop": False, "source": None}  # fmt: skip
+    found: dict[str, Any] = {
+        "frontends": [{**front, "addr": "255.255.255.255"}],
+        "backends": [
+            {"id": 1, "ordinal": 0, "addr": "10.65.0.2", "port": 8080},
+            {"id": 1, "ordinal": 1, "addr": "10.65.1.2", "port": 8080},
+            {"id": 2, "ordinal": 0, "addr": "10.65.1.9", "port": 8080},
+        ],
+        "routes": [
+            {"cidr": "10.10.0.1/32", "flags": ["local", "host"], "next_hop": "0.0.0.0"},
+            {"cidr": "10.65.0.2/32", "flags": ["local", "workload"], "ifindex": 3, "interface": "cali1"},
+            {"cidr": "10.65.1.0/26", "flags": ["workload"], "next_hop": "10.10.0.2"},
+            {"cidr": "10.96.0.0/12", "flags": ["blackhole-drop"], "next_hop": "0.0.0.0"},
+        ],
+        "interfaces": [
+            {"ifindex": 2, "name": "eth0", "flags": ["host", "v4Ready"], "ingress_v4": 5},
+            {"ifindex": 3, "name": "cali1", "flags": ["workload", "v4Ready"], "ingress_v4": -1},
+        ],
+    }
+    return walk.Tables(**{**found, **changes})
+
+
+PACKET = walk.Packet("10.10.0.100", 4000, "10.10.0.1", 30080, "tcp", "eth0")
+
+
+def kinds(steps: list[walk.Step]) -> list[str]:
+    """The breakages."""
+    return [step.broken for step in steps if step.broken]
+
+
+def changed(base: str, index: int, **members: Any) -> walk.Tables:
+    """The tables with one row changed."""
+    rows = [dict(row) for row in getattr(tables(), base)]
+    rows[index].update(members)
+    return tables(**{base: rows})
+
+
+def test_a_whole_chain() -> None:
+    steps = walk.walk(PACKET, tables())
+    assert kinds(steps) == []
+    assert [step.lookup for step in steps] == [
+        *("ifstate", "failsafe", "conntrack", "NAT frontend"),
+        *("NAT backend", "route", "ifstate", "NAT backend", "route"),
+    ]
+    assert [step.lookup for step in walk.walk(PACKET, tables(interfaces=None))].count("ifstate") == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "broken"),
+    [
+        (tables(frontends=[]), [walk.NO_FRONTEND]),
+        (changed("frontends", 0, count=0), [walk.NO_BACKEND]),
+        (changed("frontends", 0, local=0, flags=["external-local"]), [walk.NO_BACKEND]),
+        (changed("frontends", 0, drop=True), [walk.BAD_SOURCE]),
+        (tables(backends=[]), [walk.NO_BACKEND, walk.NO_BACKEND]),
+        (changed("frontends", 0, count=3), [walk.NO_BACKEND]),
+        (changed("backends", 0, addr="10.77.0.9"), [walk.NO_ROUTE]),
+        (changed("backends", 0, addr="10.96.0.9"), [walk.BLACKHOLE]),
+        (changed("interfaces", 1, ifindex=4), [walk.NO_INTERFACE]),
+        (changed("interfaces", 1, flags=["workload"]), [walk.NO_INTERFACE]),
+        (changed("interfaces", 0, name="eth9"), [walk.NO_INTERFACE]),
+    ],
+)
+def test_each_breakage(changes: walk.Tables, broken: list[str]) -> None:
+    assert kinds(walk.walk(PACKET, changes)) == broken
+
+
+def entry(kind: str, backend: str, **members: Any) -> dict[str, Any]:
+    """A forward or reverse conntrack entry of PACKET."""
+    found = {"proto": "tcp", "type": kind, "addr_b": "10.10.0.100", "port_b": 4000, "state": "ESTABLISHED"}
+    if kind == "nat-fwd":
+        found |= {"addr_a": "10.10.0.1", "port_a": 30080, "rev_addr_a": backend, "rev_port_a": 8080}
+        return found | {"rev_addr_b": "10.10.0.100", "rev_port_b": 4000}
+    return found | {"addr_a": backend, "port_a": 8080, **members}
+
+
+@pytest.mark.parametrize(
+    ("conntrack", "broken"),
+    [
+        (["nat-fwd 10.65.0.2", "nat-rev 10.65.0.2"], []),
+        (["nat-fwd 10.65.0.2"], [walk.STALE]),
+        (["nat-fwd 10.65.0.7", "nat-rev 10.65.0.7"], [walk.STALE]),
+        (["nat-fwd 10.65.1.9", "nat-rev 10.65.1.9"], [walk.DISAGREE]),
+    ],
+)
+def test_tracked_connections(conntrack: list[str], broken: list[str]) -> None:
+    others = [entry("normal", "10.65.0.3", port_b=1), {**entry("nat-fwd", "10.65.0.9"), "proto": "udp"}]
+    found = tables(conntrack=[*others, *(entry(*each.split()) for each in conntrack)])
+    assert kinds(walk.walk(PACKET, found)) == broken
+    new = walk.Packet(PACKET.src, 0, PACKET.dst, PACKET.dport, PACKET.proto)
+    assert kinds(walk.walk(new, found)) == []
+
+
+def test_straight_to_a_pod_and_elsewhere() -> None:
+    pod = walk.Packet("10.10.0.100", 4000, "10.65.0.2", 8080, "tcp")
+    assert kinds(walk.walk(pod, tables())) == []
+    tracked = walk.walk(pod, tables(conntrack=[entry("normal", "10.65.0.2")]))
+    assert [step.found for step in tracked if step.lookup == "conntrack"] == ["normal ESTABLISHED"]
+    for address, where in (
+        ("10.10.0.1", "host itself"),
+        ("8.8.8.8", "routed by the host"),
+        ("10.96.0.1", "BLACK_HOLE"),
+    ):
+        (*_, last) = walk.walk(walk.Packet("10.10.0.100", 0, address, 1, "udp"), tables())
+        assert where in last.suffers
+
+
+def test_source_ranges_affinity_and_failsafes() -> None:
+    (front,) = tables().frontends
+    near = {**front, "addr": "10.10.0.1", "source": "10.10.0.0/24", "id": 2, "count": 1}
+    far = {**front, "addr": "10.10.0.1", "source": "192.0.2.0/24"}
+    sticky = {"addr": "10.10.0.1", "port": 30080, "proto": "tcp", "client": "10.10.0.100",
+              "backend": "10.65.0.2", "backend_port": 8080}  # fmt: skip
+    wide = {**near, "source": None, "id": 1}
+    steps = walk.walk(PACKET, tables(frontends=[wide, near, far]))
+    assert "10.10.0.1:30080 is service 2, 1 backends, 1 local" in [step.found for step in steps]
+    timed = tables(frontends=[{**near, "affinity_s": 60}], affinity=[{**sticky, "client": "10.9.9.9"}, sticky])
+    assert "10.10.0.100 sticks to 10.65.0.2:8080" in [step.found for step in walk.walk(PACKET, timed)]
+    fresh = tables(frontends=[{**near, "affinity_s": 60}])
+    assert "affinity" not in [step.lookup for step in walk.walk(PACKET, fresh)]
+    safe = {"proto": "tcp", "port": 30080, "direction": "inbound"}
+    found = walk.walk(PACKET, tables(failsafes=[{**safe, "cidr": "192.0.2.0/24"}, {**safe, "cidr": "0.0.0.0/0"}]))
+    assert "port 30080/tcp is one: no host policy applies" in [step.found for step in found]
+
+
+def test_services_differ_by_backends_not_by_ids() -> None:
+    here, there = tables(), changed("frontends", 0, id=2, count=1)
+    same = tables(
+        frontends=[{**here.frontends[0], "id": 9}], backends=[{**each, "id": 9} for each in here.backends[:2]]
+    )
+    assert list(mapdiff.differences("service", mapdiff.services(here), mapdiff.services(same))) == []
+    (found,) = mapdiff.differences("service", mapdiff.services(here), mapdiff.services(there))
+    assert (found["key"], found["a"]["backends"], found["b"]["backends"]) == (
+        *("255.255.255.255:30080/tcp", ["10.65.0.2:8080", "10.65.1.2:8080"], ["10.65.1.9:8080"]),
+    )
+    ranged = mapdiff.services(changed("frontends", 0, drop=True, source="10.0.0.0/8"))
+    assert ranged == {
+        "255.255.255.255:30080/tcp from 10.0.0.0/8": {"backends": [], "flags": [], "drop": True},
+    }
+
+
+def test_entries_and_rates() -> None:
+    rows = mapdiff.entries("routes", tables().routes)
+    assert mapdiff.compared("routes")
+    assert not mapdiff.compared("counters")
+    del rows["10.10.0.1/32"]
+    (gone,) = mapdiff.differences("routes", mapdiff.entries("routes", tables().routes), rows)
+    assert (gone["key"], gone["b"]) == ("10.10.0.1/32", None)
+    place = {"interface": "eth0", "hook": "tc ingress"}
+    before, after = ({**place, "counters": {"SHORT": a, "BYPASS": b, "X": 1}} for a, b in ((1, 9), (5, 2)))
+    assert [(e["key"], e["packets"], e["per_second"]) for e in mapdiff.rates([before], [after], 2)] == [
+        ("eth0 tc ingress SHORT", 4, 2.0),
+        ("eth0 tc ingress BYPASS", 2, 1.0),
+    ]
+    assert [e["per_second"] for e in mapdiff.rates([before], [after], 0)] == [None, None]
