@@ -804,6 +804,24 @@ def test_every_check_explains_itself() -> None:
         assert f"needs: {', '.join(check.needs)}" in text
 
 
+def test_the_daemonset_says_felixs_environment_where_the_process_is_not_seen() -> None:
+    containers = [
+        {"name": "other", "env": [{"name": "FELIX_BPFLOGLEVEL", "value": "Off"}]},
+        {
+            "name": "calico-node",
+            "env": [
+                {"name": "FELIX_BPFLOGLEVEL", "value": "debug"},
+                {"name": "FELIX_TYPHACN", "valueFrom": {}},
+                {"name": "PASSWORD", "value": "x"},
+            ],
+        },
+    ]
+    daemonset = {"spec": {"template": {"spec": {"containers": containers}}}}
+    changes: dict[str, Any] = {"kubernetes": kubernetes(calico_node=daemonset)}
+    assert "FELIX_BPFLOGLEVEL" in said(result("debug.level", felix_env=Missing("no process"), **changes))
+    assert result("debug.level", **changes).status is Status.PASSED
+
+
 def test_a_later_start_cures_the_fallback() -> None:
     lines = (line(LOG_LINES["services.log-unsupported"], "ERROR"), line(felix_log.STARTED))
     assert result("services.log-unsupported", felix_lines=lines).status is Status.PASSED

@@ -83,6 +83,14 @@ def test_without_configurations_only_the_environment_is_sure() -> None:
     assert isinstance(settings.get("bpfLogLevel"), Unset)
 
 
+def test_a_quoted_bool_and_words_in_any_case() -> None:
+    get = felix_config.resolve([configuration("default", bpfEnabled="false", bpfLogLevel="debug")], {}, "n", None).get
+    assert get("bpfEnabled") == Setting("bpfEnabled", False, "FelixConfiguration default")
+    level = get("bpfLogLevel")
+    assert isinstance(level, Setting)
+    assert level.says("Debug")
+
+
 def test_objects_without_name_or_spec_are_no_configuration_of_ours() -> None:
     odd: list[dict[str, Any]] = [{}, {"metadata": None}, {"metadata": {"name": "default"}, "spec": None}]
     assert felix_config.resolve(odd, {}, "n", None).get("bpfEnabled") == Setting("bpfEnabled", False, "default")

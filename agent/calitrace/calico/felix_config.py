@@ -120,6 +120,10 @@ class Setting:
     value: Value | list[Any] | dict[str, Any] | None
     origin: str
 
+    def says(self, word: str) -> bool:
+        """Whether the value is this word; Felix takes words in any case."""
+        return str(self.value).lower() == word.lower()
+
     def __str__(self) -> str:
         shown = str(self.value).lower() if isinstance(self.value, bool) else self.value
         return f"{self.name}: {shown} ({self.origin})"
@@ -154,8 +158,11 @@ class Settings:
                 return Unset(f"{parameter.variable}={self.env[parameter.variable]!r} is no {parameter.kind.__name__}")
             return Setting(name, value, parameter.variable)
         for origin, spec in self.specs:
-            if spec.get(name) is not None:
-                return Setting(name, spec[name], origin)
+            value = spec.get(name)
+            if parameter.kind is bool and isinstance(value, str):  # quoted in somebody's YAML
+                value = _parsed(parameter, value)
+            if value is not None:
+                return Setting(name, value, origin)
         if not self.complete:
             return Unset(f"{name} is not in calico-node's environment, and there is no FelixConfiguration to look at")
         return self._default(parameter)

@@ -17,7 +17,7 @@ def level(felix: Settings) -> Said:
     setting, filters = felix.get("bpfLogLevel"), felix.get("bpfLogFilters")
     if isinstance(setting, Unset):
         yield Unknown(setting.why)
-    elif str(setting.value).lower() == "debug":
+    elif setting.says("Debug"):
         limited = not isinstance(filters, Unset) and bool(filters.value)
         yield Finding(
             Severity.INFO if limited else Severity.WARNING,
@@ -34,7 +34,7 @@ def info_is_silent(felix: Settings, release: Release) -> Said:
     setting = felix.get("bpfLogLevel")
     if isinstance(setting, Unset):
         yield Unknown(setting.why)
-    elif str(setting.value).lower() == "info" and release.oldest >= (3, 30):
+    elif setting.says("Info") and release.oldest >= (3, 30):
         yield Finding(
             Severity.INFO,
             "",
@@ -54,7 +54,7 @@ def filters(felix: Settings, links: tuple[Link, ...]) -> Said:
         yield Unknown("bpfLogFilters or bpfLogLevel is not known")
         return
     named = set(setting.value) if isinstance(setting.value, dict) else set()
-    if named and str(wanted.value).lower() != "debug":
+    if named and not wanted.says("Debug"):
         yield Finding(
             Severity.INFO,
             "",
@@ -81,7 +81,7 @@ def refused_by_verifier(felix: Settings, host: Host, release: Release) -> Said:
     setting, version = felix.get("bpfLogLevel"), kernel_version(host.kernel)
     if isinstance(setting, Unset) or version is None:
         yield Unknown("bpfLogLevel or the kernel's version is not known")
-    elif str(setting.value).lower() == "debug" and version[:2] == (5, 15) and release.oldest == (3, 30):
+    elif setting.says("Debug") and version[:2] == (5, 15) and release.oldest == (3, 30):
         yield Finding(
             Severity.ERROR,
             "",
@@ -123,7 +123,7 @@ def felix_level(felix: Settings) -> Said:
     setting = felix.get("logSeverityScreen")
     if isinstance(setting, Unset):
         yield Unknown(setting.why)
-    elif str(setting.value).lower() in ("debug", "trace"):
+    elif setting.says("Debug") or setting.says("Trace"):
         yield Finding(
             Severity.INFO,
             "",

@@ -47,6 +47,17 @@ def calico_images(kubernetes: Kubernetes) -> list[str]:
     return [str(dig(each, "image")) for each in containers if dig(each, "name") == "calico-node"]
 
 
+def calico_environment(kubernetes: Kubernetes) -> dict[str, str]:
+    """FELIX_* that the DaemonSet gives calico-node on every node; those taken from elsewhere are left out."""
+    found = {}
+    for container in items(kubernetes.calico_node, "spec", "template", "spec", "containers"):
+        for each in items(container, "env") if dig(container, "name") == "calico-node" else ():
+            name, value = dig(each, "name"), dig(each, "value")
+            if isinstance(name, str) and name.startswith("FELIX_") and isinstance(value, str):
+                found[name] = value
+    return found
+
+
 def node_addresses(kubernetes: Kubernetes, node: str) -> set[str]:
     """Addresses of a node as the API and Calico's annotation have them, without prefix length."""
     found = set()

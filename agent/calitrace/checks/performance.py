@@ -152,8 +152,8 @@ def ctlb(felix: Settings, release: Release) -> Said:
         return
     old = legacy.value if release.newest < (3, 27) or legacy.value is not None else None
     shown = str(legacy) if old is not None else str(setting)
-    mode = ("Enabled" if old else "Disabled") if old is not None else setting.value
-    if mode == "Disabled":
+    off, every = (not old, bool(old)) if old is not None else (setting.says("Disabled"), setting.says("Enabled"))
+    if off:
         yield Finding(
             INFO,
             "",
@@ -161,7 +161,7 @@ def ctlb(felix: Settings, release: Release) -> Said:
             "each packet from a pod to a service is translated; with TCP it would be once for each connection",
             patch('"bpfConnectTimeLoadBalancing":"TCP"') + " (v3.27)",
         )
-    elif mode == "Enabled" and release.oldest >= (3, 27):
+    elif every and release.oldest >= (3, 27):
         yield Finding(
             INFO,
             "",

@@ -8,7 +8,7 @@ from typing import Any
 from calitrace.calico import felix_config, felix_log, release
 from calitrace.checks import cpu, debug_logs, decoded, drops, maps, nat, performance, services
 from calitrace.checks.finding import Check, Finding, Result, Status, Unknown
-from calitrace.checks.objects import calico_images
+from calitrace.checks.objects import calico_environment, calico_images
 from calitrace.checks.snapshot import Map, Missing, Snapshot
 
 CHECKS: tuple[Check, ...] = (
@@ -81,7 +81,10 @@ def _release(snapshot: Snapshot) -> release.Release | None:
 
 
 def _felix(snapshot: Snapshot, known: release.Release | None) -> felix_config.Settings | Missing:
-    env = {} if isinstance(snapshot.felix_env, Missing) else snapshot.felix_env
+    if not isinstance(snapshot.felix_env, Missing):
+        env = snapshot.felix_env
+    else:
+        env = {} if isinstance(snapshot.kubernetes, Missing) else calico_environment(snapshot.kubernetes)
     if isinstance(snapshot.felix_objects, Missing):
         if not env:
             return snapshot.felix_objects

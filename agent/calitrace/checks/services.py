@@ -516,7 +516,7 @@ def nat_interfaces(links: Links, felix: Settings, release: Release) -> Said:
     if isinstance(ctlb, Unset) or isinstance(without, Unset):
         yield Unknown("bpfConnectTimeLoadBalancing or bpfHostNetworkedNATWithoutCTLB is not known")
         return
-    if ctlb.value == "Enabled" or without.value != "Enabled" or not ebpf_on(links):
+    if ctlb.says("Enabled") or not without.says("Enabled") or not ebpf_on(links):
         return
     by_name = {link.name: link for link in links}
     for name in ("bpfin.cali", "bpfout.cali"):
@@ -539,7 +539,7 @@ def dsr_cloud(felix: Settings, cloud: Cloud) -> Said:
     mode = felix.get("bpfExternalServiceMode")
     if isinstance(mode, Unset):
         yield Unknown(mode.why)
-    elif mode.value == "DSR" and cloud.provider in _DSR_CLOUDS:
+    elif mode.says("DSR") and cloud.provider in _DSR_CLOUDS:
         meaning, fix = _DSR_CLOUDS[cloud.provider]
         place = f"{cloud.provider}: instance {cloud.instance or 'not known'} {cloud.zone}".rstrip()
         yield Finding(WARNING, "", (str(mode), place), meaning, fix.format(cloud.instance, cloud.zone))
@@ -573,7 +573,7 @@ def dsr_load_balancer(felix: Settings, kubernetes: Kubernetes) -> Said:
         for each in kubernetes.services
         if dig(each, "spec", "type") == "LoadBalancer" and items(each, "status", "loadBalancer", "ingress")
     ]
-    if mode.value == "DSR" and behind:
+    if mode.says("DSR") and behind:
         yield Finding(
             WARNING,
             "",
