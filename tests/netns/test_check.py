@@ -19,7 +19,7 @@ import pytest
 
 from calitrace.checks import registry
 from calitrace.checks.snapshot import Missing
-from calitrace.kernel import netns, node, syscall, tc
+from calitrace.kernel import iptables, netns, node, syscall, tc
 from calitrace.lab import deployment, network
 from calitrace.lab import state as record
 from calitrace.lab.topology import NODE_A, Lab
@@ -296,3 +296,54 @@ def test_without_root_nothing_is_taken_for_absent(lab: Lab) -> None:
 def test_a_healthy_node_has_traffic_and_no_unanswered_connections(lab: Lab, felix: tuple[str, str]) -> None:
     assert udp_echo(lab, "client", "10.10.0.1", 30053, b"hello") == b"hello"
     assert findings(run(lab, *felix)) == BASELINE
+
+
+def test_chains_of_netfilter_are_read(lab: Lab) -> None:
+    """kube-proxy's chains are known by name, as nftables and the nft variant of iptables keep them."""
+    nft = shutil.which("nft")
+    if nft is None:
+        pytest.skip("needs nft")
+    rules = "add table ip nat\nadd chain ip nat KUBE-SERVICES\nadd chain ip nat KUBE-SVC-TCOU7JCQXEZGVUNU\n"
+    with netns.inside(lab.namespace("node-a")):
+        assert iptables.chains() == ()
+        subprocess.run([nft, "-f", "-"], input=rules, text=True, check=True)
+        try:
+            assert iptables.chains() == ("KUBE-SERVICES", "KUBE-SVC-TCOU7JCQXEZGVUNU")
+        finally:
+            subprocess.run([nft, "delete", "table", "ip", "nat"], check=True)
+
+
+def test_a_reader_of_trace_pipe_is_named(lab: Lab, felix: tuple[str, str], tmp_path: Path) -> None:
+    """Any file of that name does: what matters is the process that holds it open."""
+    pipe = tmp_path / "trace_pipe"
+    pipe.touch()
+    with pipe.open():
+        (found,) = [each for each in run(lab, "debug", *felix) if each["type"] == "finding"]
+    assert found["id"] == "debug.trace-pipe-readers"
+    assert f"process {os.getpid()} " in found["evidence"][0]
+    assert findings(run(lab, "debug", *felix)) == set()
+
+
+def test_run_time_is_measured_only_meanwhile(lab: Lab) -> None:
+    """The kernel's statistics are off again afterwards, and drops of the interval are counted."""
+    where = node.Where(lab.namespace("node-a"), lab.pins / "node-a")
+    over = threading.Event()
+
+    def talk() -> None:
+        while not over.is_set():
+            udp_echo(lab, "client", "10.10.0.1", 30053, b"hello")
+
+    client = threading.Thread(target=talk)
+    client.start()
+    try:
+        found = node.collect(where, 0.3, lambda _: None)
+    finally:
+        over.set()
+        client.join()
+    assert not isinstance(found.program_times, Missing)
+    names = {each.name for each in found.program_times.programs if each.run_count}
+    assert any(each.startswith("cali_") for each in names)
+    assert Path("/proc/sys/kernel/bpf_stats_enabled").read_text().strip() == "0"
+    assert not isinstance(found.drops, Missing)
+    assert {"ens192"} <= {each.interface for each in found.drops.counters}
+    assert {"ens192", NODE_A.workload} == {each.interface for each in found.drops.qdiscs}
