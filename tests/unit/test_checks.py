@@ -281,6 +281,24 @@ FIRES: list[tuple[str, dict[str, Any], str]] = [
     ),
     (
         "services.nat-services",
+        {
+            "kubernetes": kubernetes(
+                services=(
+                    SERVICES[0],
+                    SERVICES[1]
+                    | {"status": {"loadBalancer": {"ingress": [{"ip": "203.0.113.5"}, {"hostname": "lb.example"}]}}},
+                )
+            )
+        },
+        "Service shop/web: 203.0.113.5:80 proto 6",
+    ),
+    (
+        "services.rp-filter",
+        {"sysctls": {"net.ipv4.conf.all.rp_filter": "1"}},
+        "net.ipv4.conf.all.rp_filter = 1",
+    ),
+    (
+        "services.nat-services",
         {"kubernetes": kubernetes(services=[service(f"s{n}", ports=[{"port": n}]) for n in range(1, 9)])},
         "and 3 more",
     ),
@@ -557,6 +575,7 @@ QUIET: list[tuple[str, dict[str, Any]]] = [
         {
             "kubernetes": kubernetes(
                 services=(
+                    SERVICES[1] | {"status": {"loadBalancer": {"ingress": [{"ip": "203.0.113.5", "ipMode": "Proxy"}]}}},
                     service("external", type="ExternalName"),
                     service("headless", clusterIP="None", ports=[{"port": 1}]),
                     service("six", clusterIP="fd00::1", ports=[{"port": 1}]),

@@ -158,7 +158,7 @@ def host_address(node_routes: tuple[NodeRoute, ...]) -> Said:
 
 
 def services_programmed(nat: Nat, kubernetes: Kubernetes) -> Said:
-    """Compares the NAT frontends with the cluster's Services: cluster IP, NodePort and external addresses.
+    """Compares the NAT frontends with the cluster's Services: cluster IP, NodePort, load balancer and external IPs.
 
     Services without an IPv4 cluster IP, of type ExternalName, with the label service.kubernetes.io/service-proxy-name
     and ports of SCTP are left out.
@@ -193,8 +193,11 @@ def _wanted(kubernetes: Kubernetes) -> Iterator[tuple[str, str, int, int]]:
             node_port = dig(port, "nodePort")
             if isinstance(node_port, int) and node_port:
                 yield name_of(service), ANY_NODE, node_port, proto
-            for external in items(service, "spec", "externalIPs"):
-                yield name_of(service), str(external), number, proto
+            balanced = items(service, "status", "loadBalancer", "ingress")
+            addresses = [dig(each, "ip") for each in balanced if dig(each, "ipMode") != "Proxy"]
+            for each in (*addresses, *items(service, "spec", "externalIPs")):
+                if _is_ipv4(each):
+                    yield name_of(service), each, number, proto
 
 
 def _is_ipv4(address: object) -> bool:

@@ -495,11 +495,11 @@ def rp_filter(
         own = sysctls.get(f"net.ipv4.conf.{link.name}.rp_filter", "0")
         if max(own, shared) == "1":
             yield Finding(
-                WARNING,
+                WARNING if shared == "1" else INFO,
                 link.name,
                 (f"net.ipv4.conf.all.rp_filter = {shared}", f"net.ipv4.conf.{link.name}.rp_filter = {own}"),
-                "the kernel drops packets whose source it would reach through another interface, after Calico let "
-                "them pass; Felix sets all to 0, so something set it again",
+                "the kernel drops packets whose source it would reach through another interface, after Calico let them "
+                "pass" + ("; Felix sets all to 0, so something set it again" if shared == "1" else ""),
                 f"sysctl -w net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.{link.name}.rp_filter=0; find who sets it: "
                 "systemd-networkd, tuned, /etc/sysctl.d",
             )
