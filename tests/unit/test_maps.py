@@ -414,6 +414,19 @@ def test_source_ranges_affinity_and_failsafes() -> None:
     assert "port 30080/tcp is one: no host policy applies" in [step.found for step in found]
 
 
+@pytest.mark.parametrize(
+    ("flag", "src", "broken"),
+    [
+        ("internal-local", "10.65.0.2", [walk.NO_BACKEND]),
+        ("internal-local", "10.10.0.100", []),
+        ("external-local", "10.65.0.2", []),
+    ],
+)
+def test_local_only_depends_on_where_the_packet_is_from(flag: str, src: str, broken: list[str]) -> None:
+    packet = walk.Packet(src, 4000, "10.10.0.1", 30080, "tcp")
+    assert kinds(walk.walk(packet, changed("frontends", 0, local=0, flags=[flag]))) == broken
+
+
 def test_services_differ_by_backends_not_by_ids() -> None:
     here, there = tables(), changed("frontends", 0, id=2, count=1)
     same = tables(

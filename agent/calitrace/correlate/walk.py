@@ -70,9 +70,10 @@ def walk(packet: Packet, tables: Tables) -> list[Step]:
         return [*steps, Step("NAT frontend", f"{name}, but not for {packet.src}", BAD_SOURCE,
                              "dropped, UNAUTH_SOURCE: the source is in no loadBalancerSourceRanges")]  # fmt: skip
     steps.append(Step("NAT frontend", f"{name}, {front['count']} backends, {front['local']} local"))
-    count = front["local"] if "external-local" in front["flags"] else front["count"]
+    policy = _local_only(packet, tables)
+    count = front["local"] if policy in front["flags"] else front["count"]
     if not count:
-        only = " on this node (externalTrafficPolicy Local)" if front["count"] else ""
+        only = f" on this node ({policy})" if front["count"] else ""
         return [*steps, Step("NAT backend", f"none{only}", NO_BACKEND, "refused with an ICMP error, or dropped")]
     known = {(b["id"], b["ordinal"]): (b["addr"], b["port"]) for b in tables.backends}
     chosen = _sticky(packet, front, tables)
@@ -180,6 +181,13 @@ def _no_frontend(packet: Packet, tables: Tables) -> list[Step]:
     if route is not None and {"blackhole-drop", "blackhole-reject"} & set(route["flags"]):
         where = "dropped, BLACK_HOLE: a service address without a service"
     return [Step("NAT frontend", f"none for {packet.dst}:{packet.dport}/{packet.proto}", NO_FRONTEND, where)]
+
+
+def _local_only(packet: Packet, tables: Tables) -> str:
+    """The flag that keeps this packet to local backends; sources that are hosts or pods have one of their own."""
+    route = _route(packet.src, tables)
+    inside = route is not None and bool({"host", "workload"} & set(route["flags"]))
+    return "internal-local" if inside else "external-local"
 
 
 def _sticky(packet: Packet, front: dict[str, Any], tables: Tables) -> tuple[str, int] | None:
