@@ -705,6 +705,10 @@ UNKNOWN: list[tuple[str, dict[str, Any], str]] = [
     ("services.workload-programs", {"links": bare()}, "no interface carries a Calico program"),
     ("services.workload-programs", {"links": with_link(POD, programs={}, kind="netkit")}, "netkit"),
     ("services.uplink-programs", {"links": bare()}, "no interface carries a Calico program"),
+    *(
+        (check, {"routes": (), "kubernetes": Missing("no"), "calico_version": "v3.31"}, "no interface has a gateway")
+        for check in ("services.uplink-programs", "services.data-iface-pattern", "services.mtu", "services.rp-filter")
+    ),
     ("services.rp-filter", {"links": bare()}, "no interface carries a Calico program"),
     ("services.rp-filter", {"sysctls": {}}, "could not be read"),
     ("services.api-endpoint", {"links": bare()}, "no interface carries a Calico program"),
@@ -839,6 +843,29 @@ def test_the_daemonset_says_felixs_environment_where_the_process_is_not_seen() -
     changes: dict[str, Any] = {"kubernetes": kubernetes(calico_node=daemonset)}
     assert "FELIX_BPFLOGLEVEL" in said(result("debug.level", felix_env=Missing("no process"), **changes))
     assert result("debug.level", **changes).status is Status.PASSED
+
+
+def test_another_cni_names_the_pods_interfaces() -> None:
+    eni = replace(POD, name="eni0123456789a", programs={})
+    changes: dict[str, Any] = {"links": (*LINKS, eni)}
+    assert result("services.workload-programs", **changes).findings == ()
+    found = result("services.workload-programs", felix_objects=felix(interfacePrefix="cali, eni"), **changes)
+    assert [each.subject for each in found.findings] == ["eni0123456789a"]
+
+
+@pytest.mark.parametrize(
+    ("routes", "severity"),
+    [
+        (ROUTES, Severity.ERROR),
+        ((Route("10.0.0.0/8", "wg0", "10.9.0.2"), *ROUTES), Severity.WARNING),
+        ((Route("default", "wg0"), *ROUTES), Severity.ERROR),
+    ],
+)
+def test_how_grave_an_unmatched_interface_is(routes: tuple[Route, ...], severity: Severity) -> None:
+    address = "192.0.2.11/24" if routes is ROUTES else "10.9.0.1/24"
+    links = (*LINKS, replace(WG, addresses=(address,)))
+    found = result("services.data-iface-pattern", links=links, routes=routes)
+    assert [(each.subject, each.severity) for each in found.findings] == [("wg0", severity)]
 
 
 def test_a_later_start_cures_the_fallback() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from calitrace.calico.felix_config import Settings, Unset
-from calitrace.checks.finding import Unknown
+from calitrace.checks.finding import Severity, Unknown
 from calitrace.checks.snapshot import Kubernetes, Link, Program, Route
 
 OWN_DEVICES = frozenset(
@@ -17,7 +17,6 @@ OWN_DEVICES = frozenset(
     }
 )
 L3_KINDS = frozenset({"wireguard", "tun", "ipip", "gre", "sit"})
-WORKLOAD_PREFIX = "cali"
 
 
 def dig(thing: Any, *path: str) -> Any:
@@ -73,8 +72,8 @@ def node_addresses(kubernetes: Kubernetes, node: str) -> set[str]:
 
 
 def is_workload(link: Link) -> bool:
-    """Whether it is the host's side of a pod's interface, by its name."""
-    return link.name.startswith(WORKLOAD_PREFIX)
+    """Whether it is the host's side of a pod's interface."""
+    return link.workload
 
 
 def ebpf_on(links: Iterable[Link]) -> bool:
@@ -94,6 +93,18 @@ def carriers(links: Iterable[Link], routes: Iterable[Route], addresses: set[str]
         and not is_workload(link)
         and (link.name in ways or any(address.partition("/")[0] in addresses for address in link.addresses))
     ]
+
+
+def uplinks(links: Iterable[Link], routes: Iterable[Route], addresses: set[str]) -> list[Link] | Unknown:
+    """The `carriers`; where there is none, nothing can be said of them."""
+    return carriers(links, routes, addresses) or Unknown("no interface has a gateway behind it, or a node's address")
+
+
+def grave(link: Link, routes: Iterable[Route], addresses: set[str]) -> Severity:
+    """How grave a fault on a carrier is: an error where the default route or a node's address is."""
+    default = any(route.dst == "default" and route.interface == link.name for route in routes)
+    own = any(address.partition("/")[0] in addresses for address in link.addresses)
+    return Severity.ERROR if default or own else Severity.WARNING
 
 
 def data_pattern(felix: Settings) -> tuple[re.Pattern[str], str] | Unknown:

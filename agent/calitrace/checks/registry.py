@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from calitrace.calico import felix_config, felix_log, release
 from calitrace.checks import cpu, debug_logs, decoded, drops, maps, nat, performance, services
 from calitrace.checks.finding import Check, Finding, Result, Status, Unknown
 from calitrace.checks.objects import calico_environment, calico_images
-from calitrace.checks.snapshot import Map, Missing, Snapshot
+from calitrace.checks.snapshot import Link, Map, Missing, Snapshot
 
 CHECKS: tuple[Check, ...] = (
     *services.CHECKS,
@@ -58,6 +59,7 @@ def sources(snapshot: Snapshot) -> dict[str, Any]:
     known = _release(snapshot)
     found["release"] = known or Missing("nothing says which release of Calico this is: give --calico-version")
     found["felix"] = _felix(snapshot, known)
+    found["links"] = _with_workloads(snapshot.links, found["felix"])
     found["felix_log"] = _felix_log(snapshot)
     for name, decode in _DECODED.items():
         found[name] = snapshot.maps if isinstance(snapshot.maps, Missing) else decode(snapshot.maps)
@@ -91,6 +93,18 @@ def _felix(snapshot: Snapshot, known: release.Release | None) -> felix_config.Se
         return felix_config.resolve(None, env, "", known)
     node = "" if isinstance(snapshot.host, Missing) else snapshot.host.node
     return felix_config.resolve(snapshot.felix_objects, env, node, known)
+
+
+def _with_workloads(
+    links: tuple[Link, ...] | Missing, felix: felix_config.Settings | Missing
+) -> tuple[Link, ...] | Missing:
+    """The interfaces, those of pods marked: interfacePrefix is a list, ``cali`` unless another CNI names them."""
+    if isinstance(links, Missing):
+        return links
+    setting = felix_config.Unset("") if isinstance(felix, Missing) else felix.get("interfacePrefix")
+    names = "cali" if isinstance(setting, felix_config.Unset) else str(setting.value)
+    prefixes = tuple(each.strip() for each in names.split(",") if each.strip())
+    return tuple(replace(each, workload=each.name.startswith(prefixes)) for each in links)
 
 
 def _felix_log(snapshot: Snapshot) -> tuple[felix_log.Line, ...] | Missing:

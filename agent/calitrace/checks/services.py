@@ -12,10 +12,10 @@ from calitrace.checks.finding import Check, Finding, Said, Section, Severity, Un
 from calitrace.checks.objects import (
     L3_KINDS,
     OWN_DEVICES,
-    carriers,
     data_pattern,
     dig,
     ebpf_on,
+    grave,
     hooks,
     is_workload,
     items,
@@ -25,6 +25,7 @@ from calitrace.checks.objects import (
     name_of,
     node_addresses,
     patch,
+    uplinks,
 )
 from calitrace.checks.snapshot import Cloud, Host, Kubernetes, Link, Process, Route, VxlanProbe
 
@@ -122,15 +123,19 @@ def uplink_programs(
     if not ebpf_on(links):
         yield Unknown("no interface carries a Calico program: see services.ebpf-off")
         return
-    pattern = data_pattern(felix) if felix else None
-    for link in carriers(links, routes, _addresses(kubernetes, host)):
+    pattern, addresses = data_pattern(felix) if felix else None, _addresses(kubernetes, host)
+    found = uplinks(links, routes, addresses)
+    if isinstance(found, Unknown):
+        yield found
+        return
+    for link in found:
         if all(link.calico(hook) for hook in _HOOKS):
             continue
         if isinstance(pattern, tuple) and not pattern[0].search(link.name) and not _is_l3(felix, link):
             continue  # services.data-iface-pattern says so
         said = pattern[1] if isinstance(pattern, tuple) else "bpfDataIfacePattern is not known"
         yield Finding(
-            ERROR,
+            grave(link, routes, addresses),
             link.name,
             (f"{link.name}: {hooks(link)}", said),
             "services are not reachable through this interface: Calico's programs are not on it",
@@ -160,7 +165,12 @@ def data_iface_pattern(
     if isinstance(pattern, Unknown):
         yield pattern
         return
-    for link in carriers(links, routes, _addresses(kubernetes, host)):
+    addresses = _addresses(kubernetes, host)
+    found = uplinks(links, routes, addresses)
+    if isinstance(found, Unknown):
+        yield found
+        return
+    for link in found:
         matched, l3 = pattern[0].search(link.name) is not None, link.kind in L3_KINDS
         if _is_l3(felix, link) or (matched and not l3):
             continue
@@ -177,7 +187,7 @@ def data_iface_pattern(
             continue
         field = "bpfL3IfacePattern" if l3 else "bpfDataIfacePattern"
         yield Finding(
-            ERROR,
+            grave(link, routes, addresses),
             link.name,
             evidence,
             _UNMATCHED.get(
@@ -390,7 +400,11 @@ def mtu(links: Links, routes: Routes, kubernetes: Kubernetes | None = None, host
     no DF, small requests work and large ones hang.
     """
     pods = [link for link in links if is_workload(link) and link.up]
-    for uplink in carriers(links, routes, _addresses(kubernetes, host)):
+    found = uplinks(links, routes, _addresses(kubernetes, host))
+    if isinstance(found, Unknown):
+        yield found
+        return
+    for uplink in found:
         large = [pod for pod in pods if pod.mtu + NODEPORT_OVERHEAD > uplink.mtu]
         left = uplink.mtu - NODEPORT_OVERHEAD
         smaller = (
@@ -491,7 +505,11 @@ def rp_filter(
     if shared is None:
         yield Unknown("net.ipv4.conf.all.rp_filter could not be read")
         return
-    for link in carriers(links, routes, _addresses(kubernetes, host)):
+    found = uplinks(links, routes, _addresses(kubernetes, host))
+    if isinstance(found, Unknown):
+        yield found
+        return
+    for link in found:
         own = sysctls.get(f"net.ipv4.conf.{link.name}.rp_filter", "0")
         if max(own, shared) == "1":
             yield Finding(

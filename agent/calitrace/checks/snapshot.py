@@ -52,6 +52,7 @@ class Link:
 
     *addresses*: with prefix length. *master*, *parent*: names, or "". *programs*: by hook, in the order they run.
     *features*: the offloads that ethtool knows. *udp_port*: of a vxlan or wireguard device, 0 when not known.
+    *workload*: it is the host's side of a pod's; follows from its name and interfacePrefix.
     """
 
     index: int
@@ -66,6 +67,7 @@ class Link:
     features: dict[str, bool] = field(default_factory=dict)
     programs: dict[str, tuple[Program, ...]] = field(default_factory=dict)
     udp_port: int = 0
+    workload: bool = False
 
     def calico(self, hook: str) -> bool:
         """Whether a Calico program is at *hook*: ``ingress`` or ``egress``, of tc or tcx."""
