@@ -1,18 +1,18 @@
 """How long `calitrace check` takes on a node with 200 pods' interfaces and 10,000 services in its maps.
 
 Prints one line and ends with status 1 when the aim is missed. Needs root. The node is a network namespace and a
-directory below /sys/fs/bpf of its own; both are gone afterwards.
+bpffs of its own; both are gone afterwards.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-import shutil
 import statistics
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -29,7 +29,6 @@ INTERFACES, SERVICES, BACKENDS = 200, 10_000, 3
 AIM_S = 3.0
 ROUNDS = 3
 NODE = f"calitrace-bench-{os.getpid()}"
-BPFFS = Path("/sys/fs/bpf")
 _CREATE, _PIN = 0, 6
 _HASH, _LPM, _NO_PREALLOC = 1, 11, 1
 PROGRAM = "int cali_bench(struct __sk_buff *skb) { return -1; }\n"
@@ -37,18 +36,13 @@ PROGRAM = "int cali_bench(struct __sk_buff *skb) { return -1; }\n"
 
 @contextmanager
 def bpffs() -> Iterator[Path]:
-    """A directory for pins; bpffs is mounted for it when it is not."""
-    mounted = mounts.filesystem(BPFFS) != "bpf"
-    if mounted:
-        mounts.mount_bpffs(BPFFS)
-    directory = BPFFS / NODE
-    directory.mkdir()
-    try:
-        yield directory
-    finally:
-        shutil.rmtree(directory)
-        if mounted:
-            mounts.unmount(BPFFS)
+    """A bpffs of our own, mounted elsewhere than the machine's."""
+    with tempfile.TemporaryDirectory(prefix="calitrace-bench-") as directory:
+        mounts.mount_bpffs(Path(directory))
+        try:
+            yield Path(directory)
+        finally:
+            mounts.unmount(Path(directory))
 
 
 @contextmanager
