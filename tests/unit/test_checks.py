@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -65,6 +67,7 @@ from calitrace.checks.snapshot import (
     ThreadTimes,
     VxlanProbe,
 )
+from calitrace.cli.main import COMMANDS
 from calitrace.report import check as shown
 
 PROXY = (*HEALTHY.processes, Process(99, "kube-proxy", "kube-proxy --config=/x"))  # type: ignore[misc]
@@ -891,13 +894,27 @@ def test_a_log_that_is_not_felixs_is_missing() -> None:
         ({"kubernetes": Missing("no")}, "v3.31"),
         ({"kubernetes": Missing("no"), "maps": (pinned("cali_counters2", (8, 112), []),)}, "v3.26 to v3.29"),
         ({"kubernetes": Missing("no"), "maps": (pinned("cali_counters6", (8, 216), []),)}, "master"),
+        (
+            {
+                "kubernetes": Missing("no"),
+                "maps": (pinned("cali_counters2", (8, 112), []), pinned("cali_state4", (4, 464), [])),
+            },
+            "v3.27",
+        ),
     ],
 )
 def test_the_release(changes: dict[str, Any], release: str) -> None:
     assert str(registry.sources(replace(HEALTHY, **changes))["release"]) == release
 
 
-@pytest.mark.parametrize("maps", [Missing("no"), MAPS[:4]])
+@pytest.mark.parametrize(
+    "maps",
+    [
+        Missing("no"),
+        MAPS[:4],
+        (pinned("cali_counters2", (8, 112), []), pinned("cali_counters3", (8, 136), [])),
+    ],
+)
 def test_no_release(maps: Any) -> None:
     found = registry.sources(replace(HEALTHY, kubernetes=Missing("no"), maps=maps))["release"]
     assert isinstance(found, Missing)
@@ -999,3 +1016,19 @@ def test_markdown() -> None:
     bare_report = "\n".join(shown.iter_markdown(replace(HEALTHY, host=Missing("no")), []))
     assert "on a node" in bare_report
     assert "##" not in bare_report
+
+
+def test_the_documents_name_checks_that_exist() -> None:
+    root = Path(__file__).resolve().parent.parent.parent / "docs"
+    named = set()
+    for path in (root / "compatibility.md", root / "limitations.md", root / "examples" / "check.txt"):
+        named |= set(re.findall(r"`((?:services|drops|cpu|debug|maps|performance)\.[a-z0-9-]+)`", path.read_text()))
+    assert len(named) > 40
+    assert named <= registry.BY_ID.keys()
+
+
+def test_fixes_name_commands_that_exist() -> None:
+    for check, changes, _ in FIRES:
+        for finding in result(check, **changes).findings:
+            for word in re.findall(r"calitrace ([a-z]+)", finding.fix):
+                assert word in COMMANDS

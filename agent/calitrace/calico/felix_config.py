@@ -171,10 +171,10 @@ class Settings:
         if len(parameter.defaults) == 1 and parameter.until is None:
             return Setting(parameter.name, parameter.defaults[0][1], "default")
         if self.release is None:
-            return Unset(f"the default of {parameter.name} depends on Calico's release, which is not known")
+            return Unset(f"the default of {parameter.name} depends on Calico's release: give --calico-version")
         first, last = _at(parameter, self.release.oldest), _at(parameter, self.release.newest)
         if first != last:
-            return Unset(f"the default of {parameter.name} changed within {self.release}")
+            return Unset(f"the default of {parameter.name} changed within {self.release}: give --calico-version")
         return Setting(parameter.name, first, f"default of {self.release}")
 
 

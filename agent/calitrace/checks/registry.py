@@ -75,10 +75,7 @@ def _release(snapshot: Snapshot) -> release.Release | None:
             if found:
                 return found
     if not isinstance(snapshot.maps, Missing):
-        for each in snapshot.maps:
-            found = release.of_counters(each.name, each.value_size)
-            if found:
-                return found
+        return release.of_maps((each.name, each.value_size) for each in snapshot.maps)
     return None
 
 
