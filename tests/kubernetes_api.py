@@ -97,6 +97,7 @@ class KubernetesApi:
         self.apis = set(apis)
         self.rules: list[Rule] = []
         self.requests: list[str] = []
+        self.texts: dict[str, str] = {}
         self.tls = tls
         self.connections: set[socket.socket] = set()
         self._port = 0
@@ -187,6 +188,10 @@ class KubernetesApi:
         if namespace:
             metadata["namespace"] = namespace
         return self.store.put(key, full, "MODIFIED" if key in self.store.objects else "ADDED")
+
+    def put_text(self, path: str, text: str) -> None:
+        """What a GET of *path* answers as plain text: a container's log."""
+        self.texts[path] = text
 
     def get(self, path: str) -> Object | None:
         """The object at *path*, without a request."""
@@ -281,13 +286,23 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
             self._status(401, "Unauthorized")
             return
-        if not self._discovery(path):
+        if path in api.texts:
+            self._send_text(api.texts[path])
+        elif not self._discovery(path):
             self._objects(path, query, json.loads(raw) if raw else {})
 
     def _send(self, status: int, value: Object) -> None:
         raw = json.dumps(value).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(raw)))
+        self.end_headers()
+        self.wfile.write(raw)
+
+    def _send_text(self, text: str) -> None:
+        raw = text.encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "text/plain")
         self.send_header("Content-Length", str(len(raw)))
         self.end_headers()
         self.wfile.write(raw)

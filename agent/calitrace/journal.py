@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
 SCHEMA = 1
-HEADER, EVENTS, TEXT, PROBES = "calitrace", "events", "text", "probes"
-SYMBOLS, TOTALS, MAPS, END = "symbols", "totals", "maps", "end"
-KINDS = (HEADER, EVENTS, TEXT, PROBES, SYMBOLS, TOTALS, MAPS, END)
+HEADER, EVENTS, TEXT, PROBES, SYMBOLS = "calitrace", "events", "text", "probes", "symbols"
+TOTALS, MAPS, SNAPSHOT, END = "totals", "maps", "snapshot", "end"
+KINDS = (HEADER, EVENTS, TEXT, PROBES, SYMBOLS, TOTALS, MAPS, SNAPSHOT, END)
 _CHUNK = 1 << 20
 
 
@@ -64,6 +64,7 @@ class Journal:
     probes: dict[int, dict[str, Any]] = field(default_factory=dict)
     symbols: dict[int, str] = field(default_factory=dict)
     totals: dict[str, Any] = field(default_factory=dict)
+    snapshot: dict[str, Any] | None = None
     maps: list[RawMap] = field(default_factory=list)
     unknown: Counter[str] = field(default_factory=Counter)
     complete: bool = False
@@ -191,6 +192,8 @@ def _take(journal: Journal, kind: str, body: dict[str, Any], at: int) -> None:
         journal.symbols.update(body.get("names", {}))
     elif kind == TOTALS:
         journal.totals = body
+    elif kind == SNAPSHOT:
+        journal.snapshot = body
     elif kind == MAPS:
         _take_map(journal, body, at)
     elif kind == END:

@@ -77,6 +77,8 @@ MEANING = {
     "BLACK_HOLE": "the destination is a service address that no service uses",
     "SOURCE_COLLISION_FAILED": "no free source port to resolve a collision",
     "CT_CREATE_FAILED": "the conntrack entry could not be made",
+    "FRAG_REORDER": "a fragment came before the first one of its packet",
+    "FRAG_UNSUPPORTED": "the kernel is too old to put fragments together",
     "DROPPED_BY_QOS": "QoS limit of the pod",
     "MAGLEV_NO_BACKEND": "Maglev found no backend",
     "NO_HOST_IP": "the node's own address is unknown to Felix",

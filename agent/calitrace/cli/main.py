@@ -15,6 +15,7 @@ from calitrace.errors import Error
 
 UNDO = Path("/var/lib/calitrace/undo")  # what an earlier run changed; see cluster/undo.py, which is slow to import
 COMMANDS = {
+    "check": "Look through Calico's eBPF troubleshooting page and show the evidence.",
     "doctor": "Say what this machine lacks, and what is lost without it.",
     "lab": "Two Calico-like nodes in network namespaces of this machine.",
     "log": "Read Calico's debug log and put it together into packets.",

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 TIMEOUT_S = 5.0
 PAGE = 500
-_SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
+SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 _HINTS = {
     401: "the credentials are wrong or have expired: log in again, or name another file with --kubeconfig",
     403: "this account lacks the permission; ask `kubectl auth can-i` with the same kubeconfig",
@@ -98,6 +98,10 @@ class Cluster:
                 return
             query["continue"] = following
 
+    def text(self, path: str, **query: str) -> str:
+        """What is no JSON: a container's log, at ``…/pods/NAME/log``."""
+        return self._answer("GET", path, query, accept="text/plain, */*").decode(errors="replace")
+
     def api_versions(self) -> set[str]:
         """All groups with all their versions that the server has: ``crd.projectcalico.org/v1``."""
         groups = self.get("/apis").get("groups") or ()
@@ -117,24 +121,9 @@ class Cluster:
         return self._request("DELETE", path, {}, body, "application/json")
 
     def _request(
-        self, method: str, path: str, query: dict[str, str], body: dict[str, Any] | None = None, content: str = ""
+        self, method: str, path: str, query: dict[str, str], body: dict[str, Any] | str | None = None, content: str = ""
     ) -> dict[str, Any]:
-        from kubernetes.client import ApiException
-        from urllib3.exceptions import HTTPError
-
-        headers = {"Accept": "application/json"} | ({"Content-Type": content} if content else {})
-        try:
-            verb, url, headers, *_ = self._client.param_serialize(
-                method, path, query_params=list(query.items()), header_params=headers, auth_settings=["BearerToken"]
-            )
-            response = self._client.rest_client.request(
-                verb, url, headers=headers, body=body, _request_timeout=(self._timeout_s, self._timeout_s)
-            )
-            raw = response.read()
-        except (HTTPError, ApiException, OSError) as failed:
-            raise _unreachable(self.server, failed) from failed
-        if not 200 <= response.status <= 299:
-            raise _refusal(method, path, response.status, raw)
+        raw = self._answer(method, path, query, body, content)
         try:
             answer = json.loads(raw)
         except ValueError:
@@ -142,6 +131,33 @@ class Cluster:
         if not isinstance(answer, dict):
             raise ApiRefused(0, f"{self.server} does not answer {path} as a Kubernetes API does", "check the address")
         return answer
+
+    def _answer(
+        self,
+        method: str,
+        path: str,
+        query: dict[str, str],
+        body: dict[str, Any] | str | None = None,
+        content: str = "",
+        accept: str = "application/json",
+    ) -> bytes:
+        from kubernetes.client import ApiException
+        from urllib3.exceptions import HTTPError
+
+        headers = {"Accept": accept} | ({"Content-Type": content} if content else {})
+        try:
+            verb, url, headers, *_ = self._client.param_serialize(
+                method, path, query_params=list(query.items()), header_params=headers, auth_settings=["BearerToken"]
+            )
+            response = self._client.rest_client.request(
+                verb, url, headers=headers, body=body, _request_timeout=(self._timeout_s, self._timeout_s)
+            )
+            raw: bytes = response.read()
+        except (HTTPError, ApiException, OSError) as failed:
+            raise _unreachable(self.server, failed) from failed
+        if not 200 <= response.status <= 299:
+            raise _refusal(method, path, response.status, raw)
+        return raw
 
 
 def _client(kubeconfig: str, context: str) -> ApiClient:
@@ -156,7 +172,7 @@ def _client(kubeconfig: str, context: str) -> ApiClient:
         ) from missing
     configuration = client.Configuration()
     try:
-        if not kubeconfig and not Path("~/.kube/config").expanduser().exists() and _SERVICE_ACCOUNT.exists():
+        if not kubeconfig and not Path("~/.kube/config").expanduser().exists() and SERVICE_ACCOUNT.exists():
             config.load_incluster_config(client_configuration=configuration)
         else:
             config.load_kube_config(

@@ -105,7 +105,9 @@ class _Attr(ctypes.Union):
 
 @dataclass(frozen=True)
 class ProgramInfo:
-    """A loaded program. *run_time_ns* and *run_count* grow only while kernel statistics are on."""
+    """A loaded program. *run_time_ns* and *run_count* grow only while kernel statistics are on.
+
+    *jited_bytes*: size of its machine code, 0 when it is interpreted or may not be known."""
 
     id: int
     type: int
@@ -117,6 +119,7 @@ class ProgramInfo:
     run_time_ns: int
     run_count: int
     recursion_misses: int
+    jited_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -199,6 +202,7 @@ def program_info(descriptor: int) -> ProgramInfo:
         info.run_time_ns,
         info.run_cnt,
         info.recursion_misses,
+        info.jited_prog_len,
     )
 
 

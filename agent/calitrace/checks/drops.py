@@ -1,0 +1,105 @@
+"""Section "Check if a program is dropping packets": Calico's own counters and the clsact qdisc's, over an interval."""
+
+from __future__ import annotations
+
+from calitrace.calico import reasons
+from calitrace.checks.finding import Check, Finding, Said, Section, Severity, Unknown
+from calitrace.checks.objects import iter_numbered
+from calitrace.checks.snapshot import Drops
+
+HOOKS = {0: "tc ingress", 1: "tc egress", 2: "XDP"}
+_FIXES = {
+    "DROPPED_BY_POLICY": "calitrace probe nodeport HOST:PORT --trace names the rule; "
+    "calico-node -bpf policy dump IFACE all",
+    "UNAUTH_SOURCE": "compare loadBalancerSourceRanges with the clients, node addresses with kubectl get nodes -o wide",
+    "RT_UNKNOWN": "calico-node -bpf routes dump: is the backend's address there?",
+    "BLACK_HOLE": "calico-node -bpf nat dump: does any service have that address and port?",
+    "CT_CREATE_FAILED": "calitrace check maps: is the conntrack map full?",
+    "SOURCE_COLLISION_FAILED": "widen bpfPSNATPorts in FelixConfiguration",
+}
+
+
+def calico_reasons(drops: Drops) -> Said:
+    """Reads Calico's counters for each interface and hook twice and names the reasons whose packets were dropped.
+
+    Only what rises over the interval is a finding. Reverse path failures, invalid conntrack states, packets in the
+    middle of an unknown flow and broken program chains have no counter: drops.silent looks for those.
+    """
+    for each in drops.counters:
+        count = len(each.after)
+        for code, (before, after) in enumerate(zip(each.before, each.after, strict=False)):
+            reason = reasons.name(code, count)
+            if after > before and reason in reasons.MEANING:
+                yield Finding(
+                    Severity.WARNING,
+                    f"{each.interface} {HOOKS.get(each.hook, each.hook)}",
+                    (f"{reason}: {before} -> {after} within {drops.seconds:g} s",),
+                    f"packets are dropped: {reasons.MEANING[reason]}",
+                    _FIXES.get(reason, f"calico-node -bpf counters dump --iface={each.interface}"),
+                )
+
+
+def silent(drops: Drops) -> Said:
+    """Compares the drops of each interface's clsact qdisc (tc -s qdisc show) with Calico's counters for it.
+
+    More drops than counted ones are Calico's silent ones, or another program's on that hook. Interfaces with tcx
+    have no such qdisc.
+    """
+    if not drops.qdiscs:
+        yield Unknown("no interface has a clsact qdisc: with tcx the kernel does not count these drops")
+    for qdisc in drops.qdiscs:
+        counted = 0
+        for each in drops.counters:
+            if each.interface == qdisc.interface:
+                counted += sum(
+                    max(after - before, 0)
+                    for code, (before, after) in enumerate(zip(each.before, each.after, strict=False))
+                    if reasons.name(code, len(each.after)) in reasons.MEANING
+                )
+        dropped = qdisc.after - qdisc.before
+        if dropped > counted:
+            yield Finding(
+                Severity.WARNING,
+                qdisc.interface,
+                (
+                    f"clsact dropped: {qdisc.before} -> {qdisc.after} within {drops.seconds:g} s",
+                    f"counted by Calico's reasons in that time: {counted}",
+                ),
+                "programs on this interface drop packets without counting them: reverse path, invalid conntrack state, "
+                "empty program slot (projectcalico/calico#6739), or another program",
+                "calitrace probe nodeport HOST:PORT --trace: which packets, and why",
+            )
+
+
+def since_boot(drops: Drops) -> Said:
+    """Reads Calico's counters and says where failures of the dataplane itself were counted since they were made.
+
+    Policy drops are what policy is for and are left out; the others should be 0.
+    """
+    lines = []
+    for each in drops.counters:
+        for code, value in enumerate(each.after):
+            reason = reasons.name(code, len(each.after))
+            if value and reason in (
+                "CT_CREATE_FAILED",
+                "SOURCE_COLLISION_FAILED",
+                "NO_HOST_IP",
+                "ENCAP_FAIL",
+                "DECAP_FAIL",
+            ):
+                lines.append(f"{each.interface} {HOOKS.get(each.hook, each.hook)}: {reason} {value}")
+    if lines:
+        yield Finding(
+            Severity.INFO,
+            "",
+            tuple(iter_numbered(lines, 8)),
+            "the dataplane failed to handle packets that it had allowed, at some time since it started",
+            "calitrace check drops --interval 30 says whether it still does",
+        )
+
+
+CHECKS = (
+    Check("drops.calico-reasons", Section.DROPS, calico_reasons),
+    Check("drops.silent", Section.DROPS, silent),
+    Check("drops.since-boot", Section.DROPS, since_boot),
+)

@@ -1,0 +1,157 @@
+"""Reading what is not ours: JSON objects of the API, kernel releases, interface patterns. Nothing here raises."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from calitrace.calico.felix_config import Settings, Unset
+from calitrace.checks.finding import Severity, Unknown
+from calitrace.checks.snapshot import Kubernetes, Link, Program, Route
+
+OWN_DEVICES = frozenset(
+    {
+        *("tunl0", "vxlan.calico", "vxlan-v6.calico", "wireguard.cali", "wg-v6.cali"),
+        *("bpfin.cali", "bpfout.cali", "bpfnatin", "bpfnatout", "lo"),
+    }
+)
+L3_KINDS = frozenset({"wireguard", "tun", "ipip", "gre", "sit"})
+
+
+def dig(thing: Any, *path: str) -> Any:
+    """What is at a path of keys in JSON, or None when something on the way is not there."""
+    for step in path:
+        if not isinstance(thing, Mapping):
+            return None
+        thing = thing.get(step)
+    return thing
+
+
+def items(thing: Any, *path: str) -> list[Any]:
+    """The list at a path, or an empty one."""
+    found = dig(thing, *path)
+    return found if isinstance(found, list) else []
+
+
+def name_of(thing: Any) -> str:
+    """``namespace/name``, or the name alone."""
+    namespace, name = dig(thing, "metadata", "namespace"), dig(thing, "metadata", "name")
+    return f"{namespace}/{name}" if namespace else str(name)
+
+
+def calico_images(kubernetes: Kubernetes) -> list[str]:
+    """Images of the DaemonSet calico-node's containers."""
+    containers = items(kubernetes.calico_node, "spec", "template", "spec", "containers")
+    return [str(dig(each, "image")) for each in containers if dig(each, "name") == "calico-node"]
+
+
+def calico_environment(kubernetes: Kubernetes) -> dict[str, str]:
+    """FELIX_* that the DaemonSet gives calico-node on every node; those taken from elsewhere are left out."""
+    found = {}
+    for container in items(kubernetes.calico_node, "spec", "template", "spec", "containers"):
+        for each in items(container, "env") if dig(container, "name") == "calico-node" else ():
+            name, value = dig(each, "name"), dig(each, "value")
+            if isinstance(name, str) and name.startswith("FELIX_") and isinstance(value, str):
+                found[name] = value
+    return found
+
+
+def node_addresses(kubernetes: Kubernetes, node: str) -> set[str]:
+    """Addresses of a node as the API and Calico's annotation have them, without prefix length."""
+    found = set()
+    for each in kubernetes.nodes:
+        if dig(each, "metadata", "name") == node:
+            for address in items(each, "status", "addresses"):
+                if dig(address, "type") in ("InternalIP", "ExternalIP"):
+                    found.add(str(dig(address, "address")))
+            annotated = dig(each, "metadata", "annotations", "projectcalico.org/IPv4Address")
+            if annotated:
+                found.add(str(annotated).partition("/")[0])
+    return found
+
+
+def is_workload(link: Link) -> bool:
+    """Whether it is the host's side of a pod's interface."""
+    return link.workload
+
+
+def ebpf_on(links: Iterable[Link]) -> bool:
+    """Whether any interface carries a Calico program."""
+    return any(link.any_calico for link in links)
+
+
+def carriers(links: Iterable[Link], routes: Iterable[Route], addresses: set[str]) -> list[Link]:
+    """Interfaces through which traffic enters and leaves the node: a gateway is behind them, or they bear a node's
+    address. Calico's own devices and pods' interfaces are none.
+    """
+    ways = {route.interface for route in routes if route.gateway or route.dst == "default"}
+    return [
+        link
+        for link in links
+        if link.name not in OWN_DEVICES
+        and not is_workload(link)
+        and (link.name in ways or any(address.partition("/")[0] in addresses for address in link.addresses))
+    ]
+
+
+def uplinks(links: Iterable[Link], routes: Iterable[Route], addresses: set[str]) -> list[Link] | Unknown:
+    """The `carriers`; where there is none, nothing can be said of them."""
+    return carriers(links, routes, addresses) or Unknown("no interface has a gateway behind it, or a node's address")
+
+
+def grave(link: Link, routes: Iterable[Route], addresses: set[str]) -> Severity:
+    """How grave a fault on a carrier is: an error where the default route or a node's address is."""
+    default = any(route.dst == "default" and route.interface == link.name for route in routes)
+    own = any(address.partition("/")[0] in addresses for address in link.addresses)
+    return Severity.ERROR if default or own else Severity.WARNING
+
+
+def data_pattern(felix: Settings) -> tuple[re.Pattern[str], str] | Unknown:
+    """bpfDataIfacePattern, compiled, and where it comes from."""
+    setting = felix.get("bpfDataIfacePattern")
+    if isinstance(setting, Unset):
+        return Unknown(setting.why)
+    try:
+        return re.compile(str(setting.value)), str(setting)
+    except re.error as wrong:
+        return Unknown(f"{setting}: not a pattern that Python understands: {wrong}")
+
+
+def l3_pattern(felix: Settings) -> re.Pattern[str] | None:
+    """bpfL3IfacePattern, compiled; None when it is empty, unknown or malformed."""
+    setting = felix.get("bpfL3IfacePattern")
+    if isinstance(setting, Unset) or not setting.value:
+        return None
+    try:
+        return re.compile(str(setting.value))
+    except re.error:
+        return None
+
+
+def hooks(link: Link) -> str:
+    """What is at an interface's hooks, in words: ``ingress: cali_tc_preambl; egress: nothing``."""
+    return "; ".join(f"{hook}: {_names(link.programs.get(hook, ()))}" for hook in ("ingress", "egress"))
+
+
+def _names(programs: tuple[Program, ...]) -> str:
+    return ", ".join(f"{each.name} (id {each.id})" for each in programs) or "nothing"
+
+
+def kernel_version(release: str) -> tuple[int, ...] | None:
+    """(5, 15, 0) of "5.15.0-91-generic"; with the number behind the hyphen as a fourth where there is one."""
+    match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?(?:-(\d+))?", release)
+    return None if match is None else tuple(int(part) for part in match.groups(default="0"))
+
+
+def patch(spec: str) -> str:
+    """The command that changes FelixConfiguration ``default``. *spec*: JSON of the fields."""
+    return f"kubectl patch felixconfiguration default --type merge -p '{{\"spec\":{{{spec}}}}}'"
+
+
+def iter_numbered(lines: Iterable[str], most: int) -> Iterator[str]:
+    """The first *most*, and how many more there are."""
+    every = list(lines)
+    yield from every[:most]
+    if len(every) > most:
+        yield f"and {len(every) - most} more"

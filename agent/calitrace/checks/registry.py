@@ -1,0 +1,111 @@
+"""All checks, the sources that are made of other sources, and the run: one check never stops another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+from calitrace.calico import felix_config, felix_log, release
+from calitrace.checks import cpu, debug_logs, decoded, drops, maps, nat, performance, services
+from calitrace.checks.finding import Check, Finding, Result, Status, Unknown
+from calitrace.checks.objects import calico_environment, calico_images
+from calitrace.checks.snapshot import Link, Map, Missing, Snapshot
+
+CHECKS: tuple[Check, ...] = (
+    *services.CHECKS,
+    *nat.CHECKS,
+    *drops.CHECKS,
+    *cpu.CHECKS,
+    *debug_logs.CHECKS,
+    *maps.CHECKS,
+    *performance.CHECKS,
+)
+AREAS = tuple(dict.fromkeys(check.area for check in CHECKS))
+BY_ID = {check.id: check for check in CHECKS}
+
+
+_DECODED: dict[str, Callable[[tuple[Map, ...]], Any]] = {
+    "nat": decoded.nat,
+    "interfaces": decoded.interfaces,
+    "node_routes": decoded.routes,
+    "forwarded": decoded.forwarded,
+    "connections": decoded.connections,
+}
+
+
+def run(snapshot: Snapshot, checks: Iterable[Check] = CHECKS) -> list[Result]:
+    """What each check says of the snapshot, in the order of *checks*."""
+    found = sources(snapshot)
+    return [run_one(check, found) for check in checks]
+
+
+def run_one(check: Check, found: dict[str, Any]) -> Result:
+    """What one check says. *found*: all sources by name, as `sources` returns them."""
+    missing = [found[name].why for name in check.needs if isinstance(found[name], Missing)]
+    if missing:
+        return Result(check, Status.NOT_RUN, why=tuple(missing))
+    given = {name: found[name] for name in check.needs}
+    given |= {name: None if isinstance(found[name], Missing) else found[name] for name in check.uses}
+    said = list(check.function(**given))
+    findings = tuple(each for each in said if isinstance(each, Finding))
+    why = tuple(each.why for each in said if isinstance(each, Unknown))
+    return Result(check, Status.FINDINGS if findings else Status.NOT_RUN if why else Status.PASSED, findings, why)
+
+
+def sources(snapshot: Snapshot) -> dict[str, Any]:
+    """Every source by name: the snapshot's own, and those that follow from several of them."""
+    found: dict[str, Any] = {name: getattr(snapshot, name) for name in Snapshot.__dataclass_fields__}
+    known = _release(snapshot)
+    found["release"] = known or Missing("nothing says which release of Calico this is: give --calico-version")
+    found["felix"] = _felix(snapshot, known)
+    found["links"] = _with_workloads(snapshot.links, found["felix"])
+    found["felix_log"] = _felix_log(snapshot)
+    for name, decode in _DECODED.items():
+        found[name] = snapshot.maps if isinstance(snapshot.maps, Missing) else decode(snapshot.maps)
+    return found
+
+
+def _release(snapshot: Snapshot) -> release.Release | None:
+    if snapshot.calico_version:
+        return release.parse(snapshot.calico_version, "--calico-version")
+    if not isinstance(snapshot.kubernetes, Missing):
+        for image in calico_images(snapshot.kubernetes):
+            found = release.parse(image.rpartition(":")[2], f"image {image}")
+            if found:
+                return found
+    if not isinstance(snapshot.maps, Missing):
+        return release.of_maps((each.name, each.value_size) for each in snapshot.maps)
+    return None
+
+
+def _felix(snapshot: Snapshot, known: release.Release | None) -> felix_config.Settings | Missing:
+    if not isinstance(snapshot.felix_env, Missing):
+        env = snapshot.felix_env
+    else:
+        env = {} if isinstance(snapshot.kubernetes, Missing) else calico_environment(snapshot.kubernetes)
+    if isinstance(snapshot.felix_objects, Missing):
+        if not env:
+            return snapshot.felix_objects
+        return felix_config.resolve(None, env, "", known)
+    node = "" if isinstance(snapshot.host, Missing) else snapshot.host.node
+    return felix_config.resolve(snapshot.felix_objects, env, node, known)
+
+
+def _with_workloads(
+    links: tuple[Link, ...] | Missing, felix: felix_config.Settings | Missing
+) -> tuple[Link, ...] | Missing:
+    """The interfaces, those of pods marked: interfacePrefix is a list, ``cali`` unless another CNI names them."""
+    if isinstance(links, Missing):
+        return links
+    setting = felix_config.Unset("") if isinstance(felix, Missing) else felix.get("interfacePrefix")
+    names = "cali" if isinstance(setting, felix_config.Unset) else str(setting.value)
+    prefixes = tuple(each.strip() for each in names.split(",") if each.strip())
+    return tuple(replace(each, workload=each.name.startswith(prefixes)) for each in links)
+
+
+def _felix_log(snapshot: Snapshot) -> tuple[felix_log.Line, ...] | Missing:
+    if isinstance(snapshot.felix_lines, Missing):
+        return snapshot.felix_lines
+    lines = tuple(felix_log.parse(snapshot.felix_lines))
+    return lines or Missing(f"none of its {len(snapshot.felix_lines)} lines is Felix's")

@@ -1,0 +1,283 @@
+"""What was found on a node and in its cluster, before anybody judges it: plain values that go into a journal.
+
+A source that could not be read is `Missing` with the reason; no check may take that for an answer.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+from calitrace.errors import Malformed
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A source that was not read. *why*: one sentence without a full stop."""
+
+    why: str
+
+
+@dataclass(frozen=True)
+class Host:
+    """*node*: its name in Kubernetes. *kernel*: as uname -r says. *distribution*: /etc/os-release."""
+
+    node: str
+    kernel: str
+    distribution: dict[str, str]
+    cpus: int
+
+
+@dataclass(frozen=True)
+class Program:
+    """A loaded BPF program. *jited_bytes*: 0 when it is interpreted. *maps*: Calico's maps that it uses, name to id."""
+
+    id: int
+    name: str
+    jited_bytes: int = 0
+    maps: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def is_calico(self) -> bool:
+        """By its name: ``cali_tc_preambl``, ``calico_from_hos``."""
+        return self.name.startswith("cali")
+
+
+@dataclass(frozen=True)
+class Link:
+    """An interface of the node's namespace. *kind*: veth, bond, bridge, vlan, vxlan, wireguard, dummy, or "".
+
+    *addresses*: with prefix length. *master*, *parent*: names, or "". *programs*: by hook, in the order they run.
+    *features*: the offloads that ethtool knows. *udp_port*: of a vxlan or wireguard device, 0 when not known.
+    *workload*: it is the host's side of a pod's; follows from its name and interfacePrefix.
+    """
+
+    index: int
+    name: str
+    kind: str = ""
+    mtu: int = 1500
+    up: bool = True
+    addresses: tuple[str, ...] = ()
+    master: str = ""
+    parent: str = ""
+    driver: str = ""
+    features: dict[str, bool] = field(default_factory=dict)
+    programs: dict[str, tuple[Program, ...]] = field(default_factory=dict)
+    udp_port: int = 0
+    workload: bool = False
+
+    def calico(self, hook: str) -> bool:
+        """Whether a Calico program is at *hook*: ``ingress`` or ``egress``, of tc or tcx."""
+        return any(program.is_calico for program in self.programs.get(hook, ()))
+
+    @property
+    def any_calico(self) -> bool:
+        """Whether a Calico program is at either hook."""
+        return self.calico("ingress") or self.calico("egress")
+
+
+@dataclass(frozen=True)
+class Route:
+    """A route of the main table. *dst*: "default" or a network."""
+
+    dst: str
+    interface: str
+    gateway: str = ""
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process in the node's network namespace. *name*: as the kernel has it, at most 15 characters."""
+
+    pid: int
+    name: str
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class ThreadTime:
+    """CPU time of one thread over the interval."""
+
+    pid: int
+    process: str
+    thread: str
+    cpu_s: float
+
+
+@dataclass(frozen=True)
+class ThreadTimes:
+    """Over *seconds* of wall time, the threads of Calico and kube-proxy."""
+
+    seconds: float
+    threads: tuple[ThreadTime, ...]
+
+
+@dataclass(frozen=True)
+class ProgramTime:
+    """What one BPF program used over the interval."""
+
+    id: int
+    name: str
+    run_ns: int
+    run_count: int
+
+
+@dataclass(frozen=True)
+class ProgramTimes:
+    """Over *seconds* of wall time."""
+
+    seconds: float
+    programs: tuple[ProgramTime, ...]
+
+
+@dataclass(frozen=True)
+class Map:
+    """A pinned BPF map. *entries*: None when they were not counted; *raw*: key and value, for the maps we decode."""
+
+    id: int
+    name: str
+    path: str
+    type: int
+    key_size: int
+    value_size: int
+    max_entries: int
+    entries: int | None = None
+    raw: tuple[tuple[bytes, bytes], ...] = ()
+
+
+@dataclass(frozen=True)
+class Counters:
+    """Packets by Calico's reason code at one hook (0 tc ingress, 1 tc egress, 2 XDP), twice."""
+
+    interface: str
+    hook: int
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class QdiscDrops:
+    """The drop counter of an interface's clsact qdisc, twice: what ``tc -s qdisc show`` prints."""
+
+    interface: str
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class Drops:
+    """Over *seconds* of wall time."""
+
+    seconds: float
+    counters: tuple[Counters, ...] = ()
+    qdiscs: tuple[QdiscDrops, ...] = ()
+
+
+@dataclass(frozen=True)
+class VxlanProbe:
+    """Probes sent in the NodePort tunnel to *node* (UDP *port*), for *inner*, a NodePort; and the answers."""
+
+    node: str
+    port: int
+    inner: str
+    sent: int
+    answered: int
+
+
+@dataclass(frozen=True)
+class Kubernetes:
+    """Objects as the API sends them. *secrets are never asked for*."""
+
+    version: str = ""
+    nodes: tuple[dict[str, Any], ...] = ()
+    services: tuple[dict[str, Any], ...] = ()
+    endpoint_slices: tuple[dict[str, Any], ...] = ()
+    ip_pools: tuple[dict[str, Any], ...] = ()
+    calico_node: dict[str, Any] = field(default_factory=dict)
+    kube_proxy: dict[str, Any] = field(default_factory=dict)
+    services_endpoint: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """*provider*: aws, gcp, azure. *instance*, *zone*, *machine*: as its metadata service names them."""
+
+    provider: str
+    instance: str = ""
+    zone: str = ""
+    machine: str = ""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All sources. *taken*: wall clock, ISO 8601."""
+
+    taken: str = ""
+    calico_version: str = ""
+    host: Host | Missing = Missing("not collected")
+    sysctls: dict[str, str] | Missing = Missing("not collected")
+    links: tuple[Link, ...] | Missing = Missing("not collected")
+    routes: tuple[Route, ...] | Missing = Missing("not collected")
+    processes: tuple[Process, ...] | Missing = Missing("not collected")
+    chains: tuple[str, ...] | Missing = Missing("not collected")
+    trace_readers: tuple[Process, ...] | Missing = Missing("not collected")
+    lockdown: str | Missing = Missing("not collected")
+    programs: tuple[Program, ...] | Missing = Missing("not collected")
+    maps: tuple[Map, ...] | Missing = Missing("not collected")
+    thread_times: ThreadTimes | Missing = Missing("not collected")
+    program_times: ProgramTimes | Missing = Missing("not collected")
+    drops: Drops | Missing = Missing("not collected")
+    felix_env: dict[str, str] | Missing = Missing("not collected")
+    felix_objects: tuple[dict[str, Any], ...] | Missing = Missing("no API server was asked and no --felix-config given")
+    felix_lines: tuple[str, ...] | Missing = Missing("no API server was asked and no --felix-log given")
+    kubernetes: Kubernetes | Missing = Missing("no API server was asked")
+    vxlan_probes: tuple[VxlanProbe, ...] | Missing = Missing("no probe was asked for with --probe")
+    cloud: Cloud | Missing = Missing("the platform's DMI names no cloud that we know")
+
+
+def to_plain(value: Any) -> Any:
+    """Dataclasses as maps, tuples as lists: what a journal or JSON holds. `Missing` becomes ``{"missing": why}``."""
+    if isinstance(value, Missing):
+        return {"missing": value.why}
+    if is_dataclass(value):
+        return {each.name: to_plain(getattr(value, each.name)) for each in fields(value)}
+    if isinstance(value, tuple | list):
+        return [to_plain(each) for each in value]
+    if isinstance(value, Mapping):
+        return {key: to_plain(each) for key, each in value.items()}
+    return value
+
+
+def from_plain(plain: Mapping[str, Any]) -> Snapshot:
+    """The snapshot of `to_plain`; sources that it does not have are missing. Raises Malformed."""
+    try:
+        built = _build(Snapshot, plain)
+    except (AttributeError, KeyError, TypeError, ValueError) as wrong:
+        raise Malformed(0, "a snapshot", f"{type(wrong).__name__}: {wrong}", "snapshot") from wrong
+    assert isinstance(built, Snapshot)
+    return built
+
+
+def _build(hint: Any, plain: Any) -> Any:
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        if Missing in inner and isinstance(plain, dict) and plain.keys() == {"missing"}:
+            return Missing(str(plain["missing"]))
+        return None if plain is None and type(None) in inner else _build(inner[0], plain)
+    if origin is tuple:
+        each = inner if inner[-1] is not Ellipsis else (inner[0],) * len(plain)
+        return tuple(_build(one, value) for one, value in zip(each, plain, strict=True))
+    if origin is dict:
+        return {key: _build(inner[1], value) for key, value in plain.items()}
+    if is_dataclass(hint):
+        hints = typing.get_type_hints(hint)
+        known = {name: _build(hints[name], value) for name, value in plain.items() if name in hints}
+        return typing.cast(Any, hint)(**known)
+    if hint is Any:
+        return plain
+    if not isinstance(plain, (int, float) if hint is float else hint):
+        raise TypeError(f"expected {hint.__name__}, found {type(plain).__name__}")
+    return plain

@@ -1,0 +1,113 @@
+"""Kubernetes and Calico objects, and calico-node's log, into the snapshot; read-only, and no Secrets."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from calitrace.checks.snapshot import Host, Kubernetes, Missing, Snapshot
+from calitrace.cluster.kubernetes import SERVICE_ACCOUNT, ApiRefused, Cluster
+from calitrace.errors import EnvironmentUnfit
+
+T = TypeVar("T")
+_CALICO = ("calico-system", "kube-system")
+_OPERATOR = ("tigera-operator", "calico-system", "kube-system")
+_APIS = ("/apis/projectcalico.org/v3", "/apis/crd.projectcalico.org/v1")
+_LOG_LINES = 20000
+
+
+def collect(snapshot: Snapshot, kubeconfig: str, context: str, timeout_s: float) -> Snapshot:
+    """The snapshot with the cluster's sources; what the API refuses is missing, with its answer."""
+    try:
+        cluster = Cluster(kubeconfig, context, timeout_s)
+    except EnvironmentUnfit as unfit:
+        none = Missing(unfit.cause)
+        return replace(snapshot, kubernetes=none, felix_objects=none, felix_lines=none)
+    node = "" if isinstance(snapshot.host, Missing) else snapshot.host.node
+    with cluster:
+        version = _source(cluster.version)
+        if isinstance(version, Missing):
+            return replace(snapshot, kubernetes=version, felix_objects=version, felix_lines=version)
+        return replace(
+            snapshot,
+            kubernetes=_source(lambda: _kubernetes(cluster, version)),
+            felix_objects=_source(lambda: _felix(cluster)),
+            felix_lines=_source(lambda: _log(cluster, node)),
+        )
+
+
+def _source(read: Callable[[], T]) -> T | Missing:
+    try:
+        return read()
+    except EnvironmentUnfit as refused:
+        return Missing(refused.cause)
+
+
+def _kubernetes(cluster: Cluster, version: str) -> Kubernetes:
+    pools: tuple[dict[str, Any], ...] = ()
+    for api in _APIS:
+        try:
+            pools = tuple(cluster.iter_list(f"{api}/ippools"))
+            break
+        except ApiRefused as refused:
+            if refused.status != 404:
+                raise
+    return Kubernetes(
+        version,
+        tuple(cluster.iter_list("/api/v1/nodes")),
+        tuple(cluster.iter_list("/api/v1/services")),
+        tuple(cluster.iter_list("/apis/discovery.k8s.io/v1/endpointslices")),
+        pools,
+        _first(cluster, _CALICO, "/apis/apps/v1/namespaces/{}/daemonsets/calico-node"),
+        _first(cluster, ("kube-system",), "/apis/apps/v1/namespaces/{}/daemonsets/kube-proxy"),
+        _first(cluster, _OPERATOR, "/api/v1/namespaces/{}/configmaps/kubernetes-services-endpoint"),
+    )
+
+
+def _first(cluster: Cluster, namespaces: tuple[str, ...], path: str) -> dict[str, Any]:
+    for namespace in namespaces:
+        found = cluster.find(path.format(namespace))
+        if found is not None:
+            return found
+    return {}
+
+
+def _felix(cluster: Cluster) -> tuple[dict[str, Any], ...]:
+    last: ApiRefused | None = None
+    for api in _APIS:
+        try:
+            return tuple(cluster.iter_list(f"{api}/felixconfigurations"))
+        except ApiRefused as refused:
+            if refused.status != 404:
+                raise
+            last = refused
+    raise EnvironmentUnfit(f"no FelixConfiguration in this cluster: {last.cause if last else ''}")
+
+
+def _log(cluster: Cluster, node: str) -> tuple[str, ...]:
+    """The end of the log of the calico-node pod on *node*."""
+    if not node:
+        raise EnvironmentUnfit("which node's log is wanted is not known: give --node-name")
+    for namespace in _CALICO:
+        path = f"/api/v1/namespaces/{namespace}/pods"
+        pods = cluster.iter_list(path, labelSelector="k8s-app=calico-node", fieldSelector=f"spec.nodeName={node}")
+        for pod in pods:
+            name = pod["metadata"]["name"]
+            text = cluster.text(f"{path}/{name}/log", container="calico-node", tailLines=str(_LOG_LINES))
+            return tuple(text.splitlines())
+    raise EnvironmentUnfit(f"no calico-node pod on node {node!r}; is that its name in Kubernetes? (--node-name)")
+
+
+def host_of(node: str) -> Host | Missing:
+    """The host source when only the cluster is looked at."""
+    return Host(node, "", {}, 0) if node else Missing("only the cluster was looked at")
+
+
+def configured() -> bool:
+    """Whether something says which API server to ask: $KUBECONFIG, ~/.kube/config, or a pod's service account."""
+    return (
+        bool(os.environ.get("KUBECONFIG")) or Path("~/.kube/config").expanduser().exists() or SERVICE_ACCOUNT.exists()
+    )

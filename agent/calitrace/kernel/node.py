@@ -1,0 +1,515 @@
+"""Collects what one node holds into a snapshot: interfaces, programs, maps, processes, settings of the kernel.
+
+Nothing is changed but for BPF run-time statistics, which are on for the interval through a file descriptor of ours.
+Each source is read by itself: what fails becomes `Missing` with the reason and the rest goes on.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+from calitrace.calico import maptables
+from calitrace.calico.maps import identify
+from calitrace.checks.snapshot import (
+    Counters,
+    Drops,
+    Host,
+    Link,
+    Map,
+    Missing,
+    Process,
+    Program,
+    ProgramTime,
+    ProgramTimes,
+    QdiscDrops,
+    Route,
+    Snapshot,
+    ThreadTime,
+    ThreadTimes,
+)
+from calitrace.errors import EnvironmentUnfit, Error, UsageError
+from calitrace.kernel import iptables, maps, netns, syscall, tc
+
+T = TypeVar("T")
+Progress = Callable[[str], None]
+_PROC = Path("/proc")
+_LOOKED_FOR = ("kubelet", "kube-proxy", "calico-node", "calico-felix")
+_SYSCTLS = ("net.core.bpf_jit_enable", "net.core.bpf_jit_limit", "kernel.bpf_stats_enabled")
+_ALL = 1 << 62
+# What is decoded, and how many rows of it are kept; of conntrack enough to see what goes unanswered.
+_DECODED = {
+    "cali_v4_nat_fe": _ALL,
+    "cali_v4_nat_be": _ALL,
+    "cali_v4_routes": _ALL,
+    "cali_iface": _ALL,
+    "cali_v4_ct": 50_000,
+}
+_COUNTED_TYPES = (1, 5, 9, 10, 11)  # hash, per-CPU hash, LRU, per-CPU LRU, LPM trie: arrays are always full
+_MOST_ETHTOOL = 64
+_FELIX_ENV = re.compile(r"FELIX_[A-Z0-9_]+|KUBERNETES_SERVICE_HOST|NODENAME")
+
+
+@dataclass(frozen=True)
+class Where:
+    """Which node: network *namespace* ("": ours), *bpffs* (None: the usual place), *node*: its name ("": its own)."""
+
+    namespace: str = ""
+    bpffs: Path | None = None
+    node: str = ""
+
+
+def collect(where: Where, interval_s: float, progress: Progress) -> Snapshot:
+    """Look at everything, twice where something is measured, *interval_s* apart.
+
+    Raises UsageError for a namespace that is not there.
+    """
+    bpffs = maps.root(where.bpffs, where.namespace or None, None)
+    inum = netns.inum(where.namespace) if where.namespace else netns.own_inum()
+    progress("processes and kernel settings")
+    processes = _source(lambda: tuple(iter_processes(inum)), "processes")
+    env = _source(lambda: _felix_env(processes), "calico-node's environment")
+    found = Snapshot(
+        taken=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        host=_source(lambda: _host(where.node, env), "host"),
+        processes=processes,
+        felix_env=env,
+        trace_readers=_source(lambda: tuple(iter_trace_readers()), "open files"),
+        lockdown=_source(_lockdown, "lockdown"),
+    )
+    sysctls = _sysctls()
+    with ExitStack() as stack:
+        if where.namespace:
+            stack.enter_context(netns.inside(where.namespace))
+        progress("interfaces, routes and programs")
+        network = _network()
+        found = replace(found, **{**network, "sysctls": sysctls | network["sysctls"]})
+        progress("maps")
+        found = replace(
+            found,
+            programs=_source(lambda: tuple(iter_programs()), "programs"),
+            maps=_source(lambda: _maps(bpffs), f"maps below {bpffs}"),
+        )
+        if interval_s > 0:
+            progress(f"measuring for {interval_s:g} s")
+            found = replace(found, **_measured(found, bpffs, interval_s))
+        else:
+            none = Missing("nothing was measured: --interval 0")
+            found = replace(found, thread_times=none, program_times=none, drops=none)
+    return found
+
+
+def _source(read: Callable[[], T], name: str) -> T | Missing:
+    from pyroute2.netlink.exceptions import NetlinkError
+
+    try:
+        return read()
+    except UsageError as failure:
+        return Missing(f"{failure.cause} ({failure.hint})")
+    except Error as failure:
+        return Missing(failure.cause)
+    except NetlinkError as failure:
+        return Missing(f"{name}: {os.strerror(failure.code)}")
+    except OSError as failure:
+        return Missing(f"{name}: {failure.strerror}")
+
+
+def _host(node: str, env: dict[str, str] | Missing) -> Host:
+    named = node or ("" if isinstance(env, Missing) else env.get("FELIX_FELIXHOSTNAME") or env.get("NODENAME", ""))
+    distribution = {}
+    with suppress(OSError):
+        for line in Path("/etc/os-release").read_text().splitlines():
+            key, equals, value = line.partition("=")
+            if equals:
+                distribution[key] = value.strip("\"'")
+    return Host(named or socket.gethostname().lower(), os.uname().release, distribution, os.cpu_count() or 1)
+
+
+def _lockdown() -> str:
+    path = Path("/sys/kernel/security/lockdown")
+    if not path.exists():
+        return "not present"
+    match = re.search(r"\[(\w+)\]", path.read_text())
+    return match[1] if match else "not known"
+
+
+# Processes
+
+
+def iter_processes(inum: int) -> Iterator[Process]:
+    """The processes in the network namespace with this inode number; kernel threads are left out.
+
+    Raises EnvironmentUnfit where it is hidden from us in which namespace one of those is that checks look for.
+    """
+    for entry in _PROC.iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):  # it ended while we looked
+                name = _comm(entry)
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+                try:
+                    where = (entry / "ns/net").stat().st_ino
+                except PermissionError:
+                    if name in _LOOKED_FOR and (entry / "stat").exists():
+                        raise EnvironmentUnfit(f"the network namespace of {name} is hidden: run as root") from None
+                    continue
+                if command and where == inum:
+                    yield Process(int(entry.name), name, command[:200])
+
+
+def iter_trace_readers() -> Iterator[Process]:
+    """Processes that have a trace_pipe open. Raises EnvironmentUnfit without root."""
+    if os.geteuid() != 0:
+        raise EnvironmentUnfit("the open files of other processes are hidden: run as root")
+    for entry in _PROC.iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):  # it ended while we looked, or is out of even root's reach
+                if any(_target(each).endswith("/trace_pipe") for each in (entry / "fd").iterdir()):
+                    yield Process(int(entry.name), _comm(entry))
+
+
+def _target(link: Path) -> str:
+    try:
+        return str(link.readlink())
+    except FileNotFoundError:  # closed while we looked
+        return ""
+
+
+def _comm(entry: Path) -> str:
+    return (entry / "comm").read_text(errors="replace").strip()
+
+
+def _felix_env(processes: tuple[Process, ...] | Missing) -> dict[str, str]:
+    """Felix's variables only: the others may be secrets."""
+    if isinstance(processes, Missing):
+        raise EnvironmentUnfit(processes.why)
+    felix = [
+        each.pid for each in processes if each.name in ("calico-node", "calico-felix") and "-felix" in each.command
+    ]
+    if not felix:
+        raise EnvironmentUnfit("no process calico-node -felix in this node's network namespace")
+    found = {}
+    for each in (_PROC / str(felix[0]) / "environ").read_bytes().split(b"\0"):
+        key, _, value = each.decode(errors="replace").partition("=")
+        if _FELIX_ENV.fullmatch(key) and "KEY" not in key and "PASSWORD" not in key:
+            found[key] = value
+    return found
+
+
+def _cpu_times(processes: tuple[Process, ...]) -> dict[tuple[int, int], tuple[str, str, float]]:
+    tick = os.sysconf("SC_CLK_TCK")
+    found = {}
+    for each in processes:
+        if each.name in ("calico-node", "kube-proxy"):
+            with suppress(OSError):
+                for thread in (_PROC / str(each.pid) / "task").iterdir():
+                    name, _, rest = (thread / "stat").read_text(errors="replace").partition("(")[2].rpartition(")")
+                    numbers = rest.split()
+                    used = (int(numbers[11]) + int(numbers[12])) / tick
+                    found[each.pid, int(thread.name)] = (each.name, name, used)
+    return found
+
+
+# Network
+
+
+def _network() -> dict[str, Any]:
+    from pyroute2 import IPRoute
+
+    found: dict[str, Any] = {}
+    with IPRoute() as route:
+        found["links"] = _source(lambda: _links(route), "interfaces")
+        found["routes"] = _source(lambda: tuple(_iter_routes(route)), "routes")
+    links = found["links"]
+    names = [] if isinstance(links, Missing) else [link.name for link in links]
+    found["sysctls"] = _reverse_path(["all", *names])
+    found["chains"] = _source(iptables.chains, "netfilter chains")
+    return found
+
+
+def _sysctls() -> dict[str, str]:
+    """The machine's; those of net.core are not to be seen from another namespace than the first."""
+    return _settings({name: name.replace(".", "/") for name in _SYSCTLS})
+
+
+def _reverse_path(interfaces: list[str]) -> dict[str, str]:
+    """The namespace's."""
+    return _settings({f"net.ipv4.conf.{name}.rp_filter": f"net/ipv4/conf/{name}/rp_filter" for name in interfaces})
+
+
+def _settings(wanted: dict[str, str]) -> dict[str, str]:
+    found = {}
+    for name, path in wanted.items():
+        with suppress(OSError):
+            found[name] = (_PROC / "sys" / path).read_text().strip()
+    return found
+
+
+def _iter_routes(route: Any) -> Iterator[Route]:
+    names = {message["index"]: message.get_attr("IFLA_IFNAME") for message in route.get_links()}
+    for message in route.get_routes(family=socket.AF_INET, table=254):
+        destination = message.get_attr("RTA_DST")
+        dst = f"{destination}/{message['dst_len']}" if destination else "default"
+        hops = [(message.get_attr("RTA_OIF"), message.get_attr("RTA_GATEWAY"))]
+        hops += [(hop["oif"], hop.get_attr("RTA_GATEWAY")) for hop in message.get_attr("RTA_MULTIPATH") or ()]
+        for index, gateway in hops:
+            if index:
+                yield Route(dst, names.get(index, str(index)), gateway or "")
+
+
+def _links(route: Any) -> tuple[Link, ...]:
+    addresses: dict[int, list[str]] = {}
+    for message in route.get_addr():
+        address = message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS")
+        addresses.setdefault(message["index"], []).append(f"{address}/{message['prefixlen']}")
+    with_clsact = {q["index"] for q in route.get_qdiscs() if q.get_attr("TCA_KIND") == "clsact"}
+    messages = list(route.get_links())
+    names = {message["index"]: message.get_attr("IFLA_IFNAME") for message in messages}
+    known: dict[int, Program] = {}
+    found = []
+    for message in messages:
+        index, name = message["index"], names[message["index"]]
+        kind = message.get_nested("IFLA_LINKINFO", "IFLA_INFO_KIND") or ""
+        data = message.get_nested("IFLA_LINKINFO", "IFLA_INFO_DATA")
+        port = data.get_attr("IFLA_VXLAN_PORT") if kind == "vxlan" and data is not None else 0
+        in_namespace = message.get_attr("IFLA_LINK_NETNSID") is None
+        found.append(
+            Link(
+                index,
+                name,
+                kind,
+                message.get_attr("IFLA_MTU") or 0,
+                bool(message["flags"] & 1),  # IFF_UP
+                tuple(addresses.get(index, ())),
+                names.get(message.get_attr("IFLA_MASTER"), ""),
+                names.get(message.get_attr("IFLA_LINK"), "") if in_namespace else "",
+                programs=_attached(route, index, index in with_clsact, known),
+                udp_port=port or 0,
+            )
+        )
+    return tuple(_with_hardware(found))
+
+
+def _attached(route: Any, index: int, clsact: bool, known: dict[int, Program]) -> dict[str, tuple[Program, ...]]:
+    ids: dict[str, list[int]] = {hook: [] for hook in tc.HOOKS}
+    for hook in tc.HOOKS:
+        try:
+            ids[hook] += syscall.attached_programs(index, hook)
+        except OSError as failure:
+            if failure.errno == errno.EPERM:  # others mean a kernel before 6.6, which has no tcx
+                raise
+    if clsact:
+        for hook, _name, identifier in tc.iter_programs(route, index):
+            ids[hook].append(identifier)
+    return {hook: tuple(_program(each, known) for each in found) for hook, found in ids.items() if found}
+
+
+def _program(identifier: int, known: dict[int, Program]) -> Program:
+    if identifier not in known:
+        descriptor = syscall.program_fd(identifier)
+        try:
+            info = syscall.program_info(descriptor)
+        finally:
+            os.close(descriptor)
+        used = {}
+        for map_id in info.map_ids:
+            with suppress(OSError):
+                found = _map_info(map_id)
+                if found.name.startswith("cali_"):
+                    used[found.name] = map_id
+        known[identifier] = Program(identifier, info.name, info.jited_bytes, used)
+    return known[identifier]
+
+
+def _map_info(identifier: int) -> syscall.MapInfo:
+    descriptor = syscall.map_fd(identifier)
+    try:
+        return syscall.map_info(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _with_hardware(links: list[Link]) -> Iterator[Link]:
+    """Driver and offloads of interfaces that are not pods'; the port of WireGuard devices."""
+    from pyroute2 import Ethtool, WireGuard
+    from pyroute2.netlink.exceptions import NetlinkError
+
+    left = _MOST_ETHTOOL
+    with Ethtool() as tool:
+        for link in links:
+            if link.name.startswith("cali") or left == 0:
+                yield link
+                continue
+            left -= 1
+            with suppress(OSError, NetlinkError):
+                link = replace(
+                    link, features={k: bool(v) for k, v in tool.get_features(link.name).features.items() if k}
+                )
+            with suppress(OSError):
+                link = replace(link, driver=iptables.driver(link.name))
+            if link.kind == "wireguard":
+                with suppress(OSError, NetlinkError), WireGuard() as guard:
+                    port = guard.info(link.name)[0].get_attr("WGDEVICE_A_LISTEN_PORT")
+                    link = replace(link, udp_port=int(port or 0))
+            yield link
+
+
+# BPF
+
+
+def iter_programs() -> Iterator[Program]:
+    """All loaded programs of this machine. Raises OSError."""
+    for identifier in syscall.program_ids():
+        with suppress(OSError):
+            descriptor = syscall.program_fd(identifier)
+            try:
+                info = syscall.program_info(descriptor)
+            finally:
+                os.close(descriptor)
+            yield Program(identifier, info.name, info.jited_bytes)
+
+
+def _maps(where: Path) -> tuple[Map, ...]:
+    return tuple(_map(found) for found in maps.find(where))
+
+
+def _map(found: maps.Found) -> Map:
+    info = found.info
+    raw: tuple[tuple[bytes, bytes], ...] = ()
+    count = None
+    if info.type in _COUNTED_TYPES:
+        entries = maps.read(found).entries
+        base, _version, old = identify(found.name)
+        if base in _DECODED and not old:
+            rows = iter(entries)
+            raw = tuple(islice(rows, _DECODED[base]))
+            count = len(raw) + sum(1 for _ in rows)
+        else:
+            count = sum(number for number, _, _ in maptables.blocks(maps.read(found)))
+    path = str(found.path) if found.path else ""
+    return Map(info.id, found.name, path, info.type, info.key_size, info.value_size, info.max_entries, count, raw)
+
+
+# Measurements
+
+
+def _measured(found: Snapshot, bpffs: Path, interval_s: float) -> dict[str, Any]:
+    processes = () if isinstance(found.processes, Missing) else found.processes
+    links = () if isinstance(found.links, Missing) else found.links
+    with ExitStack() as stack:
+        statistics = _source(lambda: stack.callback(os.close, syscall.enable_stats()), "BPF statistics")
+        began = time.monotonic()
+        threads, programs = _cpu_times(processes), _source(lambda: _run_times(links), "run times")
+        counters, qdiscs = _source(lambda: _counters(bpffs), "counters map"), _source(_clsact_drops, "qdiscs")
+        time.sleep(interval_s)
+        after_threads, after_programs = _cpu_times(processes), _source(lambda: _run_times(links), "run times")
+        after_counters, after_qdiscs = (
+            _source(lambda: _counters(bpffs), "counters map"),
+            _source(_clsact_drops, "qdiscs"),
+        )
+        seconds = round(time.monotonic() - began, 3)
+    measured: dict[str, Any] = {}
+    measured["thread_times"] = (
+        found.processes
+        if isinstance(found.processes, Missing)
+        else ThreadTimes(
+            seconds,
+            tuple(
+                ThreadTime(pid, process, name, round(used - threads[pid, tid][2], 3))
+                for (pid, tid), (process, name, used) in after_threads.items()
+                if (pid, tid) in threads
+            ),
+        )
+    )
+    broken = [each for each in (statistics, programs, after_programs) if isinstance(each, Missing)]
+    if broken or isinstance(programs, Missing) or isinstance(after_programs, Missing):
+        measured["program_times"] = broken[0]
+    else:
+        measured["program_times"] = ProgramTimes(
+            seconds,
+            tuple(
+                ProgramTime(identifier, name, run_ns - programs[identifier][1], count - programs[identifier][2])
+                for identifier, (name, run_ns, count) in after_programs.items()
+                if identifier in programs and count > programs[identifier][2]
+            ),
+        )
+    measured["drops"] = _drops(seconds, links, (counters, after_counters), (qdiscs, after_qdiscs))
+    return measured
+
+
+def _run_times(links: tuple[Link, ...]) -> dict[int, tuple[str, int, int]]:
+    """Name, run time and run count by id, of the node's attached programs and what they tail-call: their names."""
+    found = {}
+    for identifier in syscall.program_ids():
+        with suppress(OSError):
+            descriptor = syscall.program_fd(identifier)
+            try:
+                info = syscall.program_info(descriptor)
+            finally:
+                os.close(descriptor)
+            found[identifier] = (info.name, info.run_time_ns, info.run_count)
+    return found
+
+
+Rows = dict[tuple[int, int], tuple[int, ...]]
+
+
+def _counters(where: Path) -> Rows:
+    """Sums over CPUs by (ifindex, hook)."""
+    rows: Rows = {}
+    for found in maps.find(where):
+        base, _version, old = identify(found.name)
+        if base != "cali_counters" or old or found.info.key_size != 8:
+            continue  # v3.24 and v3.25 have a map for each interface, elsewhere
+        raw = maps.read(found)
+        for key, value in raw.entries:
+            place = int.from_bytes(key[:4], "little"), int.from_bytes(key[4:], "little")
+            rows[place] = tuple(memoryview(maptables.summed(raw, value)).cast("Q"))
+    if not rows:
+        raise EnvironmentUnfit(f"no counters map with rows below {where}")
+    return rows
+
+
+def _clsact_drops() -> dict[int, int]:
+    from pyroute2 import IPRoute
+
+    found = {}
+    with IPRoute() as route:
+        for message in route.get_qdiscs():
+            statistics = message.get_attr("TCA_STATS2")
+            if message.get_attr("TCA_KIND") == "clsact" and statistics is not None:
+                found[message["index"]] = int(statistics.get_attr("TCA_STATS_QUEUE")["drops"])
+    return found
+
+
+def _drops(
+    seconds: float,
+    links: tuple[Link, ...],
+    counters: tuple[Rows | Missing, Rows | Missing],
+    qdiscs: tuple[dict[int, int] | Missing, dict[int, int] | Missing],
+) -> Drops | Missing:
+    before, after = counters
+    dropped, dropped_after = qdiscs
+    if isinstance(before, Missing) or isinstance(after, Missing):
+        return before if isinstance(before, Missing) else Missing("the counters map went while we measured")
+    names = {link.index: link.name for link in links}
+    rows = tuple(
+        Counters(names.get(where[0], f"ifindex {where[0]}"), where[1], before.get(where, (0,) * len(values)), values)
+        for where, values in after.items()
+    )
+    if isinstance(dropped, Missing) or isinstance(dropped_after, Missing):
+        return Drops(seconds, rows)
+    clsact = tuple(
+        QdiscDrops(names.get(index, f"ifindex {index}"), dropped[index], value)
+        for index, value in dropped_after.items()
+        if index in dropped
+    )
+    return Drops(seconds, rows, clsact)
