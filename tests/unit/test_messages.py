@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -20,7 +22,9 @@ from calitrace.calico.messages import (
     pattern,
     render,
 )
+from calitrace.calico.passage import Assembler, Flow
 
+DATA = Path(__file__).resolve().parent.parent / "data"
 FIELD = re.compile(r"\{(\w+):(\w+)\}")
 ERAS = {"v3.13": (3, 13), "v3.24": (3, 24), "v3.29": (3, 29), "v3.30": (3, 30), "v3.32": (3, 32)}
 
@@ -128,3 +132,76 @@ def test_addresses_of_an_era(era: str, address: str, shown: str) -> None:
     message = classify("CT: lookup from x:1")
     assert message is not None
     assert render(message, {"src": address, "sport": 80}, release(era)) == f"CT: lookup from {shown}:80"
+
+
+CORPUS = DATA / "log"
+
+
+@pytest.mark.parametrize("path", sorted(CORPUS.glob("v*.tsv")), ids=lambda path: path.stem)
+def test_the_corpus_of_an_era_is_classified(path: Path) -> None:
+    rows = [line.split("\t") for line in path.read_text().splitlines()]
+    reader = Reader()
+    lines = list(reader.read(raw for _, raw in rows))
+    assert [line.raw for line in lines] == [raw for _, raw in rows]
+    assert reader.counts == {Form.CALICO: len(rows)}
+    assert len(rows) > 150
+    by_template = {message.template: message for message in MESSAGES}
+    for line, (template, _) in zip(lines, rows, strict=True):
+        assert line.message is not None
+        assert (line.message.template == template) or line.message.stage == by_template[template].stage
+
+
+def test_samples_that_people_posted() -> None:
+    rows = [line.split("\t") for line in (CORPUS / "samples.tsv").read_text().splitlines()]
+    lines = list(Reader().read(raw for _, raw in rows))
+    assert [line.message and line.message.stage for line in lines] == [stage for stage, _ in rows]
+    assert {line.context.comm for line in lines} == {"<idle>", "nginx", "ksoftirqd/0", "ksoftirqd/1", "python3", "curl"}
+
+
+FLOWS = st.builds(
+    Flow,
+    st.sampled_from([6, 17]),
+    st.ip_addresses(v=4).map(str),
+    st.integers(1, 65535),
+    st.ip_addresses(v=4).map(str),
+    st.integers(1, 65535),
+)
+
+
+@given(FLOWS, FLOWS, FLOWS, st.booleans(), st.integers(0, 10**9), st.sampled_from([(3, 25), (3, 29), (3, 30), (3, 32)]))
+def test_a_packet_to_text_and_back(
+    outer: Flow, inner: Flow, backend: Flow, denied: bool, took_ns: int, era: tuple[int, int]
+) -> None:
+    """What a program would print of a packet that comes in VXLAN, is given a backend and leaves, or is denied."""
+
+    def said(template: str, **values: str | int) -> str:
+        (message,) = (each for each in MESSAGES if each.template == template and each.tagged)
+        return "ens192----------I: " + render(message, values, era)
+
+    def ports(flow: Flow) -> str:
+        name = {6: "TCP", 17: "UDP"}[flow.proto]
+        return said(name + "; ports: s={sport:d} d={dport:d}", sport=flow.sport, dport=flow.dport)
+
+    end = "Final result=DENY ({code:x})" if denied else "Final result=ALLOW rc {rc:d}"
+    texts = [
+        said("New packet at ifindex={ifindex:d}; mark={mark:x}", ifindex=2, mark=0),
+        said("IP s={src:ip} d={dst:ip}", src=outer.src, dst=outer.dst),
+        ports(outer),
+        said("vxlan decap"),
+        said("vxlan decap origin {ip:ip}", ip=outer.src),
+        ports(inner),
+        said("CT: lookup from {src:ip}:{sport:d}", src=inner.src, sport=inner.sport),
+        said("CT: lookup to   {dst:ip}:{dport:d}", dst=inner.dst, dport=inner.dport),
+        said("CT: result: NEW."),
+        said("CT: DNAT to {ip:ip}:{port:d}", ip=backend.dst, port=backend.dport),
+        said(end + ". Program execution time: {ns:d}ns", code=7, rc=7, ns=took_ns),
+    ]
+    assembler, done = Assembler(), []
+    for line in Reader().read(texts):
+        done += assembler.feed(line)
+    (passage,) = done
+    facts = passage.facts
+    assert facts.flows == ([outer, inner] if outer != inner else [outer])
+    assert facts.after_nat in (None, replace(inner, dst=backend.dst, dport=backend.dport))
+    assert (facts.tunnel_from, facts.conntrack, passage.execution_ns) == (outer.src, "new", took_ns)
+    assert (passage.verdict, passage.code, passage.rc) == (("DENY", 7, None) if denied else ("ALLOW", None, 7))

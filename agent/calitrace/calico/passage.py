@@ -220,7 +220,7 @@ class Passage:
         self.verdict = found["verdict"]
         self.execution_ns = int(found["ns"]) if found["ns"] else None
         self.printed_code = found["rc"] or found["code"]
-        if found["rc"] or self.printed_code in ("-1", "7"):  # no reason to allow has these numbers
+        if found["rc"] or (self.verdict == "ALLOW" and self.printed_code in ("-1", "7")):  # no reason to allow is these
             self.rc = int(self.printed_code)
 
     @cached_property
