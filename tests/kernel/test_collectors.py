@@ -164,9 +164,49 @@ def test_drops_are_counted_by_reason_and_place(pair: Pair) -> None:
     types = headers.kernel_btf()
     assert types is not None
     names = types.enum("skb_drop_reason") or {}
-    no_socket = sum(n for (_, reason), n in counts.items() if names.get(reason, "").endswith("NO_SOCKET"))
-    assert no_socket >= 97
+    no_socket = sum(
+        n
+        for key, n in counts.items()
+        if names.get(key.skb_drop_reason, "").endswith("NO_SOCKET")
+        and (key.netns, key.ip_proto) == (netns.inum(pair.right), 17)
+    )
+    assert no_socket == 97
     assert sum(counts.values()) == stats[Stat.DROP_SEEN]
+    assert stats[Stat.DROP_OTHER] == 0
+    assert run_count.recursion_misses == 0
+
+
+def test_a_full_table_loses_nothing_of_the_totals(pair: Pair) -> None:
+    bpf = compile_tc("int cali_shot(struct __sk_buff *skb) { return 2; }")
+    pair.attach(bpf, "cali_shot", pair.left, "left0", "egress")
+    with Collectors(Plan(hop=False, log="", drop_count_only=True, drop_cells=1)) as collectors:
+        send_udp(pair, 97)
+        with netns.inside(pair.right), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            for _ in range(89):  # no socket at the other end: another reason, another place
+                sender.sendto(b"x", (pair.left_ip, 9))
+        counts, stats = collectors.drop_counts(), collectors.stats()
+    assert stats[Stat.DROP_OTHER] >= 89
+    assert sum(counts.values()) + stats[Stat.DROP_OTHER] == stats[Stat.DROP_SEEN]
+
+
+@pytest.mark.parametrize(("limit", "sample"), [(50, 1), (0, 10), (100, 3)])
+def test_what_is_held_back_is_counted(pair: Pair, limit: int, sample: int) -> None:
+    bpf = compile_tc("int cali_shot(struct __sk_buff *skb) { return 2; }")
+    pair.attach(bpf, "cali_shot", pair.right, "right0", "ingress")
+    plan = Plan(hop=False, drop_all=True, rate_limit=limit, sample=sample)
+    with Collectors(plan) as collectors:
+        send_udp(pair, 2000)
+        drops = [e for e in collect(collectors) if isinstance(e, Drop)]
+        stats = collectors.stats()
+        run_count = collectors.programs()["collect_drop"]
+    assert stats[Stat.DROP_SEEN] >= 2000
+    assert (
+        len(drops) + stats[Stat.DROP_LIMITED] + stats[Stat.DROP_UNSAMPLED] + stats[Stat.DROP_LOST]
+        == stats[Stat.DROP_SEEN]
+    )
+    assert bool(stats[Stat.DROP_LIMITED]) == bool(limit)
+    assert bool(stats[Stat.DROP_UNSAMPLED]) == (sample > 1)
+    assert drops
     assert run_count.recursion_misses == 0
 
 
