@@ -134,8 +134,13 @@ int collect_drop(struct bpf_raw_tracepoint_args *ctx)
 		count(STAT_DROP_OTHER, 1);
 #ifndef DROP_COUNT_ONLY
 #ifdef DROP_ALL
-	if (!is_due())
+	if (!is_due()) {
+#ifdef WITH_LOG
+		if (by_tc)
+			recorder_restart(); /* or these lines would be taken for the next one's */
+#endif
 		return 0;
+	}
 #endif
 	s = drop_scratches.lookup(&zero);
 	if (!s)
