@@ -16,6 +16,7 @@ from calitrace.errors import Error
 UNDO = Path("/var/lib/calitrace/undo")  # what an earlier run changed; see cluster/undo.py, which is slow to import
 COMMANDS = {
     "doctor": "Say what this machine lacks, and what is lost without it.",
+    "drops": "Every dropped packet with its cause: Calico's reason and rule, or the kernel's.",
     "lab": "Two Calico-like nodes in network namespaces of this machine.",
     "log": "Read Calico's debug log and put it together into packets.",
     "probe": "Send identified probes and say where they died.",

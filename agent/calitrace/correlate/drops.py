@@ -10,6 +10,7 @@ Many of Calico's drops leave no reason code. Then the conntrack result that its 
 
 from __future__ import annotations
 
+import struct
 from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
@@ -19,6 +20,7 @@ from calitrace.calico import reasons, state
 from calitrace.calico.log import Reader
 from calitrace.calico.passage import Assembler
 from calitrace.errors import LayoutMismatch
+from calitrace.events import CAPTURE_BYTES, DROP
 from calitrace.model import Drop, LogLine, StateCopy
 
 if TYPE_CHECKING:
@@ -118,10 +120,10 @@ def explain(drop: Drop, passages: Sequence[Passage], copy: StateCopy | None, top
     place = place_of(drop, topology, f"tc {hook}" if hook else "")
     evidence = [f"skb:kfree_skb {reason or 'without reason'} in {symbol}"]
     if not hook:
-        detail = f"{reason or 'no reason given'} in {symbol}"
+        said_by_kernel = reason or "no reason given"
         return Cause(
-            f"dropped by the kernel, not by Calico: {detail}",
-            detail,
+            f"dropped by the kernel, not by Calico: {said_by_kernel} in {symbol}",
+            f"{said_by_kernel} in {symbol.split('+', 1)[0]}",
             place,
             Confidence.PROVEN,
             skb_drop_reason=reason,
@@ -239,6 +241,13 @@ class Dropped:
     raw: bytes
     passages: list[Passage]
     state: StateCopy | None = None
+
+    @property
+    def capture(self) -> bytes:
+        """The packet's first bytes, from its network header on."""
+        (length,) = struct.unpack_from("=I", self.raw, DROP.offset("capture_bytes"))
+        begin = DROP.offset("capture")
+        return self.raw[begin : begin + min(length, CAPTURE_BYTES)]
 
 
 class Joiner:

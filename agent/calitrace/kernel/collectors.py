@@ -12,13 +12,14 @@ import os
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from calitrace import identity
 from calitrace.errors import EnvironmentUnfit
 from calitrace.events import STATE_BYTES, Stat
 from calitrace.kernel import headers, loader, syscall
 from calitrace.kernel.ring import Ring
+from calitrace.model import Cell
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -38,8 +39,8 @@ class Plan:
     *run_id*: 32 bits, the identity that our probes carry; 0 matches none. *client*: the probes' source address
     and inclusive port range, which survives NAT and encapsulation. *drop_all*: send every drop, not only the
     run's, but no more than *rate_limit* a second (0: no limit) and one in *sample*; *drop_count_only*: send none.
-    *drop_cells*: entries of the table of totals. *log*: "" for none, "flight" for the lines that led to a probe's event,
-    "stream" for all. *state_bytes*: value size of Calico's state maps.
+    *drop_cells*: entries of the table of totals. *log*: "" for none, "flight" for the lines that led to a probe's
+    event, "stream" for all. *state_bytes*: value size of Calico's state maps.
     """
 
     drop: bool = True
@@ -110,16 +111,6 @@ class Plan:
         }
 
 
-class DropKey(NamedTuple):
-    """Of a cell of the totals. *location*: address in the function that dropped; the rest 0 where there is none."""
-
-    location: int
-    skb_drop_reason: int
-    ifindex: int
-    netns: int
-    ip_proto: int
-
-
 class Collectors:
     """The loaded collectors of one plan: a context manager; leaving it detaches everything."""
 
@@ -129,6 +120,7 @@ class Collectors:
         self._stack = ExitStack()
         self._bpf: Any = None
         self._descriptors: dict[str, int] = {}
+        self._attached: list[str] = []
 
     def __enter__(self) -> Collectors:
         """Compile, verify, attach. Raises EnvironmentUnfit (CompileFailed with the verifier's log)."""
@@ -146,11 +138,17 @@ class Collectors:
             self._stack.callback(self._ring.close)
             for tracepoint, function in self.plan.attachments():
                 loader.attach_raw_tracepoint(self._bpf, tracepoint, function)
+                self._attached.append(tracepoint)
             self._stack = self._stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+
+    def stop(self) -> None:
+        """Detach: what stands in the ring and in the maps is final, and can still be read."""
+        while self._attached:
+            self._bpf.detach_raw_tracepoint(self._attached.pop().encode())
 
     def watch_state(self, maps: Mapping[int, int]) -> None:
         """Read Calico's state at each drop. *maps*: namespace inode number to id of its cali_state map.
@@ -188,13 +186,13 @@ class Collectors:
         table = self._bpf[b"stats"]
         return {stat: sum(table[ctypes.c_int(int(stat))]) for stat in Stat}
 
-    def drop_counts(self) -> dict[DropKey, int]:
+    def drop_counts(self) -> dict[Cell, int]:
         """Number of drops of the whole kernel by what they have in common, summed over CPUs.
 
         Together with Stat.DROP_OTHER that is all of Stat.DROP_SEEN.
         """
         return {
-            DropKey(key.location, key.skb_drop_reason, key.ifindex, key.netns, key.ip_proto): sum(values)
+            Cell(key.location, key.skb_drop_reason, key.ifindex, key.netns, key.ip_proto): sum(values)
             for key, values in self._bpf[b"drop_counts"].items()
         }
 
