@@ -144,7 +144,7 @@ def explain(drop: Drop, passages: Sequence[Passage], copy: StateCopy | None, top
         which = "; none of them is Calico's" if not ours else "; which of them is not known"
         return Cause(
             f"dropped by a tc program at {place}: {who}{which}",
-            f"tc program {who}{which}",
+            f"tc program: {who}{which}" if ours or foreign else "a tc program that we did not see attached",
             place,
             Confidence.LIKELY if foreign and not ours else Confidence.NONE,
             skb_drop_reason=reason,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from calitrace.correlate.drops import Cause, Dropped, Names
     from calitrace.model import Cell, Topology
 
-HEADER = f"{'TIME':<12} {'INTERFACE HOOK':<22} {'PACKET':<41} CAUSE [EVIDENCE]"
+HEADER = f"{'TIME':<12} {'INTERFACE HOOK':<19} {'PACKET':<41} CAUSE [EVIDENCE]"
 _HOOKS = {"tc ingress": "in", "tc egress": "out", "": ""}
 
 
@@ -93,7 +93,7 @@ def short(cause: Cause) -> str:
 def table_line(dropped: Dropped, cause: Cause, clock: str) -> str:
     """One line. *clock*: the time, as text."""
     place = f"{cause.place.interface or '-'} {_HOOKS[cause.place.hook]}".strip()
-    return f"{clock:<12} {place:<22} {tuple_of(dropped):<41} {short(cause)}"
+    return f"{clock:<12} {place:<19} {tuple_of(dropped):<41} {short(cause)}"
 
 
 def iter_explanation(cause: Cause, harmless: str) -> Iterator[str]:
