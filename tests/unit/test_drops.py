@@ -68,7 +68,7 @@ def with_conntrack(rc: int, raw: bytes) -> bytes:
             "proven",
         ),
         (with_conntrack(0x400, calico_state()), "", "the source of the tunnel changed", "proven"),
-        (calico_state(), "", "cause not recorded", "proven"),
+        (calico_state(), "", "cause not recorded (policy no match, conntrack NEW)", "proven"),
         (calico_state(number=9, reason=11), "", "cause not recorded", "likely"),  # of another packet: not believed
     ],
 )
@@ -80,6 +80,12 @@ def test_what_calicos_state_tells(kept: bytes, reason: str, detail: str, confide
     assert (cause.by_calico, cause.calico_reason, cause.detail) == (True, reason, detail)
     assert (cause.confidence.value, cause.skb_drop_reason) == (confidence, "TC_EGRESS")
     assert cause.text == f"dropped by Calico: {detail}"
+
+
+def test_the_capture_is_what_a_filter_reads() -> None:
+    recorder = Recorder()
+    recorder.drop(B_NS, CALI, SYN, TC_EGRESS)
+    assert joined(recorder)[0].capture == SYN
 
 
 def test_the_state_of_another_buffer_is_left_out() -> None:
@@ -224,7 +230,7 @@ def test_lines_and_objects() -> None:
 
 def test_the_closing_line() -> None:
     assert report.Sums(9, 3, 2, 4).line() == "9 drops seen: 3 shown, 2 harmless, 4 filtered, 0 lost"
-    sums = report.Sums(20, 3, 2, 4, 5, 1, 4, 1, 1, 10, 4567)
+    sums = report.Sums(20, 3, 2, 4, 5, 1, 4, 1, 0, 1, 10, 4567)
     assert sums.line() == (
         "20 drops seen: 3 shown, 2 harmless, 4 filtered, 5 rate-limited, 1 not sampled, 1 not decoded, 4 lost; "
         "1 more in an interrupted program; our cost 457 ns a drop"

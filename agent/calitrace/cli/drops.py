@@ -23,12 +23,13 @@ if TYPE_CHECKING:
 
     from calitrace.correlate.drops import Cause, Dropped
     from calitrace.kernel.collectors import Collectors
-    from calitrace.model import Cell
+    from calitrace.model import Cell, Topology
 
 _UNATTENDED_S = 60.0  # a live run ends by itself where no terminal is attached
 _POLL_MS = 100
 _TOP_EVERY_S = 1.0
 _TOP_ROWS = 20
+_LOOK_EVERY_S = 2.0
 _CLEAR = "\x1b[H\x1b[J"
 
 
@@ -150,6 +151,7 @@ class _Session:
         self._causes: Counter[str] = Counter()
         self._symbols: dict[int, str] = {}
         self._netns: int | None = None
+        self._collectors: Collectors | None = None
         self._stopped = False
         self._is_tty = sys.stdout.isatty()
 
@@ -202,13 +204,8 @@ class _Session:
         stack.callback(os.close, syscall.enable_stats())
         stream = stack.enter_context(create(settings.path)) if settings.path else None
         collectors = stack.enter_context(Collectors(plan, types))
-        collectors.watch_state(
-            {
-                each.inum: each.state_map
-                for each in topology.namespaces.values()
-                if each.state_map and each.state_bytes == plan.state_bytes
-            }
-        )
+        self._watch(topology, collectors)
+        self._collectors = collectors
         writer = journal.Writer(stream, facts) if stream else None
         say("listening to tracepoint kfree_skb")
         if settings.output == "table" and not settings.top:
@@ -250,6 +247,28 @@ class _Session:
                 click.echo(_CLEAR, nl=False)
             self._show_top(collectors)
             self._close()
+
+    def _watch(self, topology: Topology, collectors: Collectors) -> None:
+        """Read Calico's state in each node's namespace, as far as its release has the plan's size."""
+        collectors.watch_state(
+            {
+                each.inum: each.state_map
+                for each in topology.namespaces.values()
+                if each.state_map and each.state_bytes == collectors.plan.state_bytes
+            }
+        )
+        self._looked_at = time.monotonic()
+
+    def _look_again(self) -> bool:
+        """Whether interfaces and programs were read anew, since pods come and go and Felix replaces its programs."""
+        from calitrace.kernel import discover
+
+        if self._collectors is None or time.monotonic() < self._looked_at + _LOOK_EVERY_S:
+            return False
+        topology = discover.topology()
+        self._watch(topology, self._collectors)
+        self._topology = topology.shortened()
+        return True
 
     def _replay(self, path: Path) -> None:
         from calitrace import journal
@@ -330,7 +349,9 @@ class _Session:
         if not wanted or (self._filter is not None and not self._filter.matches(dropped.capture)):
             self._sums.filtered += 1
             return
-        cause = self._drops.explain(event, dropped.passages, dropped.state, self._topology, self._names)
+        cause = self._explain(dropped)
+        if cause.sources == ("hook",) and not cause.by_calico and self._look_again():
+            cause = self._explain(dropped)
         if not settings.wants(cause):
             self._sums.filtered += 1
             return
@@ -356,13 +377,16 @@ class _Session:
             for line in self._report.iter_explanation(cause, harmless):
                 click.echo(line)
 
+    def _explain(self, dropped: Dropped) -> Cause:
+        return self._drops.explain(dropped.event, dropped.passages, dropped.state, self._topology, self._names)
+
     # -- totals -----------------------------------------------------------------------------------------
 
     def _sum(self, stats: dict[str, int], missed: int) -> None:
         sums = self._sums
         sums.seen, sums.lost = stats["drop_seen"], stats["drop_lost"]
         sums.limited, sums.unsampled = stats["drop_limited"], stats["drop_unsampled"]
-        sums.missed = missed
+        sums.missed, sums.other = missed, stats["drop_other"]
         sums.malformed = sum(self._decoder.malformed.values())
 
     def _show_top(self, collectors: Collectors) -> None:

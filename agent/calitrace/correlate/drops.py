@@ -155,7 +155,9 @@ def explain(drop: Drop, passages: Sequence[Passage], copy: StateCopy | None, top
     calico_reason = reasons.name(code, namespace.reasons if namespace else 0) if code else ""
     detail = (passage.cause() if passage else "") or reasons.MEANING.get(calico_reason, "")
     if not detail and held is not None:
-        detail = held.conntrack_problem
+        policy = state.POLICY_RESULTS.get(held.pol_rc, str(held.pol_rc))
+        known = f"cause not recorded (policy {policy}, conntrack {held.conntrack})"
+        detail = held.conntrack_problem or known
     if passage is not None and held is not None and held.calico_reason not in (None, 0, code):
         evidence.append(f"the log and the state disagree: the state says reason {held.calico_reason}")
     named = tuple(names.rule(rule) for rule in rules)

@@ -21,7 +21,10 @@ _HOOKS = {"tc ingress": "in", "tc egress": "out", "": ""}
 
 @dataclass
 class Sums:
-    """seen = shown + harmless + filtered + limited + unsampled + lost, exactly. *ns*: of our program, if measured."""
+    """seen = shown + harmless + filtered + limited + unsampled + lost, exactly, and counts all *runs* of our program.
+
+    *missed*: where it interrupted itself and did not run; *other*: seen, but in no cell of the totals; *ns*: its time.
+    """
 
     seen: int = 0
     shown: int = 0
@@ -31,6 +34,7 @@ class Sums:
     unsampled: int = 0
     lost: int = 0
     missed: int = 0
+    other: int = 0
     malformed: int = 0
     runs: int = 0
     ns: int = 0
@@ -67,6 +71,8 @@ class Sums:
             "malformed": self.malformed,
             "events_lost": self.lost,
             "programs_missed": self.missed,
+            "in_no_cell": self.other,
+            "runs": self.runs,
             "cost_ns": round(self.ns / self.runs, 1) if self.runs else None,
         }
 
