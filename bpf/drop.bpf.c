@@ -57,23 +57,30 @@ static __always_inline void send_state(const struct drop_event *drop)
 		count(STAT_STATE_SENT, 1);
 }
 
+/* A stretch of struct sk_buff, whose order Linux has kept since 3.x: one read, where each costs as much as a lookup. */
+struct skb_place {
+	u8 bytes[__builtin_offsetof(struct sk_buff, head) + sizeof(void *) - __builtin_offsetof(struct sk_buff, protocol)]
+		__attribute__((aligned(8)));
+};
+#define PLACE_OF(at, member, type) \
+	(*(type *)((at).bytes + __builtin_offsetof(struct sk_buff, member) - __builtin_offsetof(struct sk_buff, protocol)))
+
 /* Interface, namespace and protocol, as far as the packet still has them. */
 static __always_inline void describe_drop(struct drop_key *key, struct sk_buff *p)
 {
 	struct net_device *dev = NULL;
-	u16 protocol = 0, at = 0;
-	u8 *head = NULL, ip_proto = 0;
+	struct skb_place at;
+	u8 ip_proto = 0;
 
 	bpf_probe_read_kernel(&dev, sizeof(dev), &p->dev);
-	bpf_probe_read_kernel(&protocol, sizeof(protocol), &p->protocol);
+	bpf_probe_read_kernel(&at, sizeof(at), &p->protocol);
 	describe_device(dev, &key->ifindex, &key->netns);
-	if (protocol != bpf_htons(0x0800) && protocol != bpf_htons(0x86dd))
+	if (!PLACE_OF(at, network_header, u16) || PLACE_OF(at, network_header, u16) == 0xffff)
 		return;
-	bpf_probe_read_kernel(&at, sizeof(at), &p->network_header);
-	bpf_probe_read_kernel(&head, sizeof(head), &p->head);
-	if (at == 0 || at == 0xffff)
-		return;
-	bpf_probe_read_kernel(&ip_proto, sizeof(ip_proto), head + at + (protocol == bpf_htons(0x0800) ? 9 : 6));
+	if (PLACE_OF(at, protocol, u16) == bpf_htons(0x0800))
+		bpf_probe_read_kernel(&ip_proto, 1, PLACE_OF(at, head, u8 *) + PLACE_OF(at, network_header, u16) + 9);
+	else if (PLACE_OF(at, protocol, u16) == bpf_htons(0x86dd))
+		bpf_probe_read_kernel(&ip_proto, 1, PLACE_OF(at, head, u8 *) + PLACE_OF(at, network_header, u16) + 6);
 	key->ip_proto = ip_proto;
 }
 
