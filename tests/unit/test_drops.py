@@ -244,9 +244,9 @@ def test_top() -> None:
     counts = {Cell(1, NO_SOCKET, UPLINK, A_NS, 6): 40, Cell(2, TC_EGRESS, 0, 0, 0): 2, Cell(2, 99, 7, A_NS, 99): 1}
     lines = list(report.iter_top(counts, 3, Counter({"calico X [state]": 2}), topology(), names, 2))
     assert lines == [
-        "     DROPS  REASON                   FUNCTION                     INTERFACE                PROTO",
-        "        40  NO_SOCKET                tcp_v4_rcv                   lab-node-a ens192        tcp",
-        "         2  TC_EGRESS                0x2                          -                        -",
+        "     DROPS  REASON                   FUNCTION                     INTERFACE                      PROTO",
+        "        40  NO_SOCKET                tcp_v4_rcv                   lab-node-a ens192              tcp",
+        "         2  TC_EGRESS                0x2                          -                              -",
         "         4  all others",
         "",
         "  DETAILED  CAUSE [EVIDENCE]",

@@ -167,15 +167,15 @@ def iter_top(
 
     *other*: drops that found no cell. *causes*: short cause to number of detailed drops.
     """
-    yield f"{'DROPS':>10}  {'REASON':<24} {'FUNCTION':<28} {'INTERFACE':<24} PROTO"
+    yield f"{'DROPS':>10}  {'REASON':<24} {'FUNCTION':<28} {'INTERFACE':<30} PROTO"
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     for cell, number in ordered[:rows]:
         link, namespace = topology.link(cell.netns, cell.ifindex), topology.namespace(cell.netns)
         interface = link.name if link else "-"
         where = f"{namespace.name} {interface}" if namespace else interface
-        function = names.symbols.get(cell.location, f"{cell.location:#x}").split("+", 1)[0]
+        function = names.symbols.get(cell.location, f"{cell.location:#x}").split("+", 1)[0].split(".", 1)[0]
         proto = PROTOCOLS.get(cell.ip_proto, str(cell.ip_proto)) if cell.ip_proto else "-"
-        yield f"{number:>10}  {names.reason(cell.skb_drop_reason):<24} {function:<28} {where:<24} {proto}"
+        yield f"{number:>10}  {names.reason(cell.skb_drop_reason):<24} {function:<28} {where:<30} {proto}"
     rest = sum(number for _, number in ordered[rows:]) + other
     if rest:
         yield f"{rest:>10}  all others"
