@@ -197,6 +197,21 @@ def test_journal_filter_and_pcapng(healed: Lab, tmp_path: Path) -> None:
         assert interface.endswith("node-b/calif00dbeef012")
 
 
+def test_what_comes_up_during_the_run_is_found(spare: Lab, tmp_path: Path) -> None:
+    journal = tmp_path / "a.calitrace"
+    with listening("-o", "json", "--calico-only", "-w", str(journal)) as process:
+        assert on(spare, "up").returncode == 0
+        assert on(spare, "fault", "policy-deny").returncode == 0
+        port = send(spare, "client", "10.10.0.1", 30053, COUNT)
+        drops, _ = finished(process)
+    mine = [each for each in drops if each["sport"] == port]
+    assert {each["interface"] for each in mine} == {"calif00dbeef012"}
+    again = calitrace("drops", "-r", str(journal), "-o", "json", "--calico-only")
+    assert {each["interface"] for each in map(json.loads, again.stdout.splitlines()) if each.get("sport") == port} == {
+        "calif00dbeef012"
+    }
+
+
 def test_a_flood_with_a_stopped_reader_is_counted_exactly(lab: Lab) -> None:
     wanted = 200_000
     with listening("-o", "json", "--top", "--rate-limit", "0", "udp port 9") as process:

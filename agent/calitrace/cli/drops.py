@@ -238,7 +238,8 @@ class _Session:
             if writer is not None:
                 writer.write(journal.SYMBOLS, {"names": self._symbols})
                 lost = {name: stats[f"{name}_lost"] for name in ("drop", "log", "state")}
-                writer.write(journal.TOTALS, {"stats": stats, "lost": {**lost, "nested": program.recursion_misses}})
+                totals = {"stats": stats, "lost": {**lost, "nested": program.recursion_misses}}
+                writer.write(journal.TOTALS, {**totals, "topology": self._whole.to_map()})
                 writer.write(journal.END, {"mono_ns": time.monotonic_ns()})
             if not settings.top:
                 self._close()
@@ -262,13 +263,17 @@ class _Session:
     def _look_again(self) -> bool:
         """Whether interfaces and programs were read anew, since pods come and go and Felix replaces its programs."""
         from calitrace.kernel import discover
+        from calitrace.model import Topology
 
         if self._collectors is None or time.monotonic() < self._looked_at + _LOOK_EVERY_S:
             return False
         topology = discover.topology()
         self._watch(topology, self._collectors)
-        self._topology = topology.shortened()
+        self._settle(Topology({**self._whole.namespaces, **topology.namespaces}))  # who has gone keeps its name
         return True
+
+    def _settle(self, topology: Topology) -> None:
+        self._whole, self._topology = topology, topology.shortened()
 
     def _replay(self, path: Path) -> None:
         from calitrace import journal
@@ -277,7 +282,7 @@ class _Session:
         try:
             with path.open("rb") as stream:
                 found = journal.read(stream)
-            self._know(found.header)
+            self._know({**found.header, **{k: v for k, v in found.totals.items() if k == "topology"}})
         except OSError as failure:
             raise UsageError(f"cannot read {path}: {failure.strerror}") from failure
         except Malformed as wrong:
@@ -304,15 +309,15 @@ class _Session:
         from calitrace.model import Topology
 
         try:
-            self._topology = Topology.from_map(header["topology"]).shortened()
+            self._settle(Topology.from_map(header["topology"]))
             self._names = self._drops.Names(header["drop_reasons"], self._symbols, header.get("rules", {}))
             self._wall_ns = header["wall_ns"] - header["mono_ns"]
         except (KeyError, TypeError) as wrong:
             raise Malformed(0, "a header with all that drops need", f"no {wrong}", "journal") from wrong
         name = self._settings.netns
         if name:
-            every = Topology.from_map(header["topology"]).namespaces.values()
-            names = {each.name: each.inum for each in (*self._topology.namespaces.values(), *every)}
+            every = (*self._topology.namespaces.values(), *self._whole.namespaces.values())
+            names = {each.name: each.inum for each in every}
             if name not in names:
                 raise UsageError(f"no network namespace {name!r}", f"there are {', '.join(sorted(names))}")
             self._netns = names[name]
