@@ -249,3 +249,18 @@ def test_a_flood_with_stdout_blocked_is_counted_exactly(lab: Lab) -> None:
         drops, summary = finished(process)
     assert summary["drops_seen"] == summary["runs"] >= 50_000
     assert sum(each["dport"] == 9 for each in drops) + summary["events_lost"] + summary["filtered"] >= 50_000
+
+
+def test_a_journal_of_probes_is_read(healed: Lab, tmp_path: Path) -> None:
+    journal = str(tmp_path / "a.calitrace")
+    assert on(healed, "fault", "policy-deny").returncode == 0
+    traced = calitrace(
+        *("probe", "nodeport", "10.10.0.1:30053", "--proto", "udp", "-c", "3", "--rate", "100", "--timeout", "0.3"),
+        *("--from", healed.namespace("client"), "--trace", "-w", journal, "-o", "json"),
+    )
+    causes = [json.loads(line)["cause"] for line in traced.stdout.splitlines()[:-1]]
+    read = calitrace("drops", "-r", journal, "-o", "json", "--calico-only")
+    assert read.returncode == 0, read.stderr
+    *drops, summary = [json.loads(line) for line in read.stdout.splitlines()]
+    assert [each["cause"] for each in drops] == causes
+    assert summary["drops_seen"] == summary["shown"] + summary["harmless"] + summary["filtered"]

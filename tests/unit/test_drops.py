@@ -167,6 +167,8 @@ def test_a_drop_waits_for_its_state_until_the_second_flush() -> None:
         ("NO_SOCKET", "tcp_v4_rcv+0x91", b"", ""),
         ("NO_SOCKET", "udp_queue_rcv_one_skb", packets.udp(CLIENT, 1, NODE_A, 2), ""),
         ("OTHERHOST", "ip_rcv_core", SYN, "flooded by a switch"),
+        ("SOCKET_FILTER", "raw_rcv", SYN, "a raw socket"),
+        ("SOCKET_FILTER", "udp_queue_rcv_one_skb", SYN, ""),
         ("UNHANDLED_PROTO", "__netif_receive_skb_core", b"", "a link-layer protocol"),
         ("UNHANDLED_PROTO", "__netif_receive_skb_core", SYN, ""),
         ("TC_INGRESS", "__netif_receive_skb_core", SYN, ""),

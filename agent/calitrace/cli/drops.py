@@ -299,6 +299,8 @@ class _Session:
         sums.seen = sums.shown + sums.harmless + sums.filtered
         if stats:
             self._sum(stats, found.totals.get("lost", {}).get("nested", 0))
+            # `probe --trace` records its own packets only: the others were filtered in the kernel.
+            sums.filtered += sums.seen - stats["drop_matched"] - sums.limited - sums.unsampled
         if self._settings.top:
             for line in self._report.iter_top({}, 0, self._causes, self._topology, self._names, _TOP_ROWS):
                 click.echo(line)
@@ -390,8 +392,8 @@ class _Session:
     def _sum(self, stats: dict[str, int], missed: int) -> None:
         sums = self._sums
         sums.seen, sums.lost = stats["drop_seen"], stats["drop_lost"]
-        sums.limited, sums.unsampled = stats["drop_limited"], stats["drop_unsampled"]
-        sums.missed, sums.other = missed, stats["drop_other"]
+        sums.limited, sums.unsampled = stats.get("drop_limited", 0), stats.get("drop_unsampled", 0)
+        sums.missed, sums.other = missed, stats.get("drop_other", 0)
         sums.malformed = sum(self._decoder.malformed.values())
 
     def _show_top(self, collectors: Collectors) -> None:

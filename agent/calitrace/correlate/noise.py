@@ -41,6 +41,7 @@ TABLE = (
     Noise(("NO_SOCKET",), "tcp_v", "rst", "a RST for a connection that is closed already"),
     Noise(("OTHERHOST",), "", "", "flooded by a switch to hosts that it is not for"),
     Noise(("PACKET_SOCK_ERROR", "SOCKET_FILTER"), "packet_rcv", "", "a packet socket's filter left it out"),
+    Noise(("SOCKET_FILTER",), "raw_rcv", "", "a raw socket's filter left it out"),
     Noise(("UNHANDLED_PROTO",), "", "no-ip", "a link-layer protocol that nobody here speaks"),
     Noise(_NO_REASON, "ip6_mc_input", "", "IPv6 multicast that nobody here has joined"),
     Noise(("IPV6DISABLED",), "", "", "IPv6 is off at this interface"),
