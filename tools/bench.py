@@ -11,6 +11,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import socket
 import statistics
 import struct
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -318,6 +320,7 @@ PRINTING = (
     + "return 2; }"
 )
 CAPTURE_S, CAPTURE_RATE = 5, 100_000
+DROP_S, DROP_RATE = 10, 100_000
 
 
 def log_capture() -> Iterator[Result]:
@@ -336,6 +339,52 @@ def log_capture() -> Iterator[Result]:
     yield row("log: live lines printed", 4 * sent / CAPTURE_S, "/s", at_least=0.95 * CAPTURE_RATE)
     yield row("log: live lines lost", stats["events_lost"], "", at_most=0)
     yield row("log: printed - seen - lost", abs(4 * sent - stats["lines_total"] - stats["events_lost"]), "", at_most=0)
+
+
+def drops_cost() -> Iterator[Result]:
+    """What `calitrace drops` costs: a count, and a full event."""
+    statistics_on = syscall.enable_stats()
+    with pair() as (left, right), bpftrace() as peer:
+        shots = loader.compile_bpf(SHOT)
+        attach(shots, "cali_shot", right)
+        held = measure(Plan(hop=False, drop_all=True, rate_limit=1), left, b"x", peer)
+        theirs = statistics.median(held["peer"])
+        yield row("drops: counted, not shown", statistics.median(held["collect_drop"]), "ns", peer=theirs,
+                  at_most=0.75, of_peer=True)  # fmt: skip
+        full = measure(Plan(hop=False, drop_all=True), left, b"x")
+        yield row("drops: event sent", statistics.median(full["collect_drop"]), "ns", at_most=600)
+    os.close(statistics_on)
+
+
+def drops_capture() -> Iterator[Result]:
+    """What a live run with a journal loses, and its share of a CPU, at 100,000 drops a second."""
+    program = Path(sys.executable).parent / "calitrace"
+    with pair() as (left, right), tempfile.TemporaryDirectory() as directory:
+        shots = loader.compile_bpf(SHOT)
+        attach(shots, "cali_shot", right)
+        command = [str(program), "drops", "-w", f"{directory}/a.calitrace", "-o", "json", "--duration", "60"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stderr is not None
+            process.stderr.readline()
+            before = os.times()
+            used = cpu_s(process.pid)
+            with ThreadPoolExecutor() as pool:
+                output = pool.submit(process.communicate)
+                sent = paced(left, DROP_RATE, DROP_S)
+                took = os.times().elapsed - before.elapsed
+                used = cpu_s(process.pid) - used
+                process.send_signal(signal.SIGINT)
+                summary = json.loads(output.result()[0].splitlines()[-1])
+    yield row("drops: rate", sent / took, "/s", at_least=0.9 * DROP_RATE)
+    yield row("drops: events lost", summary["events_lost"], "", at_most=0)
+    yield row("drops: not counted", max(sent - summary["drops_seen"], 0), "", at_most=0)
+    yield row("drops: share of a CPU", 100 * used / took, "%", at_most=35)
+
+
+def cpu_s(pid: int) -> float:
+    """CPU time of a process so far, user and system."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def paced(namespace: str, rate: int, seconds: int) -> int:
@@ -410,7 +459,16 @@ def main() -> int:
         return 3
     results = []
     print(f"{'what':32} {'value':>9} {'unit':4} {'peer':>9} {'ratio':>6}  {'aim':14} met")
-    for result in chain(start_up(), collectors_cost(), log_rates(), log_capture(), maps_read()):
+    parts = (
+        start_up(),
+        collectors_cost(),
+        log_rates(),
+        log_capture(),
+        drops_cost(),
+        drops_capture(),
+        maps_read(),
+    )
+    for result in chain(*parts):
         results.append(asdict(result))
         peer = "-" if result.peer is None else f"{result.peer:.3g}"
         ratio = "-" if result.ratio is None else f"{result.ratio:.2f}"

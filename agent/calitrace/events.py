@@ -46,7 +46,11 @@ class Match(IntFlag):
 
 
 class Stat(IntEnum):
-    """Per-CPU counters; seen = matched + others, matched = sent + lost."""
+    """Per-CPU counters; seen = matched + others, matched = sent + lost.
+
+    Of drops when all are wanted: seen = matched + limited (by the rate) + unsampled. DROP_OTHER: those of all seen
+    that found no place in the table of totals.
+    """
 
     DROP_SEEN = 0
     DROP_MATCHED = 1
@@ -60,6 +64,9 @@ class Stat(IntEnum):
     LOG_OVERWRITTEN = 9
     STATE_SENT = 10
     STATE_LOST = 11
+    DROP_LIMITED = 12
+    DROP_UNSAMPLED = 13
+    DROP_OTHER = 14
 
 
 _HEADER = (

@@ -63,6 +63,19 @@ class LogLine(NamedTuple):
     cut: bool
 
 
+class Cell(NamedTuple):
+    """What the kernel counts drops by; *location* is an address in the function that dropped.
+
+    *netns* and *ifindex*: 0 when the packet had no device, *ip_proto* when it is not IP.
+    """
+
+    location: int
+    skb_drop_reason: int
+    ifindex: int
+    netns: int
+    ip_proto: int
+
+
 @dataclass(frozen=True)
 class StateCopy(Event):
     """Calico's per-CPU state at the drop of *skbaddr*, as bytes of the map's value size."""

@@ -47,9 +47,12 @@ enum stat {
 	STAT_LOG_OVERWRITTEN = 9,
 	STAT_STATE_SENT = 10,
 	STAT_STATE_LOST = 11,
+	STAT_DROP_LIMITED = 12,
+	STAT_DROP_UNSAMPLED = 13,
+	STAT_DROP_OTHER = 14,
 };
 
-#define STATS 12
+#define STATS 15
 
 /* Common to all events. */
 struct event_header {

@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from calitrace import identity
-from calitrace.decode import Decoder
+from calitrace.correlate.drops import Dropped, Joiner, Names, explain
+from calitrace.decode import Decoder, decode
 from calitrace.events import HopKind, Match, Stat
 from calitrace.identity import Identity
 from calitrace.kernel import headers, netns, syscall
 from calitrace.kernel.collectors import Collectors, Plan
-from calitrace.model import Drop, Event, Hop, LogLine, StateCopy
+from calitrace.model import Drop, Event, Hop, Link, LogLine, Namespace, Role, StateCopy, Topology
+from calitrace.packet import UDP
 from tests.kernel.conftest import compile_tc
+from tests.unit.packets import SPORT, calico_state
 
 if TYPE_CHECKING:
     from tests.kernel.conftest import Pair
@@ -142,6 +145,41 @@ def test_a_tc_drop_comes_with_its_log_and_state(pair: Pair) -> None:
     assert (stats[Stat.DROP_LOST], stats[Stat.STATE_LOST], stats[Stat.LOG_LOST]) == (0, 0, 0)
 
 
+@pytest.mark.parametrize("own", [True, False], ids=["own", "stale"])
+def test_a_state_is_believed_of_its_own_packet_only(pair: Pair, own: bool) -> None:
+    bpf = compile_tc(SHOT_WITH_LOG)
+    pair.attach(bpf, "cali_deny", pair.left, "left0", "egress")
+    port = 40001
+    kept = bytearray(calico_state(dst=pair.right_ip, dport=9, number=port - SPORT, reason=11))
+    kept[8:12] = socket.inet_aton(pair.left_ip if own else "192.0.2.77")
+    kept[104] = UDP
+    descriptor = bpf[b"cali_state"].map_fd
+    syscall.map_update(descriptor, bytes(4), bytes(kept) * syscall.possible_cpus())
+    identifier, inum = syscall.map_info(descriptor).id, netns.inum(pair.left)
+
+    with Collectors(Plan(hop=False, log="", drop_all=True)) as collectors:
+        collectors.watch_state({inum: identifier})
+        with netns.inside(pair.left), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            sender.bind((pair.left_ip, port))
+            sender.sendto(b"x", (pair.right_ip, 9))
+        joiner = Joiner()
+        found: list[Dropped] = []
+        for raw in collectors.poll(50):
+            found += joiner.feed(decode(raw), raw)
+        found += joiner.flush(everything=True)
+
+    types = headers.kernel_btf()
+    assert types is not None
+    (dropped,) = [each for each in found if each.event.netns == inum]
+    link = Link(dropped.event.ifindex, "left0", (), {"egress": ("cali_deny",)})
+    namespace = Namespace(inum, "left", Role.NODE, {link.ifindex: link}, identifier, "cali_state6", 512, 27)
+    names = Names(types.enum("skb_drop_reason") or {})
+    cause = explain(dropped.event, dropped.passages, dropped.state, Topology({inum: namespace}), names)
+    assert cause.by_calico
+    assert cause.calico_reason == ("UNAUTH_SOURCE" if own else "")
+    assert ("Calico's state held another packet by then: not used" in cause.evidence) != own
+
+
 def test_lost_events_are_counted_exactly(pair: Pair) -> None:
     bpf = compile_tc("int cali_shot(struct __sk_buff *skb) { return 2; }")
     pair.attach(bpf, "cali_shot", pair.right, "right0", "ingress")
@@ -164,9 +202,49 @@ def test_drops_are_counted_by_reason_and_place(pair: Pair) -> None:
     types = headers.kernel_btf()
     assert types is not None
     names = types.enum("skb_drop_reason") or {}
-    no_socket = sum(n for (_, reason), n in counts.items() if names.get(reason, "").endswith("NO_SOCKET"))
-    assert no_socket >= 97
+    no_socket = sum(
+        n
+        for key, n in counts.items()
+        if names.get(key.skb_drop_reason, "").endswith("NO_SOCKET")
+        and (key.netns, key.ip_proto) == (netns.inum(pair.right), 17)
+    )
+    assert no_socket == 97
     assert sum(counts.values()) == stats[Stat.DROP_SEEN]
+    assert stats[Stat.DROP_OTHER] == 0
+    assert run_count.recursion_misses == 0
+
+
+def test_a_full_table_loses_nothing_of_the_totals(pair: Pair) -> None:
+    bpf = compile_tc("int cali_shot(struct __sk_buff *skb) { return 2; }")
+    pair.attach(bpf, "cali_shot", pair.left, "left0", "egress")
+    with Collectors(Plan(hop=False, log="", drop_count_only=True, drop_cells=1)) as collectors:
+        send_udp(pair, 97)
+        with netns.inside(pair.right), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            for _ in range(89):  # no socket at the other end: another reason, another place
+                sender.sendto(b"x", (pair.left_ip, 9))
+        counts, stats = collectors.drop_counts(), collectors.stats()
+    assert stats[Stat.DROP_OTHER] >= 89
+    assert sum(counts.values()) + stats[Stat.DROP_OTHER] == stats[Stat.DROP_SEEN]
+
+
+@pytest.mark.parametrize(("limit", "sample"), [(50, 1), (0, 10), (100, 3)])
+def test_what_is_held_back_is_counted(pair: Pair, limit: int, sample: int) -> None:
+    bpf = compile_tc("int cali_shot(struct __sk_buff *skb) { return 2; }")
+    pair.attach(bpf, "cali_shot", pair.right, "right0", "ingress")
+    plan = Plan(hop=False, drop_all=True, rate_limit=limit, sample=sample)
+    with Collectors(plan) as collectors:
+        send_udp(pair, 2000)
+        drops = [e for e in collect(collectors) if isinstance(e, Drop)]
+        stats = collectors.stats()
+        run_count = collectors.programs()["collect_drop"]
+    assert stats[Stat.DROP_SEEN] >= 2000
+    assert (
+        len(drops) + stats[Stat.DROP_LIMITED] + stats[Stat.DROP_UNSAMPLED] + stats[Stat.DROP_LOST]
+        == stats[Stat.DROP_SEEN]
+    )
+    assert bool(stats[Stat.DROP_LIMITED]) == bool(limit)
+    assert bool(stats[Stat.DROP_UNSAMPLED]) == (sample > 1)
+    assert drops
     assert run_count.recursion_misses == 0
 
 

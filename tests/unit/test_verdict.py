@@ -10,7 +10,8 @@ from tests.unit.packets import CLIENT, NODE_A, NODE_B, NODEPORT, POD, RUN_ID, SP
 
 from calitrace import events, identity, journal
 from calitrace.correlate.analysis import analyse
-from calitrace.correlate.verdict import Confidence, Kind, Place, Verdict
+from calitrace.correlate.drops import Confidence, Place
+from calitrace.correlate.verdict import Kind, Verdict
 from calitrace.events import HopKind
 from calitrace.model import Link, Namespace, Outcome, Role, Topology
 from calitrace.report import jsonlines, text

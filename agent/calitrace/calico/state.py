@@ -54,6 +54,20 @@ CT_RESULTS = (
     "INVALID",
     "MAGLEV_MID_FLOW_MISS",
 )
+# Of ct_result.rc, whose low byte is one of CT_RESULTS.
+CT_FLAGS = {
+    0x100: "related",
+    0x200: "RPF failed",
+    0x400: "tunnel source changed",
+    0x1000: "SYN",
+    0x2000: "confirmed",
+    0x4000: "to workload",
+}
+_CT_PROBLEMS = {
+    1: "mid-flow packet without conntrack entry",
+    6: "invalid in conntrack",
+    7: "mid-flow packet without conntrack entry (Maglev)",
+}
 POLICY_RESULTS = {0: "no match", 1: "allow", 2: "deny"}
 _RES_DENY = 2  # TC_ACT_SHOT
 
@@ -91,6 +105,22 @@ class CalicoState:
                 (str(self.post_nat_dst), self.post_nat_dport),
             )
         )
+
+    @property
+    def conntrack(self) -> str:
+        """The conntrack result in Calico's words: ``ESTABLISHED, RPF failed``."""
+        number = self.ct_rc & 0xFF
+        found = CT_RESULTS[number] if number < len(CT_RESULTS) else f"result {number}"
+        return ", ".join([found, *(name for bit, name in CT_FLAGS.items() if self.ct_rc & bit)])
+
+    @property
+    def conntrack_problem(self) -> str:
+        """What conntrack had against the packet, for drops without a reason; empty for nothing."""
+        if self.ct_rc & 0x200:
+            return "reverse path filter: it came in by an interface that conntrack does not expect"
+        if self.ct_rc & 0x400:
+            return "the source of the tunnel changed"
+        return _CT_PROBLEMS.get(self.ct_rc & 0xFF, "")
 
     @property
     def denied(self) -> bool:

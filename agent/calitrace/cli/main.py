@@ -17,6 +17,7 @@ UNDO = Path("/var/lib/calitrace/undo")  # what an earlier run changed; see clust
 COMMANDS = {
     "check": "Look through Calico's eBPF troubleshooting page and show the evidence.",
     "doctor": "Say what this machine lacks, and what is lost without it.",
+    "drops": "Every dropped packet with its cause: Calico's reason and rule, or the kernel's.",
     "lab": "Two Calico-like nodes in network namespaces of this machine.",
     "log": "Read Calico's debug log and put it together into packets.",
     "maps": "Read Calico's BPF maps: dump, get, summary, walk and diff.",

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-    from calitrace.model import Probe
+    from calitrace.btf import Btf
+    from calitrace.model import Probe, Topology
 
 _POLL_MS = 50
 _QUIET_POLLS = 3  # this many polls without an event end the settling
@@ -93,29 +94,7 @@ class Recording:
             self._stream.close()
 
     def _header(self) -> dict[str, Any]:
-        reasons = self._types.enum("skb_drop_reason") if self._types else None
-        rules: dict[int, str] = {}
-        for directory in self._policy_dirs:
-            for file in sorted(directory.glob("*.json")):
-                try:
-                    rules.update(policy.rule_names(file.read_bytes()))
-                except (OSError, Malformed) as failure:  # Felix replaces these files as pods come and go
-                    self._warnings.append(f"no rule names from {file.name}: {failure}")
-        return {
-            "version": __version__,
-            "node": socket.gethostname(),
-            "boot_id": discover.boot_id(),
-            "kernel": os.uname().release,
-            "mono_ns": time.monotonic_ns(),
-            "wall_ns": time.time_ns(),
-            "run_id": self._plan.run_id,
-            "vxlan_port": self._plan.vxlan_port,
-            "client": self._client,
-            "drop_reasons": reasons or {},
-            "rules": rules,
-            "topology": self.topology.to_map(),
-            "warnings": self._warnings,
-        }
+        return header(self.topology, self._types, self._plan, self._policy_dirs, self._warnings, client=self._client)
 
     def _read(self) -> None:
         decoder = Decoder(self._plan.vxlan_port)
@@ -172,6 +151,40 @@ class Recording:
                 "nested": sum(program.recursion_misses for program in programs),
             },
         }
+
+
+def header(
+    topology: Topology,
+    types: Btf | None,
+    plan: Plan,
+    policy_dirs: Iterable[Path],
+    warnings: list[str],
+    client: str = "",
+) -> dict[str, Any]:
+    """What a journal must know to be read elsewhere. *warnings*: to which those about rule names are added."""
+    reasons = types.enum("skb_drop_reason") if types else None
+    rules: dict[int, str] = {}
+    for directory in policy_dirs:
+        for file in sorted(directory.glob("*.json")):
+            try:
+                rules.update(policy.rule_names(file.read_bytes()))
+            except (OSError, Malformed) as failure:  # Felix replaces these files as pods come and go
+                warnings.append(f"no rule names from {file.name}: {failure}")
+    return {
+        "version": __version__,
+        "node": socket.gethostname(),
+        "boot_id": discover.boot_id(),
+        "kernel": os.uname().release,
+        "mono_ns": time.monotonic_ns(),
+        "wall_ns": time.time_ns(),
+        "run_id": plan.run_id,
+        "vxlan_port": plan.vxlan_port,
+        "client": client,
+        "drop_reasons": reasons or {},
+        "rules": rules,
+        "topology": topology.to_map(),
+        "warnings": warnings,
+    }
 
 
 def create(path: Path) -> BinaryIO:

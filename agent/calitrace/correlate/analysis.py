@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from calitrace.correlate.drops import Names
 from calitrace.correlate.journey import Journey, Journeys
-from calitrace.correlate.verdict import Names, Verdict, judge
+from calitrace.correlate.verdict import Verdict, judge
 from calitrace.decode import Decoder
 from calitrace.errors import Malformed
 from calitrace.model import Outcome, Probe, Topology

@@ -17,22 +17,20 @@ does, or when Calico's own log or state says so of this very packet. "I don't kn
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from calitrace.calico import reasons, state
+from calitrace.correlate.drops import Confidence, Place, explain, place_of
 from calitrace.correlate.journey import Direction, Journey, Step
-from calitrace.errors import LayoutMismatch
 from calitrace.events import HopKind
 from calitrace.model import Drop, Hop, Outcome, Role
 from calitrace.packet import PROTOCOLS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from calitrace.calico.passage import Passage
-    from calitrace.model import Link, Namespace, Topology
+    from calitrace.correlate.drops import Names
+    from calitrace.model import Namespace, Topology
 
 
 class Kind(str, Enum):
@@ -49,26 +47,6 @@ class Kind(str, Enum):
     UNKNOWN = "unknown"
 
 
-class Confidence(str, Enum):
-    """PROVEN: the kernel or Calico said it. LIKELY: it follows, unless something unseen happened."""
-
-    PROVEN = "proven"
-    LIKELY = "likely"
-    NONE = "none"
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where. *hook*: ``tc ingress``, ``tc egress``, or empty when no hook took part."""
-
-    namespace: str
-    interface: str = ""
-    hook: str = ""
-
-    def __str__(self) -> str:
-        return " ".join(part for part in (self.namespace, self.interface, self.hook) if part)
-
-
 @dataclass(frozen=True)
 class Verdict:
     """*cause*: one sentence. *calico_reason*: name of Calico's code; *rules*: those that decided, named if known."""
@@ -83,40 +61,6 @@ class Verdict:
     skb_drop_reason: str = ""
     rules: tuple[str, ...] = ()
     evidence: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Names:
-    """What numbers mean on the machine that recorded. *rules*: Calico rule id to rule."""
-
-    drop_reasons: Mapping[int, str] = field(default_factory=dict)
-    symbols: Mapping[int, str] = field(default_factory=dict)
-    rules: Mapping[int, str] = field(default_factory=dict)
-
-    def drop_reason(self, drop: Drop) -> str:
-        """The kernel's name of a drop reason, without its prefix; its number when the kernel has no name."""
-        if drop.skb_drop_reason is None:
-            return ""
-        name = self.drop_reasons.get(drop.skb_drop_reason, f"reason {drop.skb_drop_reason}")
-        return name.removeprefix("SKB_DROP_REASON_")
-
-    def symbol(self, drop: Drop) -> str:
-        """The function that dropped, ``name+0xoffset``, or its address."""
-        return self.symbols.get(drop.location, f"{drop.location:#x}")
-
-    def rule(self, rule_id: int) -> str:
-        """A rule by name, or its id."""
-        return self.rules.get(rule_id) or f"rule {rule_id:#018x}"
-
-
-_TC_REASONS = {"TC_INGRESS": "ingress", "TC_EGRESS": "egress"}
-# Without these reasons (they came in v5.18): the functions that run tc.
-_TC_FUNCTIONS = {
-    "__netif_receive_skb_core": "ingress",
-    "sch_handle_ingress": "ingress",
-    "__dev_queue_xmit": "egress",
-    "sch_handle_egress": "egress",
-}
 
 
 def judge(journey: Journey, topology: Topology, names: Names, lost: int = 0) -> Verdict:
@@ -295,108 +239,18 @@ class _Judge:
     # -- dropped ----------------------------------------------------------------------------------------
 
     def _dropped(self, step: Step, drop: Drop) -> Verdict:
-        reason, symbol = self.names.drop_reason(drop), self.names.symbol(drop)
-        hook = self._tc_hook(reason, symbol)
-        place = self._place(step, f"tc {hook}" if hook else "")
-        evidence = [f"skb:kfree_skb {reason or 'without reason'} in {symbol}"]
-        if not hook:
-            return Verdict(
-                Kind.DROPPED,
-                Confidence.PROVEN,
-                f"dropped by the kernel, not by Calico: {reason or 'no reason given'} in {symbol}",
-                place=place,
-                skb_drop_reason=reason,
-                evidence=tuple(evidence) + self._path(),
-            )
-        link = self.topology.link(drop.netns, drop.ifindex)
-        namespace = self.topology.namespace(drop.netns)
-        passage = self._denial(step, link)
-        held = self._held(step, namespace, evidence)
-        code, rules = self._reason(passage, held)
-        counters = namespace.reasons if namespace else 0
-        calico_reason = reasons.name(code, counters) if code else ""
-        ours = link.calico.get(hook, ()) if link else ()
-        foreign = link.foreign.get(hook, ()) if link else ()
-        said = passage is not None or (held is not None and held.denied)
-        if passage is not None:
-            evidence += [f"{passage.interface}-{passage.direction}: {line}" for line in passage.texts[-6:]]
-        if not said and (foreign or not ours):
-            who = ", ".join((*ours, *foreign)) or "a program that we did not see attached"
-            return Verdict(
-                Kind.DROPPED,
-                Confidence.LIKELY if foreign and not ours else Confidence.NONE,
-                f"dropped by a tc program at {place}: {who}"
-                + ("; none of them is Calico's" if not ours else "; which of them is not known"),
-                place=place,
-                skb_drop_reason=reason,
-                evidence=tuple(evidence) + self._path(),
-            )
-        cause = (passage.cause() if passage else "") or reasons.MEANING.get(calico_reason, "")
-        named = tuple(self.names.rule(rule) for rule in rules)
-        text = f"dropped by Calico: {cause or 'cause not recorded'}"
-        if named:
-            text += f": {', '.join(named)}"
+        cause = explain(drop, step.passages, step.state, self.topology, self.names)
         return Verdict(
             Kind.DROPPED,
-            Confidence.PROVEN if said else Confidence.LIKELY,
-            text,
-            place=place,
-            by_calico=True,
-            calico_reason=calico_reason,
-            skb_drop_reason=reason,
-            rules=named,
-            evidence=tuple(evidence) + self._path(),
+            cause.confidence,
+            cause.text,
+            place=cause.place,
+            by_calico=cause.by_calico,
+            calico_reason=cause.calico_reason,
+            skb_drop_reason=cause.skb_drop_reason,
+            rules=cause.rules,
+            evidence=cause.evidence + self._path(),
         )
-
-    def _tc_hook(self, reason: str, symbol: str) -> str:
-        """``ingress``, ``egress``, or empty. The reason says it, or, where the kernel has none, the function."""
-        if reason in _TC_REASONS:
-            return _TC_REASONS[reason]
-        if any(each.endswith("TC_INGRESS") for each in self.names.drop_reasons.values()):
-            return ""
-        function = symbol.split("+", 1)[0]
-        return next((hook for name, hook in _TC_FUNCTIONS.items() if function.startswith(name)), "")
-
-    def _denial(self, step: Step, link: Link | None) -> Passage | None:
-        for passage in reversed(step.passages):
-            denied = passage.verdict == "DENY" or (not passage.verdict and passage.cause())
-            if denied and (link is None or passage.tag.is_of(link.name)):
-                return passage
-        return None
-
-    def _held(self, step: Step, namespace: Namespace | None, evidence: list[str]) -> state.CalicoState | None:
-        """Calico's state at the drop, if it is about this packet; what stands against it goes to *evidence*."""
-        if step.state is None or namespace is None:
-            return None
-        try:
-            table = state.layout(namespace.state_name, len(step.state.raw))
-        except LayoutMismatch as unknown:
-            evidence.append(str(unknown))
-            return None
-        held = state.decode(step.state.raw, table)
-        for layer in step.event.packet.layers:
-            if held.holds(layer.proto, str(layer.src), layer.sport, str(layer.dst), layer.dport):
-                policy = state.POLICY_RESULTS.get(held.pol_rc, str(held.pol_rc))
-                evidence.append(
-                    f"Calico's state of this packet: policy {policy}, rules hit {len(held.rule_ids)}, "
-                    f"reason {held.calico_reason if held.calico_reason is not None else 'not kept'}"
-                )
-                return held
-        evidence.append("Calico's state held another packet by then: not used")
-        return None
-
-    def _reason(self, passage: Passage | None, held: state.CalicoState | None) -> tuple[int, tuple[int, ...]]:
-        """Calico's reason code (0: none recorded) and the ids of the rules that denied."""
-        code = 0
-        if passage is not None and passage.verdict == "DENY" and passage.code is not None:
-            code = passage.code
-        if held is not None:
-            code = code or held.calico_reason or 0
-            if held.pol_rc == 2:
-                return code or _DROPPED_BY_POLICY, held.rule_ids[-1:]
-        if passage is not None and passage.cause() == reasons.MEANING["DROPPED_BY_POLICY"]:
-            code = code or _DROPPED_BY_POLICY
-        return code, ()
 
     # -- shared -----------------------------------------------------------------------------------------
 
@@ -409,9 +263,7 @@ class _Judge:
         return Verdict(Kind.UNKNOWN, Confidence.NONE, f"not known: {why}{lost}", evidence=self._path())
 
     def _place(self, step: Step, hook: str = "") -> Place:
-        namespace = self.topology.namespace(step.event.netns)
-        link = self.topology.link(step.event.netns, step.event.ifindex)
-        return Place(namespace.name if namespace else "?", link.name if link else "", hook)
+        return place_of(step.event, self.topology, hook)
 
     def _lines(self, start: str) -> list[tuple[Passage, str]]:
         return [
@@ -434,9 +286,6 @@ class _Judge:
             if not places or places[-1] != place:
                 places.append(place)
         return (f"path: {' > '.join(places)}",) if places else ()
-
-
-_DROPPED_BY_POLICY = 4
 
 
 def _handed_over(step: Step) -> bool:

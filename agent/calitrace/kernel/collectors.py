@@ -19,6 +19,7 @@ from calitrace.errors import EnvironmentUnfit
 from calitrace.events import STATE_BYTES, Stat
 from calitrace.kernel import headers, loader, syscall
 from calitrace.kernel.ring import Ring
+from calitrace.model import Cell
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -37,8 +38,9 @@ class Plan:
 
     *run_id*: 32 bits, the identity that our probes carry; 0 matches none. *client*: the probes' source address
     and inclusive port range, which survives NAT and encapsulation. *drop_all*: send every drop, not only the
-    run's. *drop_count_only*: send none. *log*: "" for none, "flight" for the lines that led to a probe's event,
-    "stream" for all. *state_bytes*: value size of Calico's state maps.
+    run's, but no more than *rate_limit* a second (0: no limit) and one in *sample*; *drop_count_only*: send none.
+    *drop_cells*: entries of the table of totals. *log*: "" for none, "flight" for the lines that led to a probe's
+    event, "stream" for all. *state_bytes*: value size of Calico's state maps.
     """
 
     drop: bool = True
@@ -46,6 +48,9 @@ class Plan:
     log: str = "flight"
     drop_all: bool = False
     drop_count_only: bool = False
+    rate_limit: int = 0
+    sample: int = 1
+    drop_cells: int = 8192
     run_id: int = 0
     client: tuple[str, int, int] | None = None
     vxlan_port: int = 4789
@@ -72,8 +77,9 @@ class Plan:
             ]
         return found
 
-    def defines(self, drop_reason: bool) -> dict[str, str]:
-        """The -D options. *drop_reason*: whether kfree_skb tells its reason on this kernel."""
+    def defines(self, drop_reason: bool, reasons: Mapping[int, str] | None = None) -> dict[str, str]:
+        """The -D options. *drop_reason*: whether kfree_skb tells its reason on this kernel; *reasons*: their names."""
+        numbers = {name.removeprefix("SKB_DROP_REASON_"): number for number, name in (reasons or {}).items()}
         address, low, high = self.client or ("0.0.0.0", 0, 0)
         source = ipaddress.ip_address(address)
         packed = int.from_bytes(source.packed, sys.byteorder) if source.version == 4 else 0
@@ -97,6 +103,10 @@ class Plan:
             "RECORDER_LINES": str(RECORDER_LINES),
             "RING_PAGES": str(self.ring_bytes // os.sysconf("SC_PAGE_SIZE")),
             "WAKE_BYTES": str(WAKE_BYTES),
+            "RATE_LIMIT": str(self.rate_limit),
+            "SAMPLE": str(self.sample),
+            "DROP_CELLS": str(self.drop_cells),
+            **{f"{each}_REASON": f"{numbers[each]}u" for each in ("TC_INGRESS", "TC_EGRESS") if each in numbers},
             **{name: "1" for name, on in flags.items() if on},
         }
 
@@ -110,13 +120,16 @@ class Collectors:
         self._stack = ExitStack()
         self._bpf: Any = None
         self._descriptors: dict[str, int] = {}
+        self._attached: list[str] = []
 
     def __enter__(self) -> Collectors:
         """Compile, verify, attach. Raises EnvironmentUnfit (CompileFailed with the verifier's log)."""
         types = self._types or headers.kernel_btf()
         text = "".join(loader.bpf_source(name).replace("#pragma once", "") for name in self.plan.sources())
         with self._stack:
-            self._bpf = loader.compile_bpf(text, defines=self.plan.defines(has_drop_reason(types)), types=types)
+            reasons = types.enum("skb_drop_reason") if types else None
+            defines = self.plan.defines(has_drop_reason(types), reasons)
+            self._bpf = loader.compile_bpf(text, defines=defines, types=types)
             self._stack.callback(self._bpf.cleanup)
             for _, function in self.plan.attachments():
                 self._descriptors[function] = loader.load_raw_tracepoint(self._bpf, function)
@@ -125,11 +138,17 @@ class Collectors:
             self._stack.callback(self._ring.close)
             for tracepoint, function in self.plan.attachments():
                 loader.attach_raw_tracepoint(self._bpf, tracepoint, function)
+                self._attached.append(tracepoint)
             self._stack = self._stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+
+    def stop(self) -> None:
+        """Detach: what stands in the ring and in the maps is final, and can still be read."""
+        while self._attached:
+            self._bpf.detach_raw_tracepoint(self._attached.pop().encode())
 
     def watch_state(self, maps: Mapping[int, int]) -> None:
         """Read Calico's state at each drop. *maps*: namespace inode number to id of its cali_state map.
@@ -167,9 +186,15 @@ class Collectors:
         table = self._bpf[b"stats"]
         return {stat: sum(table[ctypes.c_int(int(stat))]) for stat in Stat}
 
-    def drop_counts(self) -> dict[tuple[int, int], int]:
-        """(location address, skb_drop_reason) to number of drops of the whole kernel, summed over CPUs."""
-        return {(key.location, key.skb_drop_reason): sum(values) for key, values in self._bpf[b"drop_counts"].items()}
+    def drop_counts(self) -> dict[Cell, int]:
+        """Number of drops of the whole kernel by what they have in common, summed over CPUs.
+
+        Together with Stat.DROP_OTHER that is all of Stat.DROP_SEEN.
+        """
+        return {
+            Cell(key.location, key.skb_drop_reason, key.ifindex, key.netns, key.ip_proto): sum(values)
+            for key, values in self._bpf[b"drop_counts"].items()
+        }
 
     def programs(self) -> dict[str, syscall.ProgramInfo]:
         """Function name to kernel information about it: run time and count, recursion misses."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from functools import cache
 from pathlib import Path
 
 KALLSYMS = Path("/proc/kallsyms")
@@ -12,6 +13,18 @@ def resolve(addresses: set[int]) -> dict[int, str]:
     """``function+0xoffset`` for each address; left out where the kernel hides its symbols (kptr_restrict)."""
     if not addresses:
         return {}
+    ordered, names = _table()
+    found = {}
+    for address in addresses:
+        at = bisect_right(ordered, address) - 1
+        if at >= 0 and ordered[-1]:
+            found[address] = f"{names[at]}+{address - ordered[at]:#x}"
+    return found
+
+
+@cache
+def _table() -> tuple[list[int], list[str]]:
+    """Addresses in order, and their names. Read once: a module that is loaded later has no names here."""
     starts: list[int] = []
     names: list[str] = []
     with KALLSYMS.open() as lines:
@@ -21,12 +34,4 @@ def resolve(addresses: set[int]) -> dict[int, str]:
                 starts.append(int(parts[0], 16))
                 names.append(parts[2])
     order = sorted(range(len(starts)), key=starts.__getitem__)
-    ordered = [starts[i] for i in order]
-    if not ordered or ordered[-1] == 0:
-        return {}
-    found = {}
-    for address in addresses:
-        at = bisect_right(ordered, address) - 1
-        if at >= 0:
-            found[address] = f"{names[order[at]]}+{address - ordered[at]:#x}"
-    return found
+    return [starts[i] for i in order], [names[i] for i in order]

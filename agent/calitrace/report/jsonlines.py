@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from calitrace.correlate.analysis import Analysis
+    from calitrace.correlate.drops import Place
     from calitrace.correlate.journey import Step
-    from calitrace.correlate.verdict import Place
 
 
 def iter_objects(analysis: Analysis) -> Iterator[str]:

@@ -6,8 +6,9 @@ import textwrap
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from calitrace.correlate.drops import Confidence
 from calitrace.correlate.journey import Direction, Step
-from calitrace.correlate.verdict import Confidence, Kind, Verdict, tuple_of
+from calitrace.correlate.verdict import Kind, Verdict, tuple_of
 from calitrace.events import HopKind
 from calitrace.model import Drop, Outcome
 

@@ -1,0 +1,294 @@
+"""One dropped packet to its cause, with the evidence that carries it.
+
+Evidence: the kernel's reason and the function that dropped; what Calico logged on that CPU last; Calico's per-CPU
+state at that moment, where it is about this very packet; and the programs on the hook. A drop is Calico's only when
+a Calico program sits at that hook and no foreign one does, or when Calico's own log or state says so.
+
+Many of Calico's drops leave no reason code. Then the conntrack result that its state keeps may tell it: the bits of
+``ct_result.rc`` (felix/bpf-gpl/conntrack_types.h, v3.24 to master). Else the cause is not recorded, and is not guessed.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import deque
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from calitrace.calico import reasons, state
+from calitrace.calico.log import Reader
+from calitrace.calico.passage import Assembler
+from calitrace.errors import LayoutMismatch
+from calitrace.events import CAPTURE_BYTES, DROP
+from calitrace.model import Drop, LogLine, StateCopy
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from calitrace.calico.passage import Passage
+    from calitrace.model import Event, Link, Namespace, PacketEvent, Topology
+
+
+class Confidence(str, Enum):
+    """PROVEN: the kernel or Calico said it. LIKELY: it follows, unless something unseen happened."""
+
+    PROVEN = "proven"
+    LIKELY = "likely"
+    NONE = "none"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where. *hook*: ``tc ingress``, ``tc egress``, or empty when no hook took part."""
+
+    namespace: str
+    interface: str = ""
+    hook: str = ""
+
+    def __str__(self) -> str:
+        return " ".join(part for part in (self.namespace, self.interface, self.hook) if part)
+
+
+@dataclass(frozen=True)
+class Names:
+    """What numbers mean on the machine that recorded. *rules*: Calico rule id to rule."""
+
+    drop_reasons: Mapping[int, str] = field(default_factory=dict)
+    symbols: Mapping[int, str] = field(default_factory=dict)
+    rules: Mapping[int, str] = field(default_factory=dict)
+
+    def reason(self, number: int) -> str:
+        """The kernel's name of a drop reason, without its prefix; its number when the kernel has no name."""
+        return self.drop_reasons.get(number, f"reason {number}").removeprefix("SKB_DROP_REASON_")
+
+    def drop_reason(self, drop: Drop) -> str:
+        """The same of a drop; empty where the kernel tells none."""
+        return "" if drop.skb_drop_reason is None else self.reason(drop.skb_drop_reason)
+
+    def symbol(self, drop: Drop) -> str:
+        """The function that dropped, ``name+0xoffset``, or its address."""
+        return self.symbols.get(drop.location, f"{drop.location:#x}")
+
+    def rule(self, rule_id: int) -> str:
+        """A rule by name, or its id."""
+        return self.rules.get(rule_id) or f"rule {rule_id:#018x}"
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Why a packet was dropped. *text*: one sentence; *detail*: the same without who did it.
+
+    *calico_reason*: name of Calico's code, empty where it recorded none; *rules*: those that decided, named if known.
+    *sources*: which kinds of evidence carry it (``log``, ``state``, ``hook``, ``kernel``).
+    """
+
+    text: str
+    detail: str
+    place: Place
+    confidence: Confidence
+    by_calico: bool = False
+    calico_reason: str = ""
+    skb_drop_reason: str = ""
+    symbol: str = ""
+    rules: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ("kernel",)
+    evidence: tuple[str, ...] = ()
+
+
+_TC_REASONS = {"TC_INGRESS": "ingress", "TC_EGRESS": "egress"}
+# Without these reasons (they came in v5.18): the functions that run tc.
+_TC_FUNCTIONS = {
+    "__netif_receive_skb_core": "ingress",
+    "sch_handle_ingress": "ingress",
+    "__dev_queue_xmit": "egress",
+    "sch_handle_egress": "egress",
+}
+_DROPPED_BY_POLICY = 4
+
+
+def place_of(event: PacketEvent, topology: Topology, hook: str = "") -> Place:
+    """Where an event was seen."""
+    namespace, link = topology.namespace(event.netns), topology.link(event.netns, event.ifindex)
+    return Place(namespace.name if namespace else "?", link.name if link else "", hook)
+
+
+def explain(drop: Drop, passages: Sequence[Passage], copy: StateCopy | None, topology: Topology, names: Names) -> Cause:
+    """The cause of a drop. *passages*: those of Calico's log that led to it; *copy*: Calico's state just then."""
+    reason, symbol = names.drop_reason(drop), names.symbol(drop)
+    hook = _tc_hook(reason, symbol, names)
+    place = place_of(drop, topology, f"tc {hook}" if hook else "")
+    evidence = [f"skb:kfree_skb {reason or 'without reason'} in {symbol}"]
+    if not hook:
+        said_by_kernel = reason or "no reason given"
+        return Cause(
+            f"dropped by the kernel, not by Calico: {said_by_kernel} in {symbol}",
+            f"{said_by_kernel} in {symbol.split('+', 1)[0]}",
+            place,
+            Confidence.PROVEN,
+            skb_drop_reason=reason,
+            symbol=symbol,
+            evidence=tuple(evidence),
+        )
+    link, namespace = topology.link(drop.netns, drop.ifindex), topology.namespace(drop.netns)
+    passage = _denial(passages, link)
+    held = _held(drop, copy, namespace, evidence)
+    code, rules = _reason(passage, held)
+    ours = link.calico.get(hook, ()) if link else ()
+    foreign = link.foreign.get(hook, ()) if link else ()
+    said = passage is not None or (held is not None and held.denied)
+    if passage is not None:
+        evidence += [f"{passage.interface}-{passage.direction}: {line}" for line in passage.texts[-6:]]
+    if not said and (foreign or not ours):
+        who = ", ".join((*ours, *foreign)) or "a program that we did not see attached"
+        which = "; none of them is Calico's" if not ours else "; which of them is not known"
+        return Cause(
+            f"dropped by a tc program at {place}: {who}{which}",
+            f"tc program: {who}{which}" if ours or foreign else "a tc program that we did not see attached",
+            place,
+            Confidence.LIKELY if foreign and not ours else Confidence.NONE,
+            skb_drop_reason=reason,
+            symbol=symbol,
+            sources=("hook",),
+            evidence=tuple(evidence),
+        )
+    calico_reason = reasons.name(code, namespace.reasons if namespace else 0) if code else ""
+    detail = (passage.cause() if passage else "") or reasons.MEANING.get(calico_reason, "")
+    if not detail and held is not None:
+        policy = state.POLICY_RESULTS.get(held.pol_rc, str(held.pol_rc))
+        known = f"cause not recorded (policy {policy}, conntrack {held.conntrack})"
+        detail = held.conntrack_problem or known
+    if passage is not None and held is not None and held.calico_reason not in (None, 0, code):
+        evidence.append(f"the log and the state disagree: the state says reason {held.calico_reason}")
+    named = tuple(names.rule(rule) for rule in rules)
+    detail = ": ".join(part for part in (detail or "cause not recorded", ", ".join(named)) if part)
+    found = {"log": passage, "state": held}
+    return Cause(
+        f"dropped by Calico: {detail}",
+        detail,
+        place,
+        Confidence.PROVEN if said else Confidence.LIKELY,
+        True,
+        calico_reason,
+        reason,
+        symbol,
+        named,
+        tuple(name for name, source in found.items() if source is not None) or ("hook",),
+        tuple(evidence),
+    )
+
+
+def _tc_hook(reason: str, symbol: str, names: Names) -> str:
+    """``ingress``, ``egress``, or empty. The reason says it, or, where the kernel has none, the function."""
+    if reason in _TC_REASONS:
+        return _TC_REASONS[reason]
+    if any(each.endswith("TC_INGRESS") for each in names.drop_reasons.values()):
+        return ""
+    function = symbol.split("+", 1)[0]
+    return next((hook for name, hook in _TC_FUNCTIONS.items() if function.startswith(name)), "")
+
+
+def _denial(passages: Sequence[Passage], link: Link | None) -> Passage | None:
+    for passage in reversed(passages):
+        denied = passage.verdict == "DENY" or (not passage.verdict and passage.cause())
+        if denied and (link is None or passage.tag.is_of(link.name)):
+            return passage
+    return None
+
+
+def _held(
+    drop: Drop, copy: StateCopy | None, namespace: Namespace | None, evidence: list[str]
+) -> state.CalicoState | None:
+    """Calico's state at the drop, if it is about this packet; what stands against it goes to *evidence*."""
+    if copy is None or namespace is None:
+        return None
+    try:
+        table = state.layout(namespace.state_name, len(copy.raw))
+    except LayoutMismatch as unknown:
+        evidence.append(str(unknown))
+        return None
+    held = state.decode(copy.raw, table)
+    for layer in drop.packet.layers:
+        if held.holds(layer.proto, str(layer.src), layer.sport, str(layer.dst), layer.dport):
+            policy = state.POLICY_RESULTS.get(held.pol_rc, str(held.pol_rc))
+            evidence.append(
+                f"Calico's state of this packet: policy {policy}, rules hit {len(held.rule_ids)}, "
+                f"reason {held.calico_reason if held.calico_reason is not None else 'not kept'}, "
+                f"conntrack {held.conntrack}"
+            )
+            return held
+    evidence.append("Calico's state held another packet by then: not used")
+    return None
+
+
+def _reason(passage: Passage | None, held: state.CalicoState | None) -> tuple[int, tuple[int, ...]]:
+    """Calico's reason code (0: none recorded) and the ids of the rules that denied."""
+    code = 0
+    if passage is not None and passage.verdict == "DENY" and passage.code is not None:
+        code = passage.code
+    if held is not None:
+        code = code or held.calico_reason or 0
+        if held.pol_rc == 2:
+            return code or _DROPPED_BY_POLICY, held.rule_ids[-1:]
+    if passage is not None and passage.cause() == reasons.MEANING["DROPPED_BY_POLICY"]:
+        code = code or _DROPPED_BY_POLICY
+    return code, ()
+
+
+@dataclass
+class Dropped:
+    """A drop with what belongs to it. *raw*: the event's record, whose capture a filter reads."""
+
+    event: Drop
+    raw: bytes
+    passages: list[Passage]
+    state: StateCopy | None = None
+
+    @property
+    def capture(self) -> bytes:
+        """The packet's first bytes, from its network header on."""
+        (length,) = struct.unpack_from("=I", self.raw, DROP.offset("capture_bytes"))
+        begin = DROP.offset("capture")
+        return self.raw[begin : begin + min(length, CAPTURE_BYTES)]
+
+
+class Joiner:
+    """Puts drops together with the log lines before and the state after them, from events in ring-buffer order."""
+
+    def __init__(self) -> None:
+        self._reader = Reader()
+        self._assembler = Assembler()
+        self._passages: dict[int, Passage] = {}  # by CPU: the last one, since only that can have led to the drop
+        self._waiting: dict[int, Dropped] = {}  # by CPU: for the state that may follow
+        self._fresh: set[int] = set()
+
+    def feed(self, event: Event | LogLine, raw: bytes) -> Iterator[Dropped]:
+        """Take the next event; gives what is complete."""
+        if isinstance(event, LogLine):
+            for passage in self._assembler.feed(self._reader.line(event)):
+                self._passages[event.cpu] = passage
+            return
+        waiting = self._waiting.pop(event.cpu, None)
+        if waiting is not None:
+            if isinstance(event, StateCopy) and event.skbaddr == waiting.event.skbaddr:
+                waiting.state = event
+            yield waiting
+        if isinstance(event, Drop):
+            cut = self._assembler.cut(event.cpu)
+            last = deque([self._passages.pop(event.cpu, None), *cut], maxlen=1)
+            passages = [each for each in last if each is not None and _concerns(each, event)]
+            self._waiting[event.cpu] = Dropped(event, raw, passages)
+            self._fresh.add(event.cpu)
+
+    def flush(self, *, everything: bool = False) -> Iterator[Dropped]:
+        """What still waits for a state, if it did so at the last flush already. To be called after each batch."""
+        due = [cpu for cpu in self._waiting if everything or cpu not in self._fresh]
+        self._fresh.clear()
+        for cpu in due:
+            yield self._waiting.pop(cpu)
+
+
+def _concerns(passage: Passage, drop: Drop) -> bool:
+    """Whether a passage is about this packet: its lines name the ports of a layer, or end before they are read."""
+    pairs = passage.ports()
+    return not pairs or any((layer.sport, layer.dport) in pairs for layer in drop.packet.layers)

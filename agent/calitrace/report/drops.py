@@ -1,0 +1,186 @@
+"""Drops as text and as JSON (docs/json.md)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from calitrace.packet import PROTOCOLS
+
+if TYPE_CHECKING:
+    from collections import Counter
+    from collections.abc import Iterator, Mapping
+
+    from calitrace.correlate.drops import Cause, Dropped, Names
+    from calitrace.model import Cell, Topology
+
+HEADER = f"{'TIME':<12} {'INTERFACE HOOK':<19} {'PACKET':<41} CAUSE [EVIDENCE]"
+_HOOKS = {"tc ingress": "in", "tc egress": "out", "": ""}
+
+
+@dataclass
+class Sums:
+    """seen = shown + harmless + filtered + limited + unsampled + lost, exactly, and counts all *runs* of our program.
+
+    *missed*: where it interrupted itself and did not run; *other*: seen, but in no cell of the totals; *ns*: its time.
+    """
+
+    seen: int = 0
+    shown: int = 0
+    harmless: int = 0
+    filtered: int = 0
+    limited: int = 0
+    unsampled: int = 0
+    lost: int = 0
+    missed: int = 0
+    other: int = 0
+    malformed: int = 0
+    runs: int = 0
+    ns: int = 0
+
+    def line(self) -> str:
+        """The closing line."""
+        parts = [f"{self.shown} shown", f"{self.harmless} harmless", f"{self.filtered} filtered"]
+        parts += [
+            f"{number} {name}"
+            for name, number in (
+                ("rate-limited", self.limited),
+                ("not sampled", self.unsampled),
+                ("not decoded", self.malformed),
+            )
+            if number
+        ]
+        text = f"{self.seen} drops seen: {', '.join(parts)}, {self.lost} lost"
+        if self.missed:
+            text += f"; {self.missed} more in an interrupted program"
+        if self.runs:
+            text += f"; our cost {self.ns / self.runs:.0f} ns a drop"
+        return text
+
+    def to_object(self) -> dict[str, Any]:
+        """The summary."""
+        return {
+            "type": "summary",
+            "drops_seen": self.seen,
+            "shown": self.shown,
+            "harmless": self.harmless,
+            "filtered": self.filtered,
+            "limited": self.limited,
+            "unsampled": self.unsampled,
+            "malformed": self.malformed,
+            "events_lost": self.lost,
+            "programs_missed": self.missed,
+            "in_no_cell": self.other,
+            "runs": self.runs,
+            "cost_ns": round(self.ns / self.runs, 1) if self.runs else None,
+        }
+
+
+def tuple_of(dropped: Dropped) -> str:
+    """``tcp SYN 10.0.0.1:40001 > 10.0.0.2:80``, of the packet inside a tunnel; or what else it is."""
+    layer = dropped.event.packet.inner
+    if layer is not None:
+        return str(layer)
+    return f"{dropped.event.len_bytes} bytes, not IP" if dropped.event.len_bytes else "no packet data"
+
+
+def short(cause: Cause) -> str:
+    """Cause and evidence of a line: ``calico DROPPED_BY_POLICY default.deny rule 0 (deny) [log, state]``."""
+    evidence = f"[{', '.join(cause.sources)}]"
+    if not cause.by_calico:
+        return f"{cause.detail} {evidence}"
+    words = ["calico", cause.calico_reason or cause.detail]
+    if cause.calico_reason:
+        words += [", ".join(cause.rules)] * bool(cause.rules)
+    return " ".join([*words, evidence])
+
+
+def table_line(dropped: Dropped, cause: Cause, clock: str) -> str:
+    """One line. *clock*: the time, as text."""
+    place = f"{cause.place.interface or '-'} {_HOOKS[cause.place.hook]}".strip()
+    return f"{clock:<12} {place:<19} {tuple_of(dropped):<41} {short(cause)}"
+
+
+def iter_explanation(cause: Cause, harmless: str) -> Iterator[str]:
+    """The lines below it with -v."""
+    yield f"    {cause.place}: {cause.text} ({cause.confidence.value})"
+    if harmless:
+        yield f"    harmless: {harmless}"
+    for line in cause.evidence:
+        yield f"    {line}"
+
+
+def drop_object(dropped: Dropped, cause: Cause, harmless: str, time_ns: int) -> dict[str, Any]:
+    """One drop. *time_ns*: since 1970."""
+    event, layer = dropped.event, dropped.event.packet.inner
+    return {
+        "type": "drop",
+        "time_ns": time_ns,
+        "namespace": cause.place.namespace,
+        "interface": cause.place.interface,
+        "hook": cause.place.hook,
+        "packet": [str(each) for each in event.packet.layers],
+        "proto": PROTOCOLS.get(layer.proto, str(layer.proto)) if layer else None,
+        "src": str(layer.src) if layer else None,
+        "sport": layer.sport if layer else None,
+        "dst": str(layer.dst) if layer else None,
+        "dport": layer.dport if layer else None,
+        "len_bytes": event.len_bytes,
+        "mark": event.mark,
+        "by_calico": cause.by_calico,
+        "cause": cause.text,
+        "confidence": cause.confidence.value,
+        "calico_reason": cause.calico_reason or None,
+        "skb_drop_reason": cause.skb_drop_reason or None,
+        "location": cause.symbol,
+        "rules": list(cause.rules),
+        "sources": list(cause.sources),
+        "evidence": list(cause.evidence),
+        "harmless": harmless or None,
+    }
+
+
+def cell_object(cell: Cell, number: int, topology: Topology, names: Names) -> dict[str, Any]:
+    """One exact total."""
+    link, namespace = topology.link(cell.netns, cell.ifindex), topology.namespace(cell.netns)
+    return {
+        "type": "total",
+        "drops": number,
+        "skb_drop_reason": names.reason(cell.skb_drop_reason),
+        "location": names.symbols.get(cell.location, f"{cell.location:#x}"),
+        "namespace": namespace.name if namespace else None,
+        "interface": link.name if link else None,
+        "ip_proto": cell.ip_proto,
+    }
+
+
+def dump(plain: dict[str, Any]) -> str:
+    """One line of JSON."""
+    return json.dumps(plain, separators=(",", ":"))
+
+
+def iter_top(
+    counts: Mapping[Cell, int], other: int, causes: Counter[str], topology: Topology, names: Names, rows: int
+) -> Iterator[str]:
+    """The table of causes: the kernel's exact totals, then what the sample says of those that Calico made.
+
+    *other*: drops that found no cell. *causes*: short cause to number of detailed drops.
+    """
+    yield f"{'DROPS':>10}  {'REASON':<24} {'FUNCTION':<28} {'INTERFACE':<30} PROTO"
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    for cell, number in ordered[:rows]:
+        link, namespace = topology.link(cell.netns, cell.ifindex), topology.namespace(cell.netns)
+        interface = link.name if link else "-"
+        where = f"{namespace.name} {interface}" if namespace else interface
+        function = names.symbols.get(cell.location, f"{cell.location:#x}").split("+", 1)[0].split(".", 1)[0]
+        proto = PROTOCOLS.get(cell.ip_proto, str(cell.ip_proto)) if cell.ip_proto else "-"
+        yield f"{number:>10}  {names.reason(cell.skb_drop_reason):<24} {function:<28} {where:<30} {proto}"
+    rest = sum(number for _, number in ordered[rows:]) + other
+    if rest:
+        yield f"{rest:>10}  all others"
+    if causes:
+        yield ""
+        yield f"{'DETAILED':>10}  CAUSE [EVIDENCE]"
+        for text, number in causes.most_common(rows):
+            yield f"{number:>10}  {text}"

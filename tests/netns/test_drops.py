@@ -1,0 +1,269 @@
+"""``calitrace drops`` on the lab: every cause against the injection's own count, and exact totals in a flood."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from calitrace.kernel import netns
+from calitrace.lab.topology import Lab
+from tests.netns.conftest import calitrace, on
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+pytestmark = pytest.mark.root
+
+COMMAND = (sys.executable, "-W", "ignore", "-c", "from calitrace.cli.main import run; run()", "drops")
+TIMEOUT_S = 120
+COUNT = 17
+TC = ("tc", "qdisc")
+CLIENT = "10.10.0.100"
+
+
+@contextlib.contextmanager
+def listening(*words: str) -> Iterator[subprocess.Popen[str]]:
+    """``calitrace drops`` that has said that it listens; interrupted at the end."""
+    with subprocess.Popen([*COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if line.startswith("listening to"):
+                break
+        else:
+            raise AssertionError("".join(said))
+        try:
+            yield process
+        finally:
+            process.send_signal(signal.SIGINT)
+
+
+def finished(process: subprocess.Popen[str]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Interrupt it; its drops and its summary."""
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 0, errors
+    *drops, summary = [json.loads(line) for line in output.splitlines()]
+    assert summary["type"] == "summary"
+    parts = ("shown", "harmless", "filtered", "limited", "unsampled", "malformed", "events_lost")
+    assert summary["drops_seen"] == sum(summary[part] for part in parts), summary
+    assert summary["shown"] == sum(each["type"] == "drop" for each in drops)
+    return drops, summary
+
+
+def send(lab: Lab, part: str, address: str, port: int, count: int, payload: bytes = b"x") -> int:
+    """Datagrams from one port; that port."""
+    with netns.inside(lab.namespace(part)), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        for _ in range(count):
+            with contextlib.suppress(OSError):  # refused, or no room in the queue: a drop, which is what is wanted
+                sender.sendto(payload, (address, port))
+        return int(sender.getsockname()[1])
+
+
+def send_bad_checksums(lab: Lab, part: str, source: str, address: str, count: int) -> int:
+    """Datagrams whose UDP checksum is wrong; their port."""
+    port = 41234
+    udp = struct.pack("!HHHH", port, 9, 8, 0xBAD)
+    head = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 28, 1, 0, 64, 17, 0, *map(socket.inet_aton, (source, address)))
+    with (
+        netns.inside(lab.namespace(part)),
+        socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW) as sender,
+    ):
+        for _ in range(count):
+            sender.sendto(head + udp, (address, 0))
+    return port
+
+
+@contextlib.contextmanager
+def full_queue(lab: Lab, part: str, interface: str) -> Iterator[None]:
+    """A queue that takes no packet."""
+    with netns.inside(lab.namespace(part)):
+        subprocess.run([*TC, "add", "dev", interface, "root", "bfifo", "limit", "1"], check=True)
+    try:
+        yield
+    finally:
+        with netns.inside(lab.namespace(part)):
+            subprocess.run([*TC, "del", "dev", interface, "root"], check=True)
+
+
+@pytest.fixture
+def healed(lab: Lab) -> Iterator[Lab]:
+    """The lab, healed afterwards."""
+    yield lab
+    assert on(lab, "heal").returncode == 0
+
+
+def nft(lab: Lab, part: str, rules: str) -> None:
+    """Load nftables rules in a namespace of the lab."""
+    with netns.inside(lab.namespace(part)):
+        subprocess.run(["nft", "-f", "-"], input=rules, text=True, check=True)
+
+
+@pytest.mark.skipif(not shutil.which("nft"), reason="needs nft")
+@pytest.mark.parametrize("level", ["off", "debug"])
+@pytest.mark.parametrize(
+    ("fault", "target", "calico"),
+    [
+        ("policy-deny", ("10.10.0.1", 30053), ("DROPPED_BY_POLICY", "denied by policy", True)),
+        ("rpf", ("10.10.0.1", 30053), ("", "reverse path", False)),
+    ],
+)
+def test_each_cause_against_its_own_count(
+    healed: Lab, level: str, fault: str, target: tuple[str, int], calico: tuple[str, str, bool]
+) -> None:
+    assert on(healed, "log-level", level).returncode == 0
+    assert on(healed, "fault", fault).returncode == 0
+    nft(healed, "pod-a", "table ip t { chain c { type filter hook input priority 0; udp dport 7777 drop; }; }")
+    try:
+        with full_queue(healed, "pod-a", "eth0"), listening("-o", "json", "--all") as process:
+            ports = {
+                send(healed, "client", *target, COUNT): "calico",
+                send(healed, "node-a", "10.65.0.2", 7777, COUNT): "NETFILTER_DROP",
+                send(healed, "node-a", "10.65.0.2", 9, COUNT): "NO_SOCKET",
+                send(healed, "pod-a", "10.10.0.1", 9, COUNT): "QDISC_DROP",
+                send_bad_checksums(healed, "node-a", "10.10.0.1", "10.65.0.2", COUNT): "UDP_CSUM",
+            }
+            drops, summary = finished(process)
+    finally:
+        nft(healed, "pod-a", "delete table ip t")
+    injected = [each for each in drops if each["sport"] in ports and each["proto"] == "udp"]
+    found = Counter(
+        (ports[each["sport"]], "calico" if each["by_calico"] else each["skb_drop_reason"]) for each in injected
+    )
+    assert found == {(cause, cause): COUNT for cause in ports.values()}  # precision and recall are both 1
+    assert summary["events_lost"] == summary["limited"] == 0
+    reason, meaning, with_rule = calico
+    for each in injected:
+        if each["by_calico"]:
+            assert each["calico_reason"] == (reason or None)
+            known = level == "debug" or with_rule
+            assert meaning in each["cause"] if known else "cause not recorded (policy" in each["cause"]
+            assert bool(each["rules"]) == with_rule
+            assert each["sources"] == (["log", "state"] if level == "debug" else ["state"])
+            assert each["confidence"] == "proven"
+
+
+def test_route_unknown_is_named_by_the_state(lab: Lab) -> None:
+    assert on(lab, "log-level", "off").returncode == 0
+    with listening("-o", "json", "--reason", "rt_unknown") as process:
+        probes = calitrace(
+            *("probe", "nodeport", "10.10.0.1:30087", "--from", lab.namespace("client"), "-c", "5", "--rate", "100"),
+            *("--timeout", "0.2", "-o", "json"),
+        )
+        sports = {json.loads(line)["sport"] for line in probes.stdout.splitlines()[:-1]}
+        drops, _ = finished(process)
+    mine = [each for each in drops if each["sport"] in sports and each["packet"][0].startswith("tcp SYN ")]
+    assert {each["sport"] for each in mine} == sports
+    assert {(each["calico_reason"], each["interface"], each["hook"]) for each in mine} == {
+        ("RT_UNKNOWN", "ens192", "tc ingress")
+    }
+
+
+def test_journal_filter_and_pcapng(healed: Lab, tmp_path: Path) -> None:
+    assert on(healed, "log-level", "off").returncode == 0
+    assert on(healed, "fault", "policy-deny").returncode == 0
+    journal, pcap = tmp_path / "a.calitrace", tmp_path / "a.pcapng"
+    expression = f"udp and src host {CLIENT} and dst port 5353"
+    with listening("-o", "json", "-w", str(journal), "--pcap", str(pcap), expression) as process:
+        port = send(healed, "client", "10.10.0.1", 30053, COUNT)
+        drops, _ = finished(process)
+    mine = [each for each in drops if each["sport"] == port]
+    assert len(mine) == COUNT
+    again = calitrace("drops", "-r", str(journal), "-o", "json", expression)
+    assert again.returncode == 0, again.stderr
+    assert [json.loads(line) for line in again.stdout.splitlines()][:-1] == drops
+    if not shutil.which("tshark"):
+        pytest.skip("needs tshark")
+    fields = ["-T", "fields", "-e", "udp.srcport", "-e", "frame.comment", "-e", "frame.interface_name"]
+    read = subprocess.run(["tshark", "-r", str(pcap), *fields], capture_output=True, text=True, check=True)
+    rows = [line.split("\t") for line in read.stdout.splitlines() if line.startswith(str(port))]
+    assert len(rows) == COUNT
+    for _, comment, interface in rows:
+        assert "dropped by Calico: denied by policy: default.deny-lab-clients rule 0 (deny)" in comment
+        assert interface.endswith("node-b/calif00dbeef012")
+
+
+def test_what_comes_up_during_the_run_is_found(spare: Lab, tmp_path: Path) -> None:
+    journal = tmp_path / "a.calitrace"
+    with listening("-o", "json", "--calico-only", "-w", str(journal)) as process:
+        assert on(spare, "up").returncode == 0
+        assert on(spare, "fault", "policy-deny").returncode == 0
+        ports = set()
+        for _ in range(35):  # longer than it waits between two looks at the machine
+            ports.add(send(spare, "client", "10.10.0.1", 30053, 1))
+            time.sleep(0.1)
+        drops, _ = finished(process)
+    mine = [each for each in drops if each["sport"] in ports]
+    assert {each["interface"] for each in mine} == {"calif00dbeef012"}
+    again = calitrace("drops", "-r", str(journal), "-o", "json", "--calico-only")
+    assert {each["interface"] for each in map(json.loads, again.stdout.splitlines()) if each.get("sport") in ports} == {
+        "calif00dbeef012"
+    }
+
+
+def test_a_flood_with_a_stopped_reader_is_counted_exactly(lab: Lab) -> None:
+    wanted = 200_000
+    with listening("-o", "json", "--top", "--rate-limit", "0", "udp port 9") as process:
+        sender = os.fork()
+        if not sender:  # at full speed, beside us
+            try:
+                send(lab, "node-a", "10.65.0.2", 9, wanted)
+            finally:
+                os._exit(0)
+        os.kill(process.pid, signal.SIGSTOP)
+        time.sleep(2)  # what the reader misses is what is tested
+        os.kill(process.pid, signal.SIGCONT)
+        assert os.waitpid(sender, 0)[1] == 0
+        rows, summary = finished_top(process)
+    mine = sum(each["drops"] for each in rows if each["skb_drop_reason"] == "NO_SOCKET" and each["ip_proto"] == 17)
+    assert mine >= wanted
+    assert sum(each["drops"] for each in rows) + summary["in_no_cell"] == summary["drops_seen"] == summary["runs"]
+    assert summary["events_lost"] > 0
+
+
+def finished_top(process: subprocess.Popen[str]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The exact totals and the summary."""
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 0, errors
+    *rows, summary = [json.loads(line) for line in output.splitlines()]
+    parts = ("shown", "harmless", "filtered", "limited", "unsampled", "malformed", "events_lost")
+    assert summary["drops_seen"] == sum(summary[part] for part in parts), summary
+    return rows, summary
+
+
+def test_a_flood_with_stdout_blocked_is_counted_exactly(lab: Lab) -> None:
+    with listening("-o", "json", "--all", "--rate-limit", "0") as process:
+        send(lab, "node-a", "10.65.0.2", 9, 50_000)  # nobody reads the pipe yet
+        drops, summary = finished(process)
+    assert summary["drops_seen"] == summary["runs"] >= 50_000
+    assert sum(each["dport"] == 9 for each in drops) + summary["events_lost"] + summary["filtered"] >= 50_000
+
+
+def test_a_journal_of_probes_is_read(healed: Lab, tmp_path: Path) -> None:
+    journal = str(tmp_path / "a.calitrace")
+    assert on(healed, "fault", "policy-deny").returncode == 0
+    traced = calitrace(
+        *("probe", "nodeport", "10.10.0.1:30053", "--proto", "udp", "-c", "3", "--rate", "100", "--timeout", "0.3"),
+        *("--from", healed.namespace("client"), "--trace", "-w", journal, "-o", "json"),
+    )
+    causes = [json.loads(line)["cause"] for line in traced.stdout.splitlines()[:-1]]
+    read = calitrace("drops", "-r", journal, "-o", "json", "--calico-only")
+    assert read.returncode == 0, read.stderr
+    *drops, summary = [json.loads(line) for line in read.stdout.splitlines()]
+    assert [each["cause"] for each in drops] == causes
+    assert summary["drops_seen"] == summary["shown"] + summary["harmless"] + summary["filtered"]

@@ -1,0 +1,302 @@
+"""One dropped packet to its cause, and how it is shown; table-driven, on raw events."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.unit import packets
+from tests.unit.packets import CLIENT, NODE_A, POD, SPORT, TARGET_PORT, Recorder, calico_state
+from tests.unit.test_verdict import A_NS, B_NS, CALI, NO_SOCKET, REASONS, RULE, TC_EGRESS, TC_INGRESS, UPLINK, topology
+
+from calitrace.calico import state
+from calitrace.correlate import noise
+from calitrace.correlate.drops import Cause, Confidence, Dropped, Joiner, Names, Place, explain
+from calitrace.decode import decode
+from calitrace.model import Cell
+from calitrace.report import drops as report
+from calitrace.report.pcapng import LINKTYPE_RAW, Writer
+
+if TYPE_CHECKING:
+    from calitrace.model import Topology
+
+SYN = packets.syn(dst=POD, dport=TARGET_PORT)
+DENIED_LOG = (
+    "cali1-----------E: New packet at ifindex=3; mark=0",
+    f"cali1-----------E: TCP; ports: s={SPORT} d={TARGET_PORT}",
+    "cali1-----------E: Final result=DENY (11). Program execution time: 7ns",
+)
+
+
+def joined(recorder: Recorder) -> list[Dropped]:
+    """All drops of a recording, in order."""
+    joiner = Joiner()
+    found: list[Dropped] = []
+    for raw in recorder.records:
+        found += joiner.feed(decode(raw), raw)
+    return found + list(joiner.flush(everything=True))
+
+
+def causes(recorder: Recorder, where: Topology | None = None, rules: dict[int, str] | None = None) -> list[Cause]:
+    """Their causes."""
+    names = Names(REASONS, {0: "some_function+0x1"}, rules or {})
+    return [explain(d.event, d.passages, d.state, where or topology(), names) for d in joined(recorder)]
+
+
+def with_conntrack(rc: int, raw: bytes) -> bytes:
+    """A state whose ct_result.rc is *rc*."""
+    changed = bytearray(raw)
+    struct.pack_into("<h", changed, 376, rc)
+    return bytes(changed)
+
+
+@pytest.mark.parametrize(
+    ("kept", "reason", "detail", "confidence"),
+    [
+        (calico_state(pol_rc=2, rules=(7, RULE)), "DROPPED_BY_POLICY", "denied by policy: deny-all rule 0", "proven"),
+        (calico_state(reason=12), "RT_UNKNOWN", "the backend is not in Calico's routes map", "proven"),
+        (with_conntrack(6, calico_state()), "", "invalid in conntrack", "proven"),
+        (with_conntrack(1, calico_state(result=0)), "", "mid-flow packet without conntrack entry", "likely"),
+        (
+            with_conntrack(0x202, calico_state()),
+            "",
+            "reverse path filter: it came in by an interface that conntrack does not expect",
+            "proven",
+        ),
+        (with_conntrack(0x400, calico_state()), "", "the source of the tunnel changed", "proven"),
+        (calico_state(), "", "cause not recorded (policy no match, conntrack NEW)", "proven"),
+        (calico_state(number=9, reason=11), "", "cause not recorded", "likely"),  # of another packet: not believed
+    ],
+)
+def test_what_calicos_state_tells(kept: bytes, reason: str, detail: str, confidence: str) -> None:
+    recorder = Recorder()
+    recorder.drop(B_NS, CALI, SYN, TC_EGRESS)
+    recorder.state(B_NS, kept)
+    (cause,) = causes(recorder, rules={RULE: "deny-all rule 0"})
+    assert (cause.by_calico, cause.calico_reason, cause.detail) == (True, reason, detail)
+    assert (cause.confidence.value, cause.skb_drop_reason) == (confidence, "TC_EGRESS")
+    assert cause.text == f"dropped by Calico: {detail}"
+
+
+def test_the_capture_is_what_a_filter_reads() -> None:
+    recorder = Recorder()
+    recorder.drop(B_NS, CALI, SYN, TC_EGRESS)
+    assert joined(recorder)[0].capture == SYN
+
+
+def test_the_state_of_another_buffer_is_left_out() -> None:
+    recorder = Recorder()
+    recorder.drop(B_NS, CALI, SYN, TC_EGRESS, skb=0xAA)
+    recorder.state(B_NS, calico_state(reason=11), skb=0xBB)
+    assert [each.sources for each in causes(recorder)] == [("hook",)]
+
+
+def test_log_and_state_and_their_disagreement() -> None:
+    recorder = Recorder()
+    recorder.log(*DENIED_LOG)
+    recorder.drop(B_NS, CALI, SYN, TC_EGRESS)
+    recorder.state(B_NS, calico_state(reason=12))
+    recorder.log(*DENIED_LOG)
+    recorder.drop(B_NS, CALI, packets.syn(3, dst=POD, dport=TARGET_PORT), TC_EGRESS)  # not the packet of that log
+    recorder.log(*DENIED_LOG[:2])
+    recorder.drop(B_NS, CALI, SYN, TC_EGRESS)
+    first, second, third = causes(recorder)
+    assert (first.calico_reason, first.sources) == ("UNAUTH_SOURCE", ("log", "state"))
+    assert "the log and the state disagree: the state says reason 12" in first.evidence
+    assert (second.calico_reason, second.sources, second.confidence) == ("", ("hook",), Confidence.LIKELY)
+    assert (third.calico_reason, third.sources) == ("", ("hook",))
+
+
+def test_only_the_last_passage_can_have_led_to_the_drop() -> None:
+    recorder = Recorder()
+    recorder.log(*DENIED_LOG)
+    recorder.log(*(line.replace("DENY (11)", "ALLOW rc 0") for line in DENIED_LOG))
+    recorder.drop(B_NS, CALI, SYN, TC_EGRESS)
+    assert [each.sources for each in causes(recorder)] == [("hook",)]
+
+
+@pytest.mark.parametrize(
+    ("where", "detail", "confidence"),
+    [
+        (topology(foreign=True), "tc program: cali_tc_preambl, other_prog; which of them is not known", "none"),
+        (topology(foreign=True, calico=False), "tc program: other_prog; none of them is Calico's", "likely"),
+        (topology(calico=False), "a tc program that we did not see attached", "none"),
+        (topology(without_b=True), "a tc program that we did not see attached", "none"),
+    ],
+)
+def test_other_programs_at_the_hook(where: Topology, detail: str, confidence: str) -> None:
+    recorder = Recorder()
+    recorder.drop(B_NS, CALI, SYN, TC_EGRESS)
+    (cause,) = causes(recorder, where)
+    assert (cause.by_calico, cause.detail, cause.confidence.value) == (False, detail, confidence)
+
+
+def test_what_the_kernel_drops_is_never_calicos() -> None:
+    recorder = Recorder()
+    recorder.log(*DENIED_LOG)
+    recorder.drop(B_NS, CALI, SYN, NO_SOCKET)
+    recorder.state(B_NS, calico_state(reason=11))
+    (cause,) = causes(recorder)
+    assert (cause.by_calico, cause.calico_reason, cause.detail) == (False, "", "NO_SOCKET in some_function")
+
+
+def test_a_drop_waits_for_its_state_until_the_second_flush() -> None:
+    recorder, joiner = Recorder(), Joiner()
+    recorder.drop(B_NS, CALI, SYN, TC_EGRESS)
+    recorder.state(B_NS, calico_state(reason=12))
+    first, second = recorder.records
+    assert list(joiner.feed(decode(first), first)) == []
+    assert list(joiner.flush()) == []
+    assert [d.state is not None for d in joiner.feed(decode(second), second)] == [True]
+    assert list(joiner.feed(decode(first), first)) == []
+    assert list(joiner.flush()) == []
+    assert [d.state for d in joiner.flush()] == [None]
+    assert list(joiner.flush()) == []
+
+
+@pytest.mark.parametrize(
+    ("reason", "function", "raw", "why"),
+    [
+        ("NOT_SPECIFIED", "unix_release_sock+0x1", b"", "a UNIX socket was closed with data in it"),
+        ("NO_SOCKET", "tcp_v4_rcv+0x91", packets.tcp(CLIENT, 1, NODE_A, 2, 0x14), "a RST for a connection"),
+        ("NO_SOCKET", "tcp_v4_rcv+0x91", SYN, ""),
+        ("NO_SOCKET", "tcp_v4_rcv+0x91", b"", ""),
+        ("NO_SOCKET", "udp_queue_rcv_one_skb", packets.udp(CLIENT, 1, NODE_A, 2), ""),
+        ("OTHERHOST", "ip_rcv_core", SYN, "flooded by a switch"),
+        ("SOCKET_FILTER", "raw_rcv", SYN, "a raw socket"),
+        ("SOCKET_FILTER", "udp_queue_rcv_one_skb", SYN, ""),
+        ("UNHANDLED_PROTO", "__netif_receive_skb_core", b"", "a link-layer protocol"),
+        ("UNHANDLED_PROTO", "__netif_receive_skb_core", SYN, ""),
+        ("TC_INGRESS", "__netif_receive_skb_core", SYN, ""),
+        ("NOT_SPECIFIED", "dev_queue", SYN, ""),
+    ],
+)
+def test_harmless(reason: str, function: str, raw: bytes, why: str) -> None:
+    recorder = Recorder()
+    recorder.drop(A_NS, UPLINK, raw, 77, location=5)
+    (dropped,) = joined(recorder)
+    found = noise.why_harmless(dropped.event, Names({77: f"SKB_DROP_REASON_{reason}"}, {5: function}))
+    assert found.startswith(why)
+    assert bool(found) == bool(why)
+
+
+def test_tc_drops_are_never_harmless() -> None:
+    assert not {name for row in noise.TABLE for name in row.reasons} & {"TC_INGRESS", "TC_EGRESS"}
+
+
+def test_conntrack_in_words() -> None:
+    held = state.decode(with_conntrack(0x102, calico_state()), state.LAYOUTS[0])
+    assert (held.conntrack, held.conntrack_problem) == ("ESTABLISHED, related", "")
+    assert state.decode(with_conntrack(99, calico_state()), state.LAYOUTS[0]).conntrack == "result 99"
+
+
+# -- shown ----------------------------------------------------------------------------------------------
+
+
+def test_lines_and_objects() -> None:
+    recorder = Recorder()
+    recorder.drop(B_NS, CALI, SYN, TC_EGRESS)
+    recorder.state(B_NS, calico_state(pol_rc=2, rules=(RULE,)))
+    recorder.drop(A_NS, UPLINK, packets.vxlan(NODE_A, CLIENT, packets.udp(CLIENT, 5, POD, 53)), TC_INGRESS)
+    recorder.drop(A_NS, 99, b"\0" * 40, NO_SOCKET)
+    recorder.drop(A_NS, UPLINK, b"", NO_SOCKET)
+    found = list(zip(joined(recorder), causes(recorder), strict=True))
+    lines = [report.table_line(dropped, cause, "12:00:00.123").split(maxsplit=1)[1] for dropped, cause in found]
+    assert lines[0] == (
+        f"cali1 out           tcp SYN {CLIENT}:{SPORT} > {POD}:8080 calico DROPPED_BY_POLICY rule {RULE:#018x} [state]"
+    )
+    assert [line.split("  ")[-1].strip() for line in lines[1:]] == [
+        "calico cause not recorded [hook]",
+        "NO_SOCKET in some_function [kernel]",
+        "NO_SOCKET in some_function [kernel]",
+    ]
+    assert [line.split()[:3] for line in lines[1:]] == [
+        ["ens192", "in", "udp"],
+        ["-", "40", "bytes,"],
+        ["ens192", "no", "packet"],
+    ]
+    objects = [json.loads(report.dump(report.drop_object(d, c, "", 5))) for d, c in found]
+    assert [o["calico_reason"] for o in objects] == ["DROPPED_BY_POLICY", None, None, None]
+    assert (objects[0]["src"], objects[0]["sport"], objects[0]["proto"]) == (CLIENT, SPORT, "tcp")
+    assert (objects[2]["src"], objects[2]["proto"], objects[2]["harmless"]) == (None, None, None)
+    assert list(report.iter_explanation(found[0][1], "why"))[:2] == [
+        f"    lab-node-b cali1 tc egress: dropped by Calico: denied by policy: rule {RULE:#018x} (proven)",
+        "    harmless: why",
+    ]
+    assert len(list(report.iter_explanation(found[0][1], ""))) == 1 + len(found[0][1].evidence)
+
+
+def test_the_closing_line() -> None:
+    assert report.Sums(9, 3, 2, 4).line() == "9 drops seen: 3 shown, 2 harmless, 4 filtered, 0 lost"
+    sums = report.Sums(20, 3, 2, 4, 5, 1, 4, 1, 0, 1, 10, 4567)
+    assert sums.line() == (
+        "20 drops seen: 3 shown, 2 harmless, 4 filtered, 5 rate-limited, 1 not sampled, 1 not decoded, 4 lost; "
+        "1 more in an interrupted program; our cost 457 ns a drop"
+    )
+    assert sums.to_object()["cost_ns"] == 456.7
+    assert report.Sums().to_object()["cost_ns"] is None
+
+
+def test_top() -> None:
+    names = Names(REASONS, {1: "tcp_v4_rcv+0x91"})
+    counts = {Cell(1, NO_SOCKET, UPLINK, A_NS, 6): 40, Cell(2, TC_EGRESS, 0, 0, 0): 2, Cell(2, 99, 7, A_NS, 99): 1}
+    lines = list(report.iter_top(counts, 3, Counter({"calico X [state]": 2}), topology(), names, 2))
+    assert lines == [
+        "     DROPS  REASON                   FUNCTION                     INTERFACE                      PROTO",
+        "        40  NO_SOCKET                tcp_v4_rcv                   lab-node-a ens192              tcp",
+        "         2  TC_EGRESS                0x2                          -                              -",
+        "         4  all others",
+        "",
+        "  DETAILED  CAUSE [EVIDENCE]",
+        "         2  calico X [state]",
+    ]
+    assert len(list(report.iter_top({}, 0, Counter(), topology(), names, 2))) == 1
+    objects = [report.cell_object(cell, number, topology(), names) for cell, number in counts.items()]
+    assert [(o["drops"], o["interface"], o["namespace"]) for o in objects] == [
+        (40, "ens192", "lab-node-a"),
+        (2, None, None),
+        (1, None, "lab-node-a"),
+    ]
+
+
+def test_place_as_text() -> None:
+    assert str(Place("node", "eth0", "tc ingress")) == "node eth0 tc ingress"
+
+
+# -- pcapng ---------------------------------------------------------------------------------------------
+
+
+def blocks(raw: bytes) -> list[tuple[int, bytes]]:
+    """(type, body) of each block; the lengths at both ends must agree."""
+    found = []
+    while raw:
+        kind, length = struct.unpack_from("<II", raw)
+        assert length % 4 == 0
+        assert struct.unpack_from("<I", raw, length - 4) == (length,)
+        found.append((kind, raw[8 : length - 4]))
+        raw = raw[length:]
+    return found
+
+
+@given(st.binary(max_size=128), st.integers(0, 2**63), st.text(max_size=20))
+def test_pcapng_blocks(raw: bytes, time_ns: int, comment: str) -> None:
+    writer = Writer()
+    text = writer.header("calitrace") + writer.packet("eth0", time_ns, raw, 1500, comment)
+    text += writer.packet("eth0", time_ns, raw, 3, comment) + writer.packet("eth1", 0, raw, 3, "x" * 70000)
+    section, first, packet, second, other, third = blocks(text)
+    assert [each[0] for each in (section, first, packet, second, other, third)] == [0x0A0D0D0A, 1, 6, 6, 1, 6]
+    assert struct.unpack_from("<IHH", section[1]) == (0x1A2B3C4D, 1, 0)
+    assert struct.unpack_from("<H", first[1]) == (LINKTYPE_RAW,)
+    interface, high, low, captured, length = struct.unpack_from("<IIIII", packet[1])
+    assert (interface, high << 32 | low, captured, length) == (0, time_ns, len(raw), 1500)
+    assert packet[1][20 : 20 + len(raw)] == raw
+    at = 20 + len(raw) + -len(raw) % 4
+    assert struct.unpack_from("<HH", packet[1], at) == (1, len(comment.encode()))
+    assert packet[1][at + 4 :].startswith(comment.encode())
+    assert struct.unpack_from("<IIIII", second[1])[4] == max(3, len(raw))
+    assert struct.unpack_from("<I", third[1]) == (1,)
