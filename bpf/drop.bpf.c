@@ -7,7 +7,7 @@
  * full, so that the totals stay exact. Those of the run (with DROP_ALL: all, as far as SAMPLE and RATE_LIMIT let
  * them) are sent with the packet's first bytes, behind the log lines that led to them, and followed by Calico's
  * per-CPU state; with DROP_ALL both only where a tc program dropped.
- * Cost: six reads and one per-CPU hash update a drop; for a sent one as many reads again and a copy.
+ * Cost: a read (without TYPED eight) and one per-CPU hash update a drop; for a sent one six reads more and a copy.
  */
 struct drop_key {
 	u64 location;
@@ -57,31 +57,46 @@ static __always_inline void send_state(const struct drop_event *drop)
 		count(STAT_STATE_SENT, 1);
 }
 
-/* A stretch of struct sk_buff, whose order Linux has kept since 3.x: one read, where each costs as much as a lookup. */
-struct skb_place {
-	u8 bytes[__builtin_offsetof(struct sk_buff, head) + sizeof(void *) - __builtin_offsetof(struct sk_buff, protocol)]
-		__attribute__((aligned(8)));
-};
-#define PLACE_OF(at, member, type) \
-	(*(type *)((at).bytes + __builtin_offsetof(struct sk_buff, member) - __builtin_offsetof(struct sk_buff, protocol)))
+/*
+ * Read a member. With TYPED the program knows the types of its arguments (tp_btf, Linux 5.5), and the verifier lets it
+ * load; else a helper reads, which costs as much as a map lookup.
+ */
+#ifdef TYPED
+#define PEEK(value, at, owner, member) \
+	value = *(volatile __typeof__(value) *)((at) + __builtin_offsetof(struct owner, member))
+#else
+#define PEEK(value, at, owner, member) \
+	bpf_probe_read_kernel(&value, sizeof(value), (void *)((at) + __builtin_offsetof(struct owner, member)))
+#endif
 
-/* Interface, namespace and protocol, as far as the packet still has them. */
-static __always_inline void describe_drop(struct drop_key *key, struct sk_buff *p)
+/* Interface, namespace and protocol, as far as the packet still has them. Returns its device. */
+static __always_inline u64 describe_drop(struct drop_key *key, u64 skb)
 {
-	struct net_device *dev = NULL;
-	struct skb_place at;
+	u64 dev = 0, net = 0, head = 0;
+	u16 protocol = 0, network_header = 0;
+	u32 ifindex = 0, netns = 0;
 	u8 ip_proto = 0;
 
-	bpf_probe_read_kernel(&dev, sizeof(dev), &p->dev);
-	bpf_probe_read_kernel(&at, sizeof(at), &p->protocol);
-	describe_device(dev, &key->ifindex, &key->netns);
-	if (!PLACE_OF(at, network_header, u16) || PLACE_OF(at, network_header, u16) == 0xffff)
-		return;
-	if (PLACE_OF(at, protocol, u16) == bpf_htons(0x0800))
-		bpf_probe_read_kernel(&ip_proto, 1, PLACE_OF(at, head, u8 *) + PLACE_OF(at, network_header, u16) + 9);
-	else if (PLACE_OF(at, protocol, u16) == bpf_htons(0x86dd))
-		bpf_probe_read_kernel(&ip_proto, 1, PLACE_OF(at, head, u8 *) + PLACE_OF(at, network_header, u16) + 6);
+	PEEK(dev, skb, sk_buff, dev);
+	if (dev) {
+		PEEK(ifindex, dev, net_device, ifindex);
+		PEEK(net, dev, net_device, nd_net.net);
+		if (net)
+			PEEK(netns, net, net, ns.inum);
+	}
+	key->ifindex = ifindex;
+	key->netns = netns;
+	PEEK(protocol, skb, sk_buff, protocol);
+	PEEK(network_header, skb, sk_buff, network_header);
+	if (!network_header || network_header == 0xffff)
+		return dev;
+	if (protocol != bpf_htons(0x0800) && protocol != bpf_htons(0x86dd))
+		return dev;
+	PEEK(head, skb, sk_buff, head);
+	head += network_header + (protocol == bpf_htons(0x0800) ? 9 : 6);
+	bpf_probe_read_kernel(&ip_proto, 1, (void *)head);
 	key->ip_proto = ip_proto;
+	return dev;
 }
 
 #ifdef DROP_ALL
@@ -133,7 +148,7 @@ int collect_drop(struct bpf_raw_tracepoint_args *ctx)
 	key.skb_drop_reason = NO_REASON;
 #endif
 	count(STAT_DROP_SEEN, 1);
-	describe_drop(&key, (struct sk_buff *)ctx->args[0]);
+	describe_drop(&key, ctx->args[0]);
 	total = drop_counts.lookup(&key);
 	if (total)
 		*total += 1;

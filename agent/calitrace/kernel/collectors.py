@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 WAKE_BYTES = 64 * 1024  # of a CPU
 RING_BYTES = 4 * 1024 * 1024
 RECORDER_LINES = 256
+_TYPED = "kfree_skb"  # the one tracepoint whose program must be cheap, since it runs for packets of others
 _NO_TAG = 0xFFFFFFFF  # a sequence number shifted right is never this
 
 
@@ -120,35 +121,61 @@ class Collectors:
         self._stack = ExitStack()
         self._bpf: Any = None
         self._descriptors: dict[str, int] = {}
-        self._attached: list[str] = []
+        self._attached: list[str | int] = []  # tracepoints that BCC attached to, and descriptors of our links
+        self._is_typed = False
 
     def __enter__(self) -> Collectors:
         """Compile, verify, attach. Raises EnvironmentUnfit (CompileFailed with the verifier's log)."""
         types = self._types or headers.kernel_btf()
         text = "".join(loader.bpf_source(name).replace("#pragma once", "") for name in self.plan.sources())
+        reasons = types.enum("skb_drop_reason") if types else None
+        defines = self.plan.defines(has_drop_reason(types), reasons)
         with self._stack:
-            reasons = types.enum("skb_drop_reason") if types else None
-            defines = self.plan.defines(has_drop_reason(types), reasons)
-            self._bpf = loader.compile_bpf(text, defines=defines, types=types)
-            self._stack.callback(self._bpf.cleanup)
-            for _, function in self.plan.attachments():
-                self._descriptors[function] = loader.load_raw_tracepoint(self._bpf, function)
+            try:
+                self._load(text, {**defines, "TYPED": "1"}, types)
+            except loader.CompileFailed:  # before Linux 5.5, and where such programs are not permitted
+                self._load(text, defines, types)
             events = self._bpf[b"events"]
             self._ring = Ring(events.map_fd, syscall.map_info(events.map_fd).max_entries)
             self._stack.callback(self._ring.close)
             for tracepoint, function in self.plan.attachments():
-                loader.attach_raw_tracepoint(self._bpf, tracepoint, function)
-                self._attached.append(tracepoint)
+                self._attach(tracepoint, function)
             self._stack = self._stack.pop_all()
         return self
 
+    def _load(self, text: str, defines: dict[str, str], types: Btf | None) -> None:
+        bpf = loader.compile_bpf(text, defines=defines, types=types)
+        with ExitStack() as stack:
+            stack.callback(bpf.cleanup)
+            for tracepoint, function in self.plan.attachments():
+                if "TYPED" in defines and tracepoint == _TYPED:
+                    descriptor = loader.load_typed_tracepoint(bpf, tracepoint, function, types)
+                    stack.callback(os.close, descriptor)
+                else:
+                    descriptor = loader.load_raw_tracepoint(bpf, function)
+                self._descriptors[function] = descriptor
+            self._bpf, self._is_typed = bpf, "TYPED" in defines
+            self._stack.enter_context(stack.pop_all())
+
+    def _attach(self, tracepoint: str, function: str) -> None:
+        if self._is_typed and tracepoint == _TYPED:
+            self._attached.append(syscall.attach_typed_tracepoint(self._descriptors[function]))
+        else:
+            loader.attach_raw_tracepoint(self._bpf, tracepoint, function)
+            self._attached.append(tracepoint)
+
     def __exit__(self, *_: object) -> None:
+        self.stop()
         self._stack.close()
 
     def stop(self) -> None:
         """Detach: what stands in the ring and in the maps is final, and can still be read."""
         while self._attached:
-            self._bpf.detach_raw_tracepoint(self._attached.pop().encode())
+            attached = self._attached.pop()
+            if isinstance(attached, int):
+                os.close(attached)
+            else:
+                self._bpf.detach_raw_tracepoint(attached.encode())
 
     def watch_state(self, maps: Mapping[int, int]) -> None:
         """Read Calico's state at each drop. *maps*: namespace inode number to id of its cali_state map.
