@@ -57,6 +57,30 @@ static __always_inline void send_state(const struct drop_event *drop)
 		count(STAT_STATE_SENT, 1);
 }
 
+#ifdef WITH_STACK
+BPF_PERCPU_ARRAY(stack_scratches, struct stack_event, 1);
+
+static __always_inline void send_stack(void *ctx, const struct drop_event *drop)
+{
+	u32 zero = 0;
+	struct stack_event *e = stack_scratches.lookup(&zero);
+	int bytes;
+
+	if (!e)
+		return;
+	bytes = bpf_get_stack(ctx, e->addresses, sizeof(e->addresses), 0);
+	e->ktime_ns = drop->ktime_ns;
+	e->type = EVENT_STACK;
+	e->cpu = drop->cpu;
+	e->netns = drop->netns;
+	e->skbaddr = drop->skbaddr;
+	e->frames = bytes > 0 ? (u32)bytes >> 3 : 0; /* BPF has no signed division */
+	e->pad = 0;
+	if (events.ringbuf_output(e, sizeof(*e), BPF_RB_NO_WAKEUP))
+		count(STAT_STACK_LOST, 1);
+}
+#endif
+
 /*
  * Read a member. With TYPED the program knows the types of its arguments (tp_btf, Linux 5.5), and the verifier lets it
  * load; else a helper reads, which costs as much as a map lookup.
@@ -100,6 +124,47 @@ static __always_inline u64 describe_drop(struct drop_key *key, u64 skb)
 }
 
 #ifdef DROP_ALL
+/* Whether it happened where the user looks: in NETNS, at an interface that NAMED_BY describes. */
+static __always_inline int is_wanted_place(const struct drop_key *key, u64 dev)
+{
+#ifdef NETNS
+	if (key->netns != NETNS)
+		return 0;
+#endif
+#ifdef NAMED_BY
+	u64 name[2] = {};
+
+	if (!dev || bpf_probe_read_kernel(name, sizeof(name), (void *)(dev + __builtin_offsetof(struct net_device, name))))
+		return 0;
+	return NAMED_BY;
+#else
+	return 1;
+#endif
+}
+
+/* Of an IP packet, by its own header; 0 when it tells none (IPv6 jumbograms) or the packet is not IP. */
+static __always_inline u32 ip_length(const struct window *w)
+{
+	if (w->bytes[0] >> 4 == 4)
+		return be16_at(w->bytes + 2);
+	return w->bytes[0] >> 4 == 6 ? 40 + be16_at(w->bytes + 4) : 0;
+}
+
+#ifdef PCAP_FILTER
+#define VXLAN_BYTES (20 + 8 + 8 + 14)
+
+/* Whether the packet, or the one that it carries in VXLAN over IPv4, is what the user asked for. */
+static __always_inline int is_wanted_packet(const struct window *w, u32 bytes)
+{
+	const struct window *inner = (const struct window *)(w->bytes + VXLAN_BYTES);
+
+	if (pcap_filter(w, bytes, ip_length(w)))
+		return 1;
+	return bytes > VXLAN_BYTES && w->bytes[0] == 0x45 && w->bytes[9] == 17 && be16_at(w->bytes + 22) == VXLAN_PORT &&
+	       pcap_filter(inner, bytes - VXLAN_BYTES, ip_length(inner));
+}
+#endif
+
 /*
  * Whether one more event is within SAMPLE and RATE_LIMIT. A bucket that holds a second's worth, kept as the time at
  * which the next event is due. CPUs that meet here may let one too many pass; what was held back is counted exactly.
@@ -136,7 +201,7 @@ int collect_drop(struct bpf_raw_tracepoint_args *ctx)
 	u32 zero = 0, bytes;
 	struct drop_scratch *s;
 	struct window *window;
-	u64 *total, one = 1;
+	u64 *total, one = 1, dev;
 	int by_tc = 1;
 
 #ifdef HAVE_DROP_REASON
@@ -148,7 +213,7 @@ int collect_drop(struct bpf_raw_tracepoint_args *ctx)
 	key.skb_drop_reason = NO_REASON;
 #endif
 	count(STAT_DROP_SEEN, 1);
-	describe_drop(&key, ctx->args[0]);
+	dev = describe_drop(&key, ctx->args[0]);
 	total = drop_counts.lookup(&key);
 	if (total)
 		*total += 1;
@@ -156,13 +221,14 @@ int collect_drop(struct bpf_raw_tracepoint_args *ctx)
 		count(STAT_DROP_OTHER, 1);
 #ifndef DROP_COUNT_ONLY
 #ifdef DROP_ALL
-	if (!is_due()) {
-#ifdef WITH_LOG
-		if (by_tc)
-			recorder_restart(); /* or these lines would be taken for the next one's */
-#endif
-		return 0;
+	if (!is_wanted_place(&key, dev)) {
+		count(STAT_DROP_FILTERED, 1);
+		goto forget;
 	}
+#ifndef PCAP_FILTER
+	if (!is_due())
+		goto forget;
+#endif
 #endif
 	s = drop_scratches.lookup(&zero);
 	if (!s)
@@ -172,6 +238,14 @@ int collect_drop(struct bpf_raw_tracepoint_args *ctx)
 #ifdef DROP_ALL
 	if (!bytes)
 		__builtin_memset(&s->event, 0, sizeof(struct packet_event));
+#ifdef PCAP_FILTER
+	if (!bytes || !is_wanted_packet(window, bytes)) {
+		count(STAT_DROP_FILTERED, 1);
+		goto forget;
+	}
+	if (!is_due())
+		goto forget;
+#endif
 	s->event.skbaddr = ctx->args[0];
 	s->event.ifindex = key.ifindex;
 	s->event.netns = key.netns;
@@ -193,10 +267,21 @@ int collect_drop(struct bpf_raw_tracepoint_args *ctx)
 	if (by_tc)
 		recorder_flush();
 #endif
-	if (events.ringbuf_output(&s->event, sizeof(s->event), wakeup(sizeof(s->event))))
+	if (events.ringbuf_output(&s->event, sizeof(s->event), wakeup(sizeof(s->event)))) {
 		count(STAT_DROP_LOST, 1);
-	else if (by_tc)
+		return 0;
+	}
+#ifdef WITH_STACK
+	send_stack(ctx, &s->event);
+#endif
+	if (by_tc)
 		send_state(&s->event);
+	return 0;
+forget: __attribute__((unused))
+#ifdef WITH_LOG
+	if (by_tc)
+		recorder_restart(); /* or these lines would be taken for the next one's */
+#endif
 #endif
 	return 0;
 }

@@ -84,6 +84,14 @@ class StateCopy(Event):
     raw: bytes
 
 
+@dataclass(frozen=True)
+class StackCopy(Event):
+    """The kernel's stack at the drop of *skbaddr*: return addresses, innermost first."""
+
+    skbaddr: int
+    addresses: tuple[int, ...]
+
+
 class Role(str, Enum):
     """What a network namespace is to us. Only NODE, POD and CLIENT are observed: the rest is the underlay."""
 

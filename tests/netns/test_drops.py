@@ -197,6 +197,35 @@ def test_journal_filter_and_pcapng(healed: Lab, tmp_path: Path) -> None:
         assert interface.endswith("node-b/calif00dbeef012")
 
 
+def test_filters_come_before_the_rate_limit(healed: Lab, tmp_path: Path) -> None:
+    assert on(healed, "log-level", "off").returncode == 0
+    assert on(healed, "fault", "policy-deny").returncode == 0
+    journal = tmp_path / "a.calitrace"
+    words = ("-o", "json", "--stack", "--rate-limit", str(COUNT), "-w", str(journal))
+    with listening(*words, "-i", "cali*", "udp and src host", CLIENT) as process:
+        send(healed, "node-a", "10.65.0.2", 9, 500)  # another interface: it must not use up the limit
+        port = send(healed, "client", "10.10.0.1", 30053, COUNT)
+        drops, summary = finished(process)
+    assert [each["sport"] for each in drops] == [port] * COUNT
+    assert summary["filtered"] >= 500
+    assert summary["limited"] == summary["stacks_lost"] == 0
+    for each in drops:
+        assert each["stack"][0] == each["location"]
+        assert any(frame.startswith("__netif_receive_skb") for frame in each["stack"])
+    again = calitrace("drops", "-r", str(journal), "-o", "json")
+    assert [json.loads(line) for line in again.stdout.splitlines()][:-1] == drops
+
+
+def test_a_filter_looks_into_the_tunnel(healed: Lab) -> None:
+    assert on(healed, "fault", "vxlan-blocked").returncode == 0
+    with listening("-o", "json", "--all", "udp dst port 30053") as process:
+        port = send(healed, "client", "10.10.0.1", 30053, COUNT)
+        drops, _ = finished(process)
+    mine = [each for each in drops if each["sport"] == port]
+    assert len(mine) == COUNT
+    assert all(len(each["packet"]) == 2 and each["packet"][0].endswith(":4789") for each in mine)
+
+
 def test_what_comes_up_during_the_run_is_found(spare: Lab, tmp_path: Path) -> None:
     journal = tmp_path / "a.calitrace"
     with listening("-o", "json", "--calico-only", "-w", str(journal)) as process:

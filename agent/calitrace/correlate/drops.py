@@ -21,7 +21,7 @@ from calitrace.calico.log import Reader
 from calitrace.calico.passage import Assembler
 from calitrace.errors import LayoutMismatch
 from calitrace.events import CAPTURE_BYTES, DROP
-from calitrace.model import Drop, LogLine, StateCopy
+from calitrace.model import Drop, LogLine, StackCopy, StateCopy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -243,6 +243,7 @@ class Dropped:
     raw: bytes
     passages: list[Passage]
     state: StateCopy | None = None
+    stack: tuple[int, ...] = ()
 
     @property
     def capture(self) -> bytes:
@@ -252,8 +253,16 @@ class Dropped:
         return self.raw[begin : begin + min(length, CAPTURE_BYTES)]
 
 
+def stack(dropped: Dropped, names: Names) -> Iterator[str]:
+    """The functions that led to a drop, innermost first, from the one that dropped; without our own program's."""
+    addresses, location = dropped.stack, dropped.event.location
+    begin = addresses.index(location) if location in addresses else 0
+    for address in addresses[begin:]:
+        yield names.symbols.get(address, f"{address:#x}")
+
+
 class Joiner:
-    """Puts drops together with the log lines before and the state after them, from events in ring-buffer order."""
+    """Puts drops together with the log lines before them and the stack and state after them; in ring-buffer order."""
 
     def __init__(self) -> None:
         self._reader = Reader()
@@ -268,11 +277,14 @@ class Joiner:
             for passage in self._assembler.feed(self._reader.line(event)):
                 self._passages[event.cpu] = passage
             return
-        waiting = self._waiting.pop(event.cpu, None)
+        waiting = self._waiting.get(event.cpu)
         if waiting is not None:
+            if isinstance(event, StackCopy) and event.skbaddr == waiting.event.skbaddr:
+                waiting.stack = event.addresses
+                return  # the state comes behind it
             if isinstance(event, StateCopy) and event.skbaddr == waiting.event.skbaddr:
                 waiting.state = event
-            yield waiting
+            yield self._waiting.pop(event.cpu)
         if isinstance(event, Drop):
             cut = self._assembler.cut(event.cpu)
             last = deque([self._passages.pop(event.cpu, None), *cut], maxlen=1)

@@ -22,13 +22,14 @@ from calitrace.kernel.ring import Ring
 from calitrace.model import Cell
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from calitrace.btf import Btf
 
 WAKE_BYTES = 64 * 1024  # of a CPU
 RING_BYTES = 4 * 1024 * 1024
 RECORDER_LINES = 256
+_IFNAMSIZ = 16
 _TYPED = "kfree_skb"  # the one tracepoint whose program must be cheap, since it runs for packets of others
 _NO_TAG = 0xFFFFFFFF  # a sequence number shifted right is never this
 
@@ -40,8 +41,10 @@ class Plan:
     *run_id*: 32 bits, the identity that our probes carry; 0 matches none. *client*: the probes' source address
     and inclusive port range, which survives NAT and encapsulation. *drop_all*: send every drop, not only the
     run's, but no more than *rate_limit* a second (0: no limit) and one in *sample*; *drop_count_only*: send none.
-    *drop_cells*: entries of the table of totals. *log*: "" for none, "flight" for the lines that led to a probe's
-    event, "stream" for all. *state_bytes*: value size of Calico's state maps.
+    *drop_cells*: entries of the table of totals. *netns* (0: any), *named_by* (C, see ``name_condition``; empty: any)
+    and *pcap_filter* (C, see ``cbpf``): which drops are sent, of those that *drop_all* sends. *stack*: send the
+    kernel's stack with each. *log*: "" for none, "flight" for the lines that led to a probe's event, "stream" for
+    all. *state_bytes*: value size of Calico's state maps.
     """
 
     drop: bool = True
@@ -52,6 +55,10 @@ class Plan:
     rate_limit: int = 0
     sample: int = 1
     drop_cells: int = 8192
+    netns: int = 0
+    named_by: str = ""
+    pcap_filter: str = ""
+    stack: bool = False
     run_id: int = 0
     client: tuple[str, int, int] | None = None
     vxlan_port: int = 4789
@@ -88,6 +95,8 @@ class Plan:
             "HAVE_DROP_REASON": drop_reason,
             "DROP_ALL": self.drop_all,
             "DROP_COUNT_ONLY": self.drop_count_only,
+            "PCAP_FILTER": bool(self.pcap_filter),
+            "WITH_STACK": self.stack,
             "LOG_STREAM": self.log == "stream",
             "WITH_LOG": self.log == "flight",
         }
@@ -108,6 +117,8 @@ class Plan:
             "SAMPLE": str(self.sample),
             "DROP_CELLS": str(self.drop_cells),
             **{f"{each}_REASON": f"{numbers[each]}u" for each in ("TC_INGRESS", "TC_EGRESS") if each in numbers},
+            **({"NETNS": f"{self.netns}u"} if self.netns else {}),
+            **({"NAMED_BY": self.named_by} if self.named_by else {}),
             **{name: "1" for name, on in flags.items() if on},
         }
 
@@ -127,7 +138,9 @@ class Collectors:
     def __enter__(self) -> Collectors:
         """Compile, verify, attach. Raises EnvironmentUnfit (CompileFailed with the verifier's log)."""
         types = self._types or headers.kernel_btf()
-        text = "".join(loader.bpf_source(name).replace("#pragma once", "") for name in self.plan.sources())
+        parts = {name: loader.bpf_source(name).replace("#pragma once", "") for name in self.plan.sources()}
+        parts["include/packet.h"] += self.plan.pcap_filter
+        text = "".join(parts.values())
         reasons = types.enum("skb_drop_reason") if types else None
         defines = self.plan.defines(has_drop_reason(types), reasons)
         with self._stack:
@@ -233,3 +246,25 @@ def has_drop_reason(types: Btf | None) -> bool:
     if types is None:
         return False
     return "enum skb_drop_reason" in (types.parameters("btf_trace_kfree_skb") or [])
+
+
+def name_condition(patterns: Sequence[str]) -> str:
+    """C that holds when the two u64 of ``name``, an interface's, fit one of *patterns*: ``eth0``, ``cali*``.
+
+    Empty when there are none, or when one has other wildcards: then only the reader can tell.
+    """
+    either = []
+    for pattern in patterns:
+        literal = pattern.removesuffix("*").encode()
+        if any(each in b"*?[]" for each in literal) or len(literal) >= _IFNAMSIZ:
+            return ""
+        wanted, mask = literal, b"\xff" * len(literal)
+        if not pattern.endswith("*"):
+            mask += b"\xff"  # the NUL behind it
+        mask, wanted = mask.ljust(_IFNAMSIZ, b"\0"), wanted.ljust(_IFNAMSIZ, b"\0")
+        both = []
+        for n in range(2):
+            m, w = (int.from_bytes(each[8 * n : 8 * n + 8], sys.byteorder) for each in (mask, wanted))
+            both.append(f"(name[{n}]&{m:#x}ULL)=={w:#x}ULL")
+        either.append("(" + "&&".join(both) + ")")
+    return "||".join(either)
