@@ -103,7 +103,10 @@ class Role(str, Enum):
 
 @dataclass(frozen=True)
 class Link:
-    """An interface. *calico*, *foreign*: names of the programs on it, by hook (``ingress``, ``egress``, ``xdp``)."""
+    """An interface. *calico*, *foreign*: names of the programs on it, by hook (``ingress``, ``egress``, ``xdp``).
+
+    *chain*: all that runs at a tc hook, in order: how it is attached, name, id, tag, when it was loaded.
+    """
 
     ifindex: int
     name: str
@@ -112,6 +115,7 @@ class Link:
     foreign: dict[str, tuple[str, ...]] = field(default_factory=dict)
     peer_netns: int = 0
     peer_ifindex: int = 0
+    chain: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -189,7 +193,8 @@ class Topology:
 
 def _tuples(link: dict[str, Any]) -> dict[str, Any]:
     """msgpack knows no tuples: put them back."""
-    hooks = {hook: {k: tuple(v) for k, v in link[hook].items()} for hook in ("calico", "foreign")}
+    fields = ("calico", "foreign", "chain")
+    hooks = {each: {k: tuple(v) for k, v in link.get(each, {}).items()} for each in fields}
     return {**link, **hooks, "addresses": tuple(link["addresses"])}
 
 

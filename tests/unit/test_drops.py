@@ -70,6 +70,8 @@ def with_conntrack(rc: int, raw: bytes) -> bytes:
         ),
         (with_conntrack(0x400, calico_state()), "", "the source of the tunnel changed", "proven"),
         (calico_state(), "", "cause not recorded (policy no match, conntrack NEW)", "proven"),
+        (calico_state(result=0), "", "cause not recorded", "likely"),  # left by a program that let it pass
+        (bytes(444) + struct.pack("<iII", 2, 0, 8) + bytes(56), "IP_MALFORMED", "malformed IP packet", "likely"),
         (calico_state(number=9, reason=11), "", "cause not recorded", "likely"),  # of another packet: not believed
     ],
 )

@@ -131,6 +131,7 @@ def explain(drop: Drop, passages: Sequence[Passage], copy: StateCopy | None, top
             evidence=tuple(evidence),
         )
     link, namespace = topology.link(drop.netns, drop.ifindex), topology.namespace(drop.netns)
+    evidence += [f"at this hook: {each}" for each in (link.chain.get(hook, ()) if link else ())]
     passage = _denial(passages, link)
     held = _held(drop, copy, namespace, evidence)
     code, rules = _reason(passage, held)
@@ -167,7 +168,7 @@ def explain(drop: Drop, passages: Sequence[Passage], copy: StateCopy | None, top
         f"dropped by Calico: {detail}",
         detail,
         place,
-        Confidence.PROVEN if said else Confidence.LIKELY,
+        Confidence.PROVEN if said and not (passage is None and held and held.unread) else Confidence.LIKELY,
         True,
         calico_reason,
         reason,
@@ -207,8 +208,9 @@ def _held(
     except LayoutMismatch as unknown:
         evidence.append(str(unknown))
         return None
-    held = state.decode(copy.raw, table)
+    held = None
     for layer in drop.packet.layers:
+        held = state.decode(copy.raw, table, layer.src.version)
         if held.holds(layer.proto, str(layer.src), layer.sport, str(layer.dst), layer.dport):
             policy = state.POLICY_RESULTS.get(held.pol_rc, str(held.pol_rc))
             evidence.append(
@@ -216,7 +218,13 @@ def _held(
                 f"reason {held.calico_reason if held.calico_reason is not None else 'not kept'}, "
                 f"conntrack {held.conntrack}"
             )
+            if held.passed and not held.conntrack_problem:
+                evidence.append("Calico's program that wrote this state let the packet pass: another one dropped it")
+                return None
             return held
+    if held is not None and held.unread:
+        evidence.append(f"Calico's state: reason {held.calico_reason}, denied before the packet's addresses were read")
+        return held
     evidence.append("Calico's state held another packet by then: not used")
     return None
 
