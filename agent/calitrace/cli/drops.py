@@ -208,9 +208,12 @@ class _Session:
         self._know(facts)
         for warning in warnings:
             say(f"warning: {warning}")
-        stack.callback(os.close, syscall.enable_stats())
-        stream = stack.enter_context(create(settings.path)) if settings.path else None
         collectors = stack.enter_context(Collectors(plan, types))
+        stream = stack.enter_context(create(settings.path)) if settings.path else None
+        try:
+            stack.callback(os.close, syscall.enable_stats())
+        except OSError as failure:  # before Linux 5.8
+            say(f"warning: what we cost is not measured: {failure.strerror}")
         self._watch(topology, collectors)
         self._collectors = collectors
         writer = journal.Writer(stream, facts) if stream else None

@@ -108,6 +108,5 @@ def host_of(node: str) -> Host | Missing:
 
 def configured() -> bool:
     """Whether something says which API server to ask: $KUBECONFIG, ~/.kube/config, or a pod's service account."""
-    return (
-        bool(os.environ.get("KUBECONFIG")) or Path("~/.kube/config").expanduser().exists() or SERVICE_ACCOUNT.exists()
-    )
+    files = (Path("~/.kube/config").expanduser(), SERVICE_ACCOUNT)
+    return bool(os.environ.get("KUBECONFIG")) or any(os.access(each, os.R_OK) for each in files)

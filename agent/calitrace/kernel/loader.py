@@ -61,8 +61,12 @@ def compile_bpf(
     """Compile *text* and load its maps; returns a ``bcc.BPF`` whose programs are not yet loaded.
 
     *defines*: macros. *types*: the kernel's BTF when the caller has read it already.
-    Raises CompileFailed with clang's output, EnvironmentUnfit without BCC or without BTF and headers.
+    Raises CompileFailed with clang's output, EnvironmentUnfit without BCC, without BTF and headers, and without the
+    privilege.
     """
+    held = syscall.capabilities()
+    if not held["CAP_SYS_ADMIN"] and not held["CAP_BPF"]:
+        raise EnvironmentUnfit("no permission to load BPF programs", "run as root")
     try:
         from bcc import BPF
     except ImportError:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from calitrace.calico import state
 from calitrace.errors import Error, LayoutMismatch
-from calitrace.kernel import discover, headers
+from calitrace.kernel import discover, headers, syscall
 from calitrace.kernel.collectors import has_drop_reason
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from calitrace.btf import Btf
 
 # include/uapi/linux/capability.h
-CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_NET_RAW": 13, "CAP_SYS_ADMIN": 21, "CAP_PERFMON": 38, "CAP_BPF": 39}
 _TRACEPOINTS = {
     "kfree_skb": "no drops are seen: nothing can be located",
     "netif_receive_skb": "arrivals at interfaces are not seen",
@@ -64,10 +63,7 @@ def iter_findings() -> Iterator[Finding]:
 
 
 def _capabilities() -> Iterator[Finding]:
-    status = Path("/proc/self/status").read_text()
-    effective = int(next(line for line in status.splitlines() if line.startswith("CapEff")).split()[1], 16)
-    for name, bit in CAPABILITIES.items():
-        held = bool(effective >> bit & 1)
+    for name, held in syscall.capabilities().items():
         yield Finding(
             name,
             "held" if held else "not held",

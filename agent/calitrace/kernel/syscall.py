@@ -33,6 +33,8 @@ _PROG_TYPE_TRACING, _TRACE_RAW_TP = 26, 23
 _LOG_BYTES = 1 << 20
 _MOST_PROGRAMS = 64  # the kernel's BPF_MPROG_MAX
 
+_CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_NET_RAW": 13, "CAP_SYS_ADMIN": 21, "CAP_PERFMON": 38, "CAP_BPF": 39}
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -433,6 +435,13 @@ def attached_programs(ifindex: int, hook: str) -> list[int]:
     attr.u32[6] = len(ids)
     _call(_PROG_QUERY, attr)
     return list(ids[: attr.u32[6]])
+
+
+def capabilities() -> dict[str, bool]:
+    """Which of the capabilities that we need this process holds."""
+    status = Path("/proc/self/status").read_text()
+    effective = int(next(line for line in status.splitlines() if line.startswith("CapEff")).split()[1], 16)
+    return {name: bool(effective >> bit & 1) for name, bit in _CAPABILITIES.items()}
 
 
 def possible_cpus() -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calitrace.errors import EnvironmentUnfit, Error, UsageError
-from calitrace.kernel import mounts
+from calitrace.kernel import mounts, syscall
 from calitrace.lab import deployment, network, policy, processes, state
 from calitrace.lab.state import COMPLETE, MAKING, REMOVING, State
 from calitrace.lab.topology import BPFFS, NODES, UNDERLAY_MTU, VXLAN_OVERHEAD, Lab
@@ -74,7 +74,7 @@ def up(lab: Lab, *, mtu: int = UNDERLAY_MTU, progress: Progress) -> None:
     """
     if not _LEAST_MTU <= mtu <= _MOST_MTU:
         raise UsageError(f"MTU {mtu} is out of range", f"choose {_LEAST_MTU} to {_MOST_MTU} bytes")
-    if os.geteuid() != 0:
+    if not syscall.capabilities()["CAP_SYS_ADMIN"]:
         raise EnvironmentUnfit("the lab makes network namespaces and loads BPF programs", "run as root")
     with _noted_signals() as signals, state.locked(lab):
         found = state.load(lab)

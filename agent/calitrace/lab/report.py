@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
 from typing import Any
 
+from calitrace.kernel import syscall
 from calitrace.lab import network, processes, state
 from calitrace.lab.topology import FABRIC, NODE_A, NODES, OUTSIDE, SERVICES, Lab
 
@@ -19,7 +19,7 @@ def inspect(lab: Lab) -> dict[str, Any]:
         alive = {server.pod: processes.is_running(server) for server in record.servers}
         missing += [f"server in {node.pod}" for node in NODES if not alive.get(node.pod)]
     attached = _attached(lab)
-    if record is not None and os.geteuid() == 0:
+    if record is not None and syscall.capabilities()["CAP_SYS_ADMIN"]:
         hooked = {(each.part, each.interface, each.hook) for each in attached}
         missing += [
             f"program at {node.name} {interface} {hook}"
@@ -72,8 +72,8 @@ def inspect(lab: Lab) -> dict[str, Any]:
 
 
 def _attached(lab: Lab) -> list[network.Attachment]:
-    if os.geteuid() != 0:
-        return []  # entering a namespace takes root; the record does not
+    if not syscall.capabilities()["CAP_SYS_ADMIN"]:
+        return []  # entering a namespace takes it; the record does not
     parts = (FABRIC, *(node.name for node in NODES))
     return [
         each
