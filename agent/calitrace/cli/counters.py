@@ -1,0 +1,174 @@
+"""``calitrace counters``: what Calico and the kernel count of lost packets, and how fast it grows."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from contextlib import ExitStack
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import click
+
+from calitrace.errors import Exit, Malformed, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from calitrace.correlate.counters import Reading
+    from calitrace.report.counters import Choice
+
+_UNATTENDED_S = 60.0  # a live run ends by itself where no terminal is attached
+
+
+@click.command(
+    "counters",
+    epilog="""\b
+Examples:
+  calitrace counters                                totals since boot
+  calitrace counters 1                              and then what is counted each second
+  calitrace counters 10 7 -i 'cali*'                a minute of the pods' interfaces
+  calitrace counters 1 -w incident.calitrace
+  calitrace counters -r incident.calitrace -o json
+""",
+)
+@click.argument("interval", type=click.FloatRange(min=0.05), required=False)
+@click.argument("count", type=click.IntRange(min=1), required=False)
+@click.option("-i", "--interface", "interfaces", multiple=True, help="Only this interface; may be a pattern: 'cali*'.")
+@click.option("--netns", default="", help="Network namespace of the node.  [default: ours]")
+@click.option(
+    "--bpffs", type=click.Path(path_type=Path), help="The bpffs, or directory in it, with its maps.  [default: its own]"
+)
+@click.option("--all", "everything", is_flag=True, help="Also where nothing was counted.")
+@click.option("-r", "--read", "source", type=click.Path(path_type=Path, dir_okay=False), help="Read a journal.")
+@click.option("-w", "--write", "target", type=click.Path(path_type=Path, dir_okay=False), help="Record a journal.")
+@click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
+def command(
+    interval: float | None,
+    count: int | None,
+    interfaces: tuple[str, ...],
+    netns: str,
+    bpffs: Path | None,
+    everything: bool,
+    source: Path | None,
+    target: Path | None,
+    output: str,
+) -> int:
+    """Show what Calico and the kernel count of lost packets: first since boot, then every INTERVAL seconds.
+
+    Calico's reasons by interface and hook, what programs dropped at clsact hooks, drops and errors of interfaces,
+    qdiscs and the CPUs' softnet queues. COUNT is the number of tables, the first included; without it they go on
+    until Ctrl-C, or for 60 seconds where stdout is no terminal. Rows without anything counted are left out.
+    """
+    from calitrace.report.counters import Choice
+
+    choice = Choice(interfaces, everything)
+    if source is not None:
+        if interval is not None or target is not None:
+            raise UsageError("-r shows readings as they were taken", "leave out INTERVAL, COUNT and -w")
+        _show(_replay(source), choice, output)
+        return int(Exit.DONE)
+    with ExitStack() as stack:
+        stream = None
+        if target is not None:
+            from calitrace.cli.recording import create
+
+            stream = stack.enter_context(create(target))
+        _show(_live(netns, bpffs, interval, count, stream), choice, output)
+    return int(Exit.DONE)
+
+
+def _show(readings: Iterable[Reading], choice: Choice, output: str) -> None:
+    from calitrace.report import counters as report
+
+    before = None
+    said: set[str] = set()
+    for reading in readings:
+        found = report.table(before, reading, choice)
+        clock = datetime.fromtimestamp(reading.wall_ns / 1e9).astimezone().strftime("%H:%M:%S")
+        for line in report.iter_json(found) if output == "json" else report.iter_text(found, clock):
+            click.echo(line)
+        for note in report.iter_notes(found):
+            if note not in said:
+                click.echo(f"note: {note}", err=True)
+                said.add(note)
+        before = reading
+
+
+def _live(
+    netns: str, bpffs: Path | None, interval: float | None, count: int | None, stream: BinaryIO | None
+) -> Iterator[Reading]:
+    """Readings, *interval* apart; they end after *count*, on a signal, or where nobody looks."""
+    from calitrace.kernel.counters import Reader
+
+    stop = threading.Event()
+    with ExitStack() as stack:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            stack.callback(signal.signal, number, signal.signal(number, lambda *_: stop.set()))
+        reader = stack.enter_context(Reader(netns, bpffs))
+        writer = _Writer(stream) if stream is not None else None
+        began, used, taken = time.monotonic(), 0.0, 0
+        end = began + _UNATTENDED_S if count is None and not sys.stdout.isatty() else None
+        while True:
+            at = time.process_time()
+            reading = reader.read()
+            if writer is not None:
+                writer.reading(reading)
+            used, taken = used + time.process_time() - at, taken + 1
+            yield reading
+            due = began + taken * (interval or 0)
+            if interval is None or taken == count or (end is not None and due > end):
+                break
+            if stop.wait(max(due - time.monotonic(), 0)):
+                break
+        if writer is not None:
+            writer.end()
+    if interval is not None:
+        click.echo(f"{taken} readings; our cost {used / taken * 1000:.1f} ms of a CPU each", err=True)
+
+
+class _Writer:
+    """A journal of readings."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        from calitrace import __version__, journal
+        from calitrace.checks.snapshot import to_plain
+        from calitrace.kernel import discover
+
+        self._journal, self._plain = journal, to_plain
+        header: dict[str, Any] = {
+            "purpose": "counters",
+            "version": __version__,
+            "node": socket.gethostname(),
+            "boot_id": discover.boot_id(),
+            "kernel": os.uname().release,
+        }
+        self._writer = journal.Writer(stream, header)
+
+    def reading(self, reading: Reading) -> None:
+        """Append one."""
+        self._writer.write(self._journal.COUNTERS, self._plain(reading))
+
+    def end(self) -> None:
+        """Say that it is complete."""
+        self._writer.write(self._journal.END, {})
+
+
+def _replay(path: Path) -> Iterator[Reading]:
+    from calitrace.cli.report import load
+    from calitrace.correlate.counters import readings
+
+    found = load(path)
+    if not found.counters:
+        raise UsageError(f"{path} has no readings of counters", "is it a file that `calitrace counters -w` wrote?")
+    try:
+        yield from readings(found.counters)
+    except Malformed as wrong:
+        raise UsageError(f"{path}: {wrong.cause}") from wrong
+    if found.cut_at is not None:
+        click.echo(f"note: {path} was cut short at byte {found.cut_at}: what follows is missing", err=True)

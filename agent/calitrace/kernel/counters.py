@@ -1,0 +1,150 @@
+"""The counters of a node: Calico's maps, qdiscs, interfaces, and the CPUs' softnet queues. Nothing is changed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from calitrace.calico import maptables
+from calitrace.calico.maps import identify
+from calitrace.checks.snapshot import Missing
+from calitrace.correlate.counters import STATISTICS, CalicoRow, Interface, Qdisc, Reading, Softnet, Tcx
+from calitrace.errors import EnvironmentUnfit
+from calitrace.kernel import maps, netns, syscall, tc
+from calitrace.kernel.missing import or_missing
+
+_SOFTNET = Path("/proc/net/softnet_stat")
+_PINNED_AT = {"_igr": 0, "_egr": 1, "_xdp": 2}
+
+
+class Reader:
+    """Reads all counters of one node, again and again; a context manager.
+
+    *namespace*: name, path or process id, "" for ours. *bpffs*: None for the node's usual place.
+    Raises UsageError for a namespace that is not there, EnvironmentUnfit where it may not be entered.
+    """
+
+    def __init__(self, namespace: str, bpffs: Path | None) -> None:
+        from pyroute2 import IPRoute
+
+        self._namespace = namespace
+        self._bpffs = maps.root(bpffs, namespace or None, None)
+        with self._inside():
+            self._route = IPRoute()
+
+    def _inside(self) -> ExitStack:
+        stack = ExitStack()
+        if self._namespace:
+            stack.enter_context(netns.inside(self._namespace))
+        return stack
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._route.close()
+
+    def read(self) -> Reading:
+        """All counters now; a source that cannot be read is `Missing` with the reason."""
+        with self._inside():
+            mono_ns, wall_ns = time.monotonic_ns(), time.time_ns()
+            links = or_missing(lambda: interfaces(self._route), "interfaces")
+            known = () if isinstance(links, Missing) else links
+            return Reading(
+                mono_ns,
+                wall_ns,
+                or_missing(lambda: calico(self._bpffs, [each.name for each in known]), "counters map"),
+                or_missing(lambda: tuple(iter_qdiscs(self._route)), "qdiscs"),
+                links,
+                or_missing(lambda: tuple(_iter_tcx(known)), "tcx programs"),
+                or_missing(softnet, str(_SOFTNET)),
+            )
+
+
+def calico(where: Path, names: Iterable[str]) -> tuple[CalicoRow, ...]:
+    """The rows of all counters maps that loaded programs use, or of all when none says it is used.
+
+    *names*: of the node's interfaces. Raises NotCalico and the like as `maps.find` does, EnvironmentUnfit for no rows.
+    """
+    found = [each for each in maps.find(where) if identify(each.name)[::2] == ("cali_counters", False)]
+    rows = tuple(_iter_rows([each for each in found if each.in_use] or found, names))
+    if not rows:
+        raise EnvironmentUnfit(f"no counters map with rows below {where}")
+    return rows
+
+
+def _iter_rows(found: list[maps.Found], names: Iterable[str]) -> Iterator[CalicoRow]:
+    # v3.24 and v3.25 name the directory for the interface, some builds without its dots (felix/bpf/tc/attach.go).
+    undotted = {name.replace(".", ""): name for name in names}
+    for each in found:
+        raw = maps.read(each)
+        for key, value in raw.entries:
+            counts = tuple(memoryview(maptables.summed(raw, value)).cast("Q"))
+            if len(key) == 8:
+                ifindex, hook = int.from_bytes(key[:4], "little"), int.from_bytes(key[4:], "little")
+                yield CalicoRow(each.name, each.info.id, ifindex, hook, counts)
+                continue
+            interface, _, suffix = each.directory.rpartition("/")[2].rpartition("_")
+            if f"_{suffix}" not in _PINNED_AT:
+                raise EnvironmentUnfit(f"map {each.name} is pinned at {each.pin}: whose counters are these?")
+            interface = undotted.get(interface.replace(".", ""), interface)
+            yield CalicoRow(each.name, each.info.id, 0, _PINNED_AT[f"_{suffix}"], counts, interface)
+
+
+def iter_qdiscs(route: Any) -> Iterator[Qdisc]:
+    """Every qdisc of the namespace in which *route*, an ``IPRoute``, was opened."""
+    for message in route.get_qdiscs():
+        statistics = message.get_attr("TCA_STATS2")
+        queue = statistics.get_attr("TCA_STATS_QUEUE") if statistics is not None else None
+        if queue is not None:
+            kind = message.get_attr("TCA_KIND")
+            yield Qdisc(message["index"], kind, message["handle"], message["parent"], int(queue["drops"]))
+
+
+def interfaces(route: Any) -> tuple[Interface, ...]:
+    """Every interface of that namespace."""
+    found = []
+    for message in route.get_links():
+        counts = message.get_attr("IFLA_STATS64") or {}
+        statistics = {name: int(counts[name]) for name in STATISTICS if name in counts}
+        found.append(Interface(message["index"], message.get_attr("IFLA_IFNAME"), statistics))
+    return tuple(found)
+
+
+def _iter_tcx(links: Iterable[Interface]) -> Iterator[Tcx]:
+    for link in links:
+        for hook in tc.HOOKS:
+            try:
+                attached = syscall.attached_programs(link.ifindex, hook)
+            except OSError as failure:
+                if failure.errno == errno.EPERM:
+                    raise
+                continue  # before Linux 6.6 there is no tcx; or the interface has gone
+            if attached:
+                yield Tcx(link.ifindex, hook, tuple(_program_name(each) for each in attached))
+
+
+def _program_name(identifier: int) -> str:
+    try:
+        descriptor = syscall.program_fd(identifier)
+    except FileNotFoundError:  # it was replaced while we looked
+        return f"program {identifier}"
+    try:
+        return syscall.program_info(descriptor).name
+    finally:
+        os.close(descriptor)
+
+
+def softnet() -> tuple[Softnet, ...]:
+    """One line for each CPU that is online. Source: net/core/net-procfs.c, softnet_seq_show."""
+    found = []
+    for number, line in enumerate(_SOFTNET.read_text().splitlines()):
+        columns = [int(each, 16) for each in line.split()]
+        cpu = columns[12] if len(columns) > 12 else number  # Linux before 5.10 does not number them
+        found.append(Softnet(cpu, columns[1], columns[2]))
+    return tuple(found)
