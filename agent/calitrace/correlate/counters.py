@@ -179,11 +179,6 @@ def gone(before: Reading, after: Reading) -> list[str]:
     return [each.name for each in before.interfaces if each.ifindex not in left]
 
 
-def uncounted(reading: Reading) -> list[str]:
-    """Interfaces and hooks whose drops the kernel does not count: ``eth0 tc ingress``."""
-    return [f"{key.interface} {key.place}" for key, value in _iter_values(reading) if value is None]
-
-
 _FIELDS = {
     "calico": "calico",
     "clsact": "qdiscs",
