@@ -79,7 +79,7 @@ def calico(where: Path, names: Iterable[str]) -> tuple[CalicoRow, ...]:
 
 
 def _iter_rows(found: list[maps.Found], names: Iterable[str]) -> Iterator[CalicoRow]:
-    # v3.24 and v3.25 name the directory for the interface, some builds without its dots (felix/bpf/tc/attach.go).
+    # v3.24 and v3.25 name the directory for the interface, without its dots: a bpffs takes none (felix/bpf/maps.go).
     undotted = {name.replace(".", ""): name for name in names}
     for each in found:
         raw = maps.read(each)
@@ -92,7 +92,7 @@ def _iter_rows(found: list[maps.Found], names: Iterable[str]) -> Iterator[Calico
             interface, _, suffix = each.directory.rpartition("/")[2].rpartition("_")
             if f"_{suffix}" not in _PINNED_AT:
                 raise EnvironmentUnfit(f"map {each.name} is pinned at {each.pin}: whose counters are these?")
-            interface = undotted.get(interface.replace(".", ""), interface)
+            interface = undotted.get(interface, interface)
             yield CalicoRow(each.name, each.info.id, 0, _PINNED_AT[f"_{suffix}"], counts, interface)
 
 
