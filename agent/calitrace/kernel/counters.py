@@ -79,7 +79,8 @@ def calico(where: Path, names: Iterable[str]) -> tuple[CalicoRow, ...]:
 
 
 def _iter_rows(found: list[maps.Found], names: Iterable[str]) -> Iterator[CalicoRow]:
-    # v3.24 and v3.25 name the directory for the interface, without its dots: a bpffs takes none (felix/bpf/maps.go).
+    # v3.24 and v3.25 name the directory for the interface, without its dots: a bpffs takes none.
+    # Source: felix/bpf/tc/attach.go, felix/bpf/xdp/attach.go
     undotted = {name.replace(".", ""): name for name in names}
     for each in found:
         raw = maps.read(each)
