@@ -8,6 +8,7 @@ import shutil
 import socket
 import struct
 import subprocess
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from tests.kernel.conftest import compile_tc
 from tests.kernel.test_maps import PERCPU_ARRAY, PERCPU_HASH, bpffs, pin, write
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from tests.kernel.conftest import Pair
 
@@ -98,7 +99,9 @@ def test_clsact_as_tc_says(pair: Pair) -> None:
     assert reading.tcx == ()
 
 
-def test_tcx_has_no_counter_and_says_so(pair: Pair) -> None:
+@contextmanager
+def tcx_program(pair: Pair) -> Iterator[None]:
+    """`DROP` at right0's ingress, by a tcx link."""
     programs = compile_tc(DROP)
     program = programs.load_func(b"drop_mine", programs.SCHED_CLS)
     attr = syscall._Attr()
@@ -109,6 +112,13 @@ def test_tcx_has_no_counter_and_says_so(pair: Pair) -> None:
         except OSError as refused:
             pytest.skip(f"this kernel has no tcx: {refused.strerror}")
     try:
+        yield
+    finally:
+        os.close(link)
+
+
+def test_tcx_has_no_counter_and_says_so(pair: Pair) -> None:
+    with tcx_program(pair):
         with Reader(pair.right, None) as reader:
             before = reader.read()
             send_frames(pair, COUNT)
@@ -121,8 +131,17 @@ def test_tcx_has_no_counter_and_says_so(pair: Pair) -> None:
         assert [each.programs for each in after.tcx] == [("drop_mine",)]
         # It is true: the frames are dropped, and no counter of the interface or of a qdisc has seen it.
         assert [row for row in rates(before, after) if row.key.interface == "right0" and row.delta] == []
-    finally:
-        os.close(link)
+
+
+def test_our_own_count_of_what_tcx_drops(pair: Pair) -> None:
+    with tcx_program(pair), Reader(pair.right, None, tcx=True) as reader:
+        before = reader.read()
+        send_frames(pair, COUNT)
+        after = read_until(reader, "tcx", "right0", "TC_INGRESS", COUNT)
+        (row,) = [row for row in rates(before, after) if row.key.interface == "right0" and row.delta]
+        assert (row.key.source, row.key.place, row.key.counter, row.delta) == (
+            *("tcx", "tc ingress", "TC_INGRESS", COUNT),
+        )
 
 
 def test_a_full_queue(pair: Pair) -> None:

@@ -208,6 +208,7 @@ def test_a_reader_that_has_gone(lab: Lab) -> None:
         (("-r", "/dev/null"), "malformed journal"),
         (("-w", "/dev/null"), "exists already"),
         (("--netns", "nowhere"), "no network namespace 'nowhere'"),
+        (("--tcx",), "--tcx counts only while calitrace runs"),
         (("-1",), "no such option"),
     ],
 )

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from calitrace import journal
 from calitrace.checks.snapshot import Missing, to_plain
 from calitrace.correlate import counters
-from calitrace.correlate.counters import CalicoRow, Interface, Qdisc, Reading, Row, Softnet, Tcx
+from calitrace.correlate.counters import CalicoRow, Interface, Qdisc, Reading, Row, Softnet, TcDrops, Tcx
 from calitrace.errors import Malformed
 from calitrace.report import counters as report
 from calitrace.report.counters import Choice
@@ -158,6 +158,16 @@ def test_without_any_source_there_is_nothing() -> None:
     assert set(counters.missing(nothing).values()) == {"not read"}
 
 
+def test_what_we_count_ourselves_where_the_kernel_does_not() -> None:
+    before, after = replace(FIRST, tc_drops=()), replace(LATER, tc_drops=(TcDrops(2, "egress", 8), TcDrops(7, "x", 1)))
+    assert changed(counters.rates(before, after)) == {("tcx", "eth0", "tc egress", "TC_EGRESS"): (8, 4.0, "")}
+    assert [row.total for row in counters.totals(after) if row.key.source == "tcx"] == [0, 8]
+    assert list(report.iter_notes(report.table(None, after, ALL))) == []
+    unread = replace(LATER, tc_drops=Missing("no room"))
+    assert [row.total for row in counters.totals(unread) if row.key.source == "tcx"] == [None, None]
+    assert counters.missing(unread) == {"tc_drops": "no room"}
+
+
 def test_a_choice_of_interfaces() -> None:
     rows = report.table(None, FIRST, Choice(("cali*",))).rows
     assert {row.key.interface for row in rows} == {POD}
@@ -216,8 +226,8 @@ def test_text() -> None:
     ]
     assert "\n".join(lines) == TEXT
     assert list(report.iter_notes(report.table(None, FIRST, Choice()))) == [
-        "the kernel does not count what tcx programs drop (eth0 tc ingress, eth0 tc egress): Calico's own reasons are "
-        "above; `calitrace drops --top` counts all while it runs"
+        "the kernel has no counter of what tcx programs drop (eth0 tc ingress, eth0 tc egress): Calico's own reasons "
+        "are above; --tcx has calitrace count while it runs"
     ]
     assert list(report.iter_notes(report.table(FIRST, second, Choice()))) == [
         "no counters of calico: no maps",
@@ -260,7 +270,7 @@ def test_json() -> None:
 def test_through_a_journal() -> None:
     stream = io.BytesIO()
     writer = journal.Writer(stream, {})
-    taken = [FIRST, replace(LATER, calico=Missing("gone"))]
+    taken = [FIRST, replace(LATER, calico=Missing("gone"), tc_drops=(TcDrops(2, "egress", 8),))]
     for reading in taken:
         writer.write(journal.COUNTERS, to_plain(reading))
     writer.write(journal.END, {})

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from calitrace.correlate.counters import Reading
+    from calitrace.kernel.counters import Reader
     from calitrace.report.counters import Choice
 
 _UNATTENDED_S = 60.0  # a live run ends by itself where no terminal is attached
@@ -44,6 +45,7 @@ Examples:
 @click.option(
     "--bpffs", type=click.Path(path_type=Path), help="The bpffs, or directory in it, with its maps.  [default: its own]"
 )
+@click.option("--tcx", is_flag=True, help="Also count what tcx programs drop, which the kernel does not.")
 @click.option("--all", "everything", is_flag=True, help="Also where nothing was counted.")
 @click.option("-r", "--read", "source", type=click.Path(path_type=Path, dir_okay=False), help="Read a journal.")
 @click.option("-w", "--write", "target", type=click.Path(path_type=Path, dir_okay=False), help="Record a journal.")
@@ -54,6 +56,7 @@ def command(
     interfaces: tuple[str, ...],
     netns: str,
     bpffs: Path | None,
+    tcx: bool,
     everything: bool,
     source: Path | None,
     target: Path | None,
@@ -67,19 +70,24 @@ def command(
     """
     from calitrace.report.counters import Choice
 
+    if tcx and interval is None:
+        raise UsageError("--tcx counts only while calitrace runs", "give an INTERVAL")
     choice = Choice(interfaces, everything)
     if source is not None:
         if interval is not None or target is not None:
             raise UsageError("-r shows readings as they were taken", "leave out INTERVAL, COUNT and -w")
         _show(_replay(source), choice, output)
         return int(Exit.DONE)
+    from calitrace.kernel.counters import Reader
+
+    reader = Reader(netns, bpffs, tcx=tcx)
     with ExitStack() as stack:
         stream = None
         if target is not None:
             from calitrace.cli.recording import create
 
             stream = stack.enter_context(create(target))
-        _show(_live(netns, bpffs, interval, count, stream), choice, output)
+        _show(_live(reader, interval, count, stream), choice, output)
     return int(Exit.DONE)
 
 
@@ -100,17 +108,13 @@ def _show(readings: Iterable[Reading], choice: Choice, output: str) -> None:
         before = reading
 
 
-def _live(
-    netns: str, bpffs: Path | None, interval: float | None, count: int | None, stream: BinaryIO | None
-) -> Iterator[Reading]:
+def _live(reader: Reader, interval: float | None, count: int | None, stream: BinaryIO | None) -> Iterator[Reading]:
     """Readings, *interval* apart; they end after *count*, on a signal, or where nobody looks."""
-    from calitrace.kernel.counters import Reader
-
     stop = threading.Event()
     with ExitStack() as stack:
         for number in (signal.SIGINT, signal.SIGTERM):
             stack.callback(signal.signal, number, signal.signal(number, lambda *_: stop.set()))
-        reader = stack.enter_context(Reader(netns, bpffs))
+        stack.enter_context(reader)
         writer = _Writer(stream) if stream is not None else None
         began, used, taken = time.monotonic(), 0.0, 0
         end = began + _UNATTENDED_S if count is None and not sys.stdout.isatty() else None

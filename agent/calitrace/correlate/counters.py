@@ -78,6 +78,15 @@ class Tcx:
 
 
 @dataclass(frozen=True)
+class TcDrops:
+    """What tc and tcx programs at a *hook*, ``ingress`` or ``egress``, dropped since we began to count."""
+
+    ifindex: int
+    hook: str
+    drops: int
+
+
+@dataclass(frozen=True)
 class Softnet:
     """One CPU's line of /proc/net/softnet_stat, which is the machine's. Both counts have 32 bits."""
 
@@ -88,7 +97,10 @@ class Softnet:
 
 @dataclass(frozen=True)
 class Reading:
-    """All counters of a node at one time. *mono_ns*: CLOCK_MONOTONIC, *wall_ns*: since 1970."""
+    """All counters of a node at one time. *mono_ns*: CLOCK_MONOTONIC, *wall_ns*: since 1970.
+
+    *tc_drops*: None when they are not counted; a hook without any has no row.
+    """
 
     mono_ns: int
     wall_ns: int
@@ -97,6 +109,7 @@ class Reading:
     interfaces: tuple[Interface, ...] | Missing = _NOT_READ
     tcx: tuple[Tcx, ...] | Missing = _NOT_READ
     softnet: tuple[Softnet, ...] | Missing = _NOT_READ
+    tc_drops: tuple[TcDrops, ...] | Missing | None = None
 
 
 @dataclass(frozen=True)
@@ -211,8 +224,13 @@ def _iter_values(reading: Reading) -> Iterator[tuple[Key, int | None]]:
     for each in sorted(qdiscs, key=lambda each: name(each.ifindex)):
         if each.kind == "clsact":
             yield Key("clsact", name(each.ifindex), "tc ingress+egress", "dropped", (each.ifindex,)), each.drops
+    counted = None
+    if reading.tc_drops is not None and not isinstance(reading.tc_drops, Missing):
+        counted = {(each.ifindex, each.hook): each.drops for each in reading.tc_drops}
     for chain in () if isinstance(reading.tcx, Missing) else reading.tcx:
-        yield Key("tcx", name(chain.ifindex), f"tc {chain.hook}", "dropped", (chain.ifindex,)), None
+        counter = "dropped" if counted is None else f"TC_{chain.hook.upper()}"
+        drops = None if counted is None else counted.get((chain.ifindex, chain.hook), 0)
+        yield Key("tcx", name(chain.ifindex), f"tc {chain.hook}", counter, (chain.ifindex,)), drops
     for link in links:
         for statistic, packets in link.statistics.items():
             yield Key("interface", link.name, "", statistic, (link.ifindex,)), packets

@@ -1,10 +1,15 @@
-"""The counters of a node: Calico's maps, qdiscs, interfaces, and the CPUs' softnet queues. Nothing is changed."""
+"""The counters of a node: Calico's maps, qdiscs, interfaces, and the CPUs' softnet queues. Nothing is changed.
+
+The kernel has no counter of what tcx programs drop. What stands in for it is our own count of kfree_skb by reason,
+TC_INGRESS and TC_EGRESS, for as long as it runs.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,8 +18,9 @@ from typing import Any
 from calitrace.calico import maptables
 from calitrace.calico.maps import identify
 from calitrace.checks.snapshot import Missing
-from calitrace.correlate.counters import STATISTICS, CalicoRow, Interface, Qdisc, Reading, Softnet, Tcx
+from calitrace.correlate.counters import STATISTICS, CalicoRow, Interface, Qdisc, Reading, Softnet, TcDrops, Tcx
 from calitrace.errors import EnvironmentUnfit
+from calitrace.events import Stat
 from calitrace.kernel import maps, netns, syscall, tc
 from calitrace.kernel.missing import or_missing
 
@@ -25,17 +31,16 @@ _PINNED_AT = {"_igr": 0, "_egr": 1, "_xdp": 2}
 class Reader:
     """Reads all counters of one node, again and again; a context manager.
 
-    *namespace*: name, path or process id, "" for ours. *bpffs*: None for the node's usual place.
-    Raises UsageError for a namespace that is not there, EnvironmentUnfit where it may not be entered.
+    *namespace*: name, path or process id, "" for ours. *bpffs*: None for the node's usual place. *tcx*: count
+    ourselves what tc and tcx programs drop from entry on.
+    Raises UsageError for a namespace that is not there, EnvironmentUnfit where it may not be entered or counted.
     """
 
-    def __init__(self, namespace: str, bpffs: Path | None) -> None:
-        from pyroute2 import IPRoute
-
+    def __init__(self, namespace: str, bpffs: Path | None, *, tcx: bool = False) -> None:
         self._namespace = namespace
         self._bpffs = maps.root(bpffs, namespace or None, None)
-        with self._inside():
-            self._route = IPRoute()
+        self._own = _OwnCount(netns.inum(namespace) if namespace else netns.own_inum()) if tcx else None
+        self._stack = ExitStack()
 
     def _inside(self) -> ExitStack:
         stack = ExitStack()
@@ -44,10 +49,18 @@ class Reader:
         return stack
 
     def __enter__(self) -> Reader:
+        from pyroute2 import IPRoute
+
+        with ExitStack() as stack:
+            with self._inside():
+                self._route = stack.enter_context(IPRoute())
+            if self._own is not None:
+                stack.enter_context(self._own.collectors)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._route.close()
+        self._stack.close()
 
     def read(self) -> Reading:
         """All counters now; a source that cannot be read is `Missing` with the reason."""
@@ -63,7 +76,35 @@ class Reader:
                 links,
                 or_missing(lambda: tuple(_iter_tcx(known)), "tcx programs"),
                 or_missing(softnet, str(_SOFTNET)),
+                or_missing(self._own.read, "our own count") if self._own is not None else None,
             )
+
+
+class _OwnCount:
+    """The kernel's drops in one network namespace by the reasons that tc and tcx programs cause."""
+
+    def __init__(self, inum: int) -> None:
+        from calitrace.kernel.collectors import Collectors, Plan, has_drop_reason
+        from calitrace.kernel.headers import kernel_btf
+
+        types = kernel_btf()
+        reasons = (types.enum("skb_drop_reason") if types else None) or {}
+        names = {f"SKB_DROP_REASON_TC_{hook.upper()}": hook for hook in tc.HOOKS}
+        self._inum = inum
+        self._hooks = {number: names[name] for number, name in reasons.items() if name in names}
+        if not self._hooks or not has_drop_reason(types):
+            raise EnvironmentUnfit("this kernel does not tell the drops of tc programs from others")
+        self.collectors = Collectors(Plan(hop=False, log="", drop_count_only=True), types)
+
+    def read(self) -> tuple[TcDrops, ...]:
+        """Raises EnvironmentUnfit when there are more kinds of drops than we have room for."""
+        found: Counter[tuple[int, str]] = Counter()
+        for cell, drops in self.collectors.drop_counts().items():
+            if cell.netns == self._inum and cell.skb_drop_reason in self._hooks:
+                found[cell.ifindex, self._hooks[cell.skb_drop_reason]] += drops
+        if other := self.collectors.stats()[Stat.DROP_OTHER]:
+            raise EnvironmentUnfit(f"{other} drops found no room in our table: some may be those of tc programs")
+        return tuple(TcDrops(*place, drops) for place, drops in found.items())
 
 
 def calico(where: Path, names: Iterable[str]) -> tuple[CalicoRow, ...]:

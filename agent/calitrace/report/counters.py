@@ -101,8 +101,8 @@ def iter_notes(found: Table) -> Iterator[str]:
     hooks = [f"{row.key.interface} {row.key.place}" for row in found.rows if row.total is None]
     if hooks and found.seconds is None:
         yield (
-            f"the kernel does not count what tcx programs drop ({', '.join(hooks)}): Calico's own reasons are "
-            "above; `calitrace drops --top` counts all while it runs"
+            f"the kernel has no counter of what tcx programs drop ({', '.join(hooks)}): Calico's own reasons "
+            "are above; --tcx has calitrace count while it runs"
         )
 
 
