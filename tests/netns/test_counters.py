@@ -201,6 +201,15 @@ def test_a_reader_that_has_gone(lab: Lab) -> None:
     assert (status, done.stderr) == ("141", "")
 
 
+def test_a_journal_that_finds_no_room(tmp_path: Path) -> None:
+    words = " ".join([sys.executable, "-W", "ignore", "-c", "'from calitrace.cli.main import run; run()'"])
+    done = subprocess.run(
+        ["bash", "-c", f"ulimit -f 0; {words} counters -w {tmp_path / 'a'}"],
+        capture_output=True, text=True, check=False, timeout=TIMEOUT_S,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (2, f"error: cannot write {tmp_path / 'a'}: File too large\n")
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

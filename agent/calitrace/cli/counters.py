@@ -8,7 +8,7 @@ import socket
 import sys
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -80,14 +80,14 @@ def command(
         return int(Exit.DONE)
     from calitrace.kernel.counters import Reader
 
-    reader = Reader(netns, bpffs, tcx=tcx)
     with ExitStack() as stack:
-        stream = None
+        reader = stack.enter_context(Reader(netns, bpffs, tcx=tcx))
+        writer = None
         if target is not None:
             from calitrace.cli.recording import create
 
-            stream = stack.enter_context(create(target))
-        _show(_live(reader, interval, count, stream), choice, output)
+            writer = _Writer(target, stack.enter_context(create(target)))
+        _show(_live(reader, interval, count, writer), choice, output)
     return int(Exit.DONE)
 
 
@@ -108,43 +108,40 @@ def _show(readings: Iterable[Reading], choice: Choice, output: str) -> None:
         before = reading
 
 
-def _live(reader: Reader, interval: float | None, count: int | None, stream: BinaryIO | None) -> Iterator[Reading]:
+def _live(reader: Reader, interval: float | None, count: int | None, writer: _Writer | None) -> Iterator[Reading]:
     """Readings, *interval* apart; they end after *count*, on a signal, or where nobody looks."""
     stop = threading.Event()
     with ExitStack() as stack:
         for number in (signal.SIGINT, signal.SIGTERM):
             stack.callback(signal.signal, number, signal.signal(number, lambda *_: stop.set()))
-        stack.enter_context(reader)
-        writer = _Writer(stream) if stream is not None else None
-        began, used, taken = time.monotonic(), 0.0, 0
-        end = began + _UNATTENDED_S if count is None and not sys.stdout.isatty() else None
+        due, used, taken = time.monotonic(), time.process_time(), 0
+        end = due + _UNATTENDED_S if count is None and not sys.stdout.isatty() else None
         while True:
-            at = time.process_time()
             reading = reader.read()
             if writer is not None:
-                writer.reading(reading)
-            used, taken = used + time.process_time() - at, taken + 1
+                writer.write(reading)
+            taken += 1
             yield reading
-            due = began + taken * (interval or 0)
-            if interval is None or taken == count or (end is not None and due > end):
+            if interval is None or taken == count or (end is not None and due + interval > end):
                 break
-            if stop.wait(max(due - time.monotonic(), 0)):
+            due = max(due + interval, time.monotonic())  # what was missed, as when we were stopped, is not made up for
+            if stop.wait(due - time.monotonic()):
                 break
         if writer is not None:
             writer.end()
     if interval is not None:
+        used = time.process_time() - used
         click.echo(f"{taken} readings; our cost {used / taken * 1000:.1f} ms of a CPU each", err=True)
 
 
 class _Writer:
-    """A journal of readings."""
+    """A journal of readings. *stream*: of the file *path*. Raises UsageError when it cannot be written."""
 
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, path: Path, stream: BinaryIO) -> None:
         from calitrace import __version__, journal
-        from calitrace.checks.snapshot import to_plain
         from calitrace.kernel import discover
 
-        self._journal, self._plain = journal, to_plain
+        self._path, self._stream = path, stream
         header: dict[str, Any] = {
             "purpose": "counters",
             "version": __version__,
@@ -152,15 +149,32 @@ class _Writer:
             "boot_id": discover.boot_id(),
             "kernel": os.uname().release,
         }
-        self._writer = journal.Writer(stream, header)
+        with self._writing():
+            self._journal = journal.Writer(stream, header)
 
-    def reading(self, reading: Reading) -> None:
+    def write(self, reading: Reading) -> None:
         """Append one."""
-        self._writer.write(self._journal.COUNTERS, self._plain(reading))
+        from calitrace.checks.snapshot import to_plain
+        from calitrace.journal import COUNTERS
+
+        with self._writing():
+            self._journal.write(COUNTERS, to_plain(reading))
 
     def end(self) -> None:
         """Say that it is complete."""
-        self._writer.write(self._journal.END, {})
+        from calitrace.journal import END
+
+        with self._writing():
+            self._journal.write(END, {})
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as failure:
+            with suppress(OSError):  # it still has what could not be written, and tries again
+                self._stream.close()
+            raise UsageError(f"cannot write {self._path}: {failure.strerror}") from failure
 
 
 def _replay(path: Path) -> Iterator[Reading]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 from calitrace.calico import reasons
 from calitrace.checks.drops import HOOKS
@@ -112,8 +113,7 @@ class Reading:
     tc_drops: tuple[TcDrops, ...] | Missing | None = None
 
 
-@dataclass(frozen=True)
-class Key:
+class Key(NamedTuple):
     """Which counter. *source*: calico, clsact, tcx, interface, qdisc or softnet. *place*: hook, qdisc or CPU.
 
     *interface*: "" for a CPU's. *holder*: tells two things of the same name apart.
@@ -126,8 +126,7 @@ class Key:
     holder: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A counter, and what was counted over an interval.
 
     *total*: None where the kernel has no such counter. *delta*, *per_second*: None in a first table, and where
@@ -167,7 +166,7 @@ def rates(before: Reading, after: Reading) -> list[Row]:
     """What was counted from *before* to *after*, divided by the time between them."""
     old = dict(_iter_values(before))
     unread = missing(before)
-    names = {_visible(key) for key in old}
+    names: set[tuple[str, ...]] = set()
     seconds = (after.mono_ns - before.mono_ns) / 1e9
     found = []
     for key, value in _iter_values(after):
@@ -175,7 +174,8 @@ def rates(before: Reading, after: Reading) -> list[Row]:
         if value is None:
             found.append(Row(key, None))
         elif was is None:
-            change = FIRST if _FIELDS[key.source] in unread else MADE_ANEW if _visible(key) in names else NEW
+            names = names or {key[:4] for key in old}
+            change = FIRST if _FIELDS[key.source] in unread else MADE_ANEW if key[:4] in names else NEW
             found.append(Row(key, value, change=change))
         elif value < was:
             found.append(Row(key, value, change=BACKWARDS))
@@ -202,8 +202,9 @@ _FIELDS = {
 }
 
 
-def _visible(key: Key) -> tuple[str, ...]:
-    return key.source, key.interface, key.place, key.counter
+@lru_cache
+def _reasons(count: int) -> tuple[str, ...]:
+    return tuple(reasons.counter_name(code, count) for code in range(count))
 
 
 def _iter_values(reading: Reading) -> Iterator[tuple[Key, int | None]]:
@@ -215,10 +216,8 @@ def _iter_values(reading: Reading) -> Iterator[tuple[Key, int | None]]:
 
     if not isinstance(reading.calico, Missing):
         for row in sorted(reading.calico, key=lambda each: (each.interface or name(each.ifindex), each.hook)):
-            place, count = HOOKS.get(row.hook, f"hook {row.hook}"), len(row.packets)
-            for code, packets in enumerate(row.packets):
-                counter = reasons.counter_name(code, count)
-                interface = row.interface or name(row.ifindex)
+            place, interface = HOOKS.get(row.hook, f"hook {row.hook}"), row.interface or name(row.ifindex)
+            for counter, packets in zip(_reasons(len(row.packets)), row.packets, strict=True):
                 yield Key("calico", interface, place, counter, (row.map_id, row.ifindex)), packets
     qdiscs = () if isinstance(reading.qdiscs, Missing) else reading.qdiscs
     for each in sorted(qdiscs, key=lambda each: name(each.ifindex)):
