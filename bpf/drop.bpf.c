@@ -7,7 +7,7 @@
  * full, so that the totals stay exact. Those of the run (with DROP_ALL: all, as far as SAMPLE and RATE_LIMIT let
  * them) are sent with the packet's first bytes, behind the log lines that led to them, and followed by Calico's
  * per-CPU state; with DROP_ALL both only where a tc program dropped.
- * Cost: six reads and one per-CPU hash update a drop; for a sent one as many reads again and a copy.
+ * Cost: a read (without TYPED eight) and one per-CPU hash update a drop; for a sent one six reads more and a copy.
  */
 struct drop_key {
 	u64 location;
@@ -57,34 +57,114 @@ static __always_inline void send_state(const struct drop_event *drop)
 		count(STAT_STATE_SENT, 1);
 }
 
-/* A stretch of struct sk_buff, whose order Linux has kept since 3.x: one read, where each costs as much as a lookup. */
-struct skb_place {
-	u8 bytes[__builtin_offsetof(struct sk_buff, head) + sizeof(void *) - __builtin_offsetof(struct sk_buff, protocol)]
-		__attribute__((aligned(8)));
-};
-#define PLACE_OF(at, member, type) \
-	(*(type *)((at).bytes + __builtin_offsetof(struct sk_buff, member) - __builtin_offsetof(struct sk_buff, protocol)))
+#ifdef WITH_STACK
+BPF_PERCPU_ARRAY(stack_scratches, struct stack_event, 1);
 
-/* Interface, namespace and protocol, as far as the packet still has them. */
-static __always_inline void describe_drop(struct drop_key *key, struct sk_buff *p)
+static __always_inline void send_stack(void *ctx, const struct drop_event *drop)
 {
-	struct net_device *dev = NULL;
-	struct skb_place at;
+	u32 zero = 0;
+	struct stack_event *e = stack_scratches.lookup(&zero);
+	int bytes;
+
+	if (!e)
+		return;
+	bytes = bpf_get_stack(ctx, e->addresses, sizeof(e->addresses), 0);
+	e->ktime_ns = drop->ktime_ns;
+	e->type = EVENT_STACK;
+	e->cpu = drop->cpu;
+	e->netns = drop->netns;
+	e->skbaddr = drop->skbaddr;
+	e->frames = bytes > 0 ? (u32)bytes >> 3 : 0; /* BPF has no signed division */
+	e->pad = 0;
+	if (events.ringbuf_output(e, sizeof(*e), BPF_RB_NO_WAKEUP))
+		count(STAT_STACK_LOST, 1);
+}
+#endif
+
+/*
+ * Read a member. With TYPED the program knows the types of its arguments (tp_btf, Linux 5.5), and the verifier lets it
+ * load; else a helper reads, which costs as much as a map lookup.
+ */
+#ifdef TYPED
+#define PEEK(value, at, owner, member) \
+	value = *(volatile __typeof__(value) *)((at) + __builtin_offsetof(struct owner, member))
+#else
+#define PEEK(value, at, owner, member) \
+	bpf_probe_read_kernel(&value, sizeof(value), (void *)((at) + __builtin_offsetof(struct owner, member)))
+#endif
+
+/* Interface, namespace and protocol, as far as the packet still has them. Returns its device. */
+static __always_inline u64 describe_drop(struct drop_key *key, u64 skb)
+{
+	u64 dev = 0, net = 0, head = 0;
+	u16 protocol = 0, network_header = 0;
+	u32 ifindex = 0, netns = 0;
 	u8 ip_proto = 0;
 
-	bpf_probe_read_kernel(&dev, sizeof(dev), &p->dev);
-	bpf_probe_read_kernel(&at, sizeof(at), &p->protocol);
-	describe_device(dev, &key->ifindex, &key->netns);
-	if (!PLACE_OF(at, network_header, u16) || PLACE_OF(at, network_header, u16) == 0xffff)
-		return;
-	if (PLACE_OF(at, protocol, u16) == bpf_htons(0x0800))
-		bpf_probe_read_kernel(&ip_proto, 1, PLACE_OF(at, head, u8 *) + PLACE_OF(at, network_header, u16) + 9);
-	else if (PLACE_OF(at, protocol, u16) == bpf_htons(0x86dd))
-		bpf_probe_read_kernel(&ip_proto, 1, PLACE_OF(at, head, u8 *) + PLACE_OF(at, network_header, u16) + 6);
+	PEEK(dev, skb, sk_buff, dev);
+	if (dev) {
+		PEEK(ifindex, dev, net_device, ifindex);
+		PEEK(net, dev, net_device, nd_net.net);
+		if (net)
+			PEEK(netns, net, net, ns.inum);
+	}
+	key->ifindex = ifindex;
+	key->netns = netns;
+	PEEK(protocol, skb, sk_buff, protocol);
+	PEEK(network_header, skb, sk_buff, network_header);
+	if (!network_header || network_header == 0xffff)
+		return dev;
+	if (protocol != bpf_htons(0x0800) && protocol != bpf_htons(0x86dd))
+		return dev;
+	PEEK(head, skb, sk_buff, head);
+	head += network_header + (protocol == bpf_htons(0x0800) ? 9 : 6);
+	bpf_probe_read_kernel(&ip_proto, 1, (void *)head);
 	key->ip_proto = ip_proto;
+	return dev;
 }
 
 #ifdef DROP_ALL
+/* Whether it happened where the user looks: in NETNS, at an interface that NAMED_BY describes. */
+static __always_inline int is_wanted_place(const struct drop_key *key, u64 dev)
+{
+#ifdef NETNS
+	if (key->netns != NETNS)
+		return 0;
+#endif
+#ifdef NAMED_BY
+	u64 name[2] = {};
+
+	if (!dev || bpf_probe_read_kernel(name, sizeof(name), (void *)(dev + __builtin_offsetof(struct net_device, name))))
+		return 0;
+	return NAMED_BY;
+#else
+	return 1;
+#endif
+}
+
+/* Of an IP packet, by its own header; 0 when it tells none (IPv6 jumbograms) or the packet is not IP. */
+static __always_inline u32 ip_length(const struct window *w)
+{
+	if (w->bytes[0] >> 4 == 4)
+		return be16_at(w->bytes + 2);
+	return w->bytes[0] >> 4 == 6 ? 40 + be16_at(w->bytes + 4) : 0;
+}
+
+#ifdef PCAP_FILTER
+#define VXLAN_BYTES (20 + 8 + 8 + 14)
+
+/* Whether the packet, or the one that it carries in VXLAN over IPv4, is what the user asked for. */
+static __always_inline int is_wanted_packet(const struct window *w, u32 bytes)
+{
+	const struct window *inner = (const struct window *)(w->bytes + VXLAN_BYTES);
+
+	if (pcap_filter(w, bytes, ip_length(w)))
+		return 1;
+	return bytes > VXLAN_BYTES && w->bytes[0] == 0x45 && w->bytes[9] == 17 && be16_at(w->bytes + 22) == VXLAN_PORT &&
+	       pcap_filter(inner, bytes - VXLAN_BYTES, ip_length(inner));
+}
+#endif
+
 /*
  * Whether one more event is within SAMPLE and RATE_LIMIT. A bucket that holds a second's worth, kept as the time at
  * which the next event is due. CPUs that meet here may let one too many pass; what was held back is counted exactly.
@@ -121,7 +201,7 @@ int collect_drop(struct bpf_raw_tracepoint_args *ctx)
 	u32 zero = 0, bytes;
 	struct drop_scratch *s;
 	struct window *window;
-	u64 *total, one = 1;
+	u64 *total, one = 1, dev;
 	int by_tc = 1;
 
 #ifdef HAVE_DROP_REASON
@@ -133,7 +213,7 @@ int collect_drop(struct bpf_raw_tracepoint_args *ctx)
 	key.skb_drop_reason = NO_REASON;
 #endif
 	count(STAT_DROP_SEEN, 1);
-	describe_drop(&key, (struct sk_buff *)ctx->args[0]);
+	dev = describe_drop(&key, ctx->args[0]);
 	total = drop_counts.lookup(&key);
 	if (total)
 		*total += 1;
@@ -141,13 +221,14 @@ int collect_drop(struct bpf_raw_tracepoint_args *ctx)
 		count(STAT_DROP_OTHER, 1);
 #ifndef DROP_COUNT_ONLY
 #ifdef DROP_ALL
-	if (!is_due()) {
-#ifdef WITH_LOG
-		if (by_tc)
-			recorder_restart(); /* or these lines would be taken for the next one's */
-#endif
-		return 0;
+	if (!is_wanted_place(&key, dev)) {
+		count(STAT_DROP_FILTERED, 1);
+		goto forget;
 	}
+#ifndef PCAP_FILTER
+	if (!is_due())
+		goto forget;
+#endif
 #endif
 	s = drop_scratches.lookup(&zero);
 	if (!s)
@@ -157,6 +238,14 @@ int collect_drop(struct bpf_raw_tracepoint_args *ctx)
 #ifdef DROP_ALL
 	if (!bytes)
 		__builtin_memset(&s->event, 0, sizeof(struct packet_event));
+#ifdef PCAP_FILTER
+	if (!bytes || !is_wanted_packet(window, bytes)) {
+		count(STAT_DROP_FILTERED, 1);
+		goto forget;
+	}
+	if (!is_due())
+		goto forget;
+#endif
 	s->event.skbaddr = ctx->args[0];
 	s->event.ifindex = key.ifindex;
 	s->event.netns = key.netns;
@@ -178,10 +267,21 @@ int collect_drop(struct bpf_raw_tracepoint_args *ctx)
 	if (by_tc)
 		recorder_flush();
 #endif
-	if (events.ringbuf_output(&s->event, sizeof(s->event), wakeup(sizeof(s->event))))
+	if (events.ringbuf_output(&s->event, sizeof(s->event), wakeup(sizeof(s->event)))) {
 		count(STAT_DROP_LOST, 1);
-	else if (by_tc)
+		return 0;
+	}
+#ifdef WITH_STACK
+	send_stack(ctx, &s->event);
+#endif
+	if (by_tc)
 		send_state(&s->event);
+	return 0;
+forget: __attribute__((unused))
+#ifdef WITH_LOG
+	if (by_tc)
+		recorder_restart(); /* or these lines would be taken for the next one's */
+#endif
 #endif
 	return 0;
 }

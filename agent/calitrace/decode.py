@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import struct
 from collections import Counter
 from typing import TYPE_CHECKING, cast
 
 from calitrace.errors import Malformed
-from calitrace.events import DROP, HEADER, HOP, LOG_HEAD, NO_REASON, STATE, TEXT_BYTES, EventType, HopKind, Match
-from calitrace.model import Drop, Event, Hop, LogLine, StateCopy
+from calitrace.events import (
+    DROP,
+    HEADER,
+    HOP,
+    LOG_HEAD,
+    NO_REASON,
+    STACK,
+    STACK_FRAMES,
+    STATE,
+    TEXT_BYTES,
+    EventType,
+    HopKind,
+    Match,
+)
+from calitrace.model import Drop, Event, Hop, LogLine, StackCopy, StateCopy
 from calitrace.packet import dissect
 
 if TYPE_CHECKING:
@@ -51,6 +65,11 @@ def decode(raw: bytes, vxlan_port: int = 4789) -> Event | LogLine:
             cast("int", values["skbaddr"]),
             state[: cast("int", values["state_bytes"])],
         )
+    if kind == EventType.STACK:
+        values = STACK.decode(raw)
+        addresses = struct.unpack(f"<{STACK_FRAMES}Q", cast("bytes", values["addresses"]))
+        frames = cast("int", values["frames"])
+        return StackCopy(ktime_ns, cpu, netns, cast("int", values["skbaddr"]), addresses[:frames])
     raise Malformed(HEADER.offset("type"), "a known event type", str(kind), HEADER.name)
 
 

@@ -14,6 +14,7 @@ from calitrace.layout import Field, Record
 CAPTURE_BYTES = 128
 TEXT_BYTES = 216
 STATE_BYTES = 512
+STACK_FRAMES = 32
 NO_REASON = 0xFFFFFFFF  # the kernel's kfree_skb tells no reason (before 5.17)
 
 
@@ -24,6 +25,7 @@ class EventType(IntEnum):
     HOP = 2
     LOG = 3
     STATE = 4
+    STACK = 5
 
 
 class HopKind(IntEnum):
@@ -48,8 +50,8 @@ class Match(IntFlag):
 class Stat(IntEnum):
     """Per-CPU counters; seen = matched + others, matched = sent + lost.
 
-    Of drops when all are wanted: seen = matched + limited (by the rate) + unsampled. DROP_OTHER: those of all seen
-    that found no place in the table of totals.
+    Of drops when all are wanted: seen = matched + filtered + limited (by the rate) + unsampled. DROP_OTHER: those of
+    all seen that found no place in the table of totals.
     """
 
     DROP_SEEN = 0
@@ -67,6 +69,8 @@ class Stat(IntEnum):
     DROP_LIMITED = 12
     DROP_UNSAMPLED = 13
     DROP_OTHER = 14
+    DROP_FILTERED = 15
+    STACK_LOST = 16
 
 
 _HEADER = (
@@ -141,11 +145,23 @@ STATE = Record(
         Field("state", "u8", "entry 0 of cali_state", STATE_BYTES),
     ),
 )
+STACK = Record(
+    "stack_event",
+    "The kernel's stack at the drop event just before.",
+    (
+        *_HEADER,
+        Field("skbaddr", "u64", "of that drop"),
+        Field("frames", "u32", "valid entries of addresses"),
+        Field("pad", "u32"),
+        Field("addresses", "u8", "u64 each: return addresses, innermost first", 8 * STACK_FRAMES),
+    ),
+)
 RECORDS = {
     EventType.DROP: DROP,
     EventType.HOP: HOP,
     EventType.LOG: LOG,
     EventType.STATE: STATE,
+    EventType.STACK: STACK,
 }
 
 
@@ -158,6 +174,7 @@ def c_header() -> str:
         f"#define CAPTURE_BYTES {CAPTURE_BYTES}",
         f"#define TEXT_BYTES {TEXT_BYTES}",
         f"#define STATE_BYTES {STATE_BYTES}",
+        f"#define STACK_FRAMES {STACK_FRAMES}",
         f"#define NO_REASON {NO_REASON:#x}",
         _c_enum("event_type", "EVENT", EventType),
         _c_enum("hop_kind", "HOP", HopKind),

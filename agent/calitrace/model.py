@@ -84,6 +84,14 @@ class StateCopy(Event):
     raw: bytes
 
 
+@dataclass(frozen=True)
+class StackCopy(Event):
+    """The kernel's stack at the drop of *skbaddr*: return addresses, innermost first."""
+
+    skbaddr: int
+    addresses: tuple[int, ...]
+
+
 class Role(str, Enum):
     """What a network namespace is to us. Only NODE, POD and CLIENT are observed: the rest is the underlay."""
 
@@ -95,7 +103,10 @@ class Role(str, Enum):
 
 @dataclass(frozen=True)
 class Link:
-    """An interface. *calico*, *foreign*: names of the programs on it, by hook (``ingress``, ``egress``, ``xdp``)."""
+    """An interface. *calico*, *foreign*: names of the programs on it, by hook (``ingress``, ``egress``, ``xdp``).
+
+    *chain*: all that runs at a tc hook, in order: how it is attached, name, id, tag, when it was loaded.
+    """
 
     ifindex: int
     name: str
@@ -104,6 +115,7 @@ class Link:
     foreign: dict[str, tuple[str, ...]] = field(default_factory=dict)
     peer_netns: int = 0
     peer_ifindex: int = 0
+    chain: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -181,7 +193,8 @@ class Topology:
 
 def _tuples(link: dict[str, Any]) -> dict[str, Any]:
     """msgpack knows no tuples: put them back."""
-    hooks = {hook: {k: tuple(v) for k, v in link[hook].items()} for hook in ("calico", "foreign")}
+    fields = ("calico", "foreign", "chain")
+    hooks = {each: {k: tuple(v) for k, v in link.get(each, {}).items()} for each in fields}
     return {**link, **hooks, "addresses": tuple(link["addresses"])}
 
 

@@ -19,6 +19,22 @@ FIN, SYN, RST, PSH, ACK = 0x01, 0x02, 0x04, 0x08, 0x10
 _FLAG_NAMES = ((SYN, "SYN"), (FIN, "FIN"), (RST, "RST"), (PSH, "PSH"), (ACK, "ACK"))
 _ICMP_ERRORS = {ICMP: (3, 11, 12), ICMP6: (1, 2, 3, 4)}
 _MAX_LAYERS = 3
+_VXLAN_BYTES = 20 + 8 + 8 + 14  # an IPv4 header without options, UDP, VXLAN, Ethernet
+
+
+def ip_length(packet: bytes) -> int:
+    """Bytes of an IP packet, of which *packet* may be the beginning, by its own header; 0 when that tells none."""
+    version = packet[0] >> 4 if packet else 0
+    if version == 4 and len(packet) >= 4:
+        return int.from_bytes(packet[2:4], "big")
+    return 40 + int.from_bytes(packet[4:6], "big") if version == 6 and len(packet) >= 6 else 0
+
+
+def inside_vxlan(packet: bytes, port: int) -> bytes:
+    """The packet in a VXLAN packet over IPv4 without options to UDP *port*; empty when it is none."""
+    if packet[:1] != b"\x45" or packet[9:10] != bytes([UDP]) or packet[22:24] != port.to_bytes(2, "big"):
+        return b""
+    return packet[_VXLAN_BYTES:]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@
 
 #define STATE_BYTES 512
 
+#define STACK_FRAMES 32
+
 #define NO_REASON 0xffffffff
 
 enum event_type {
@@ -17,6 +19,7 @@ enum event_type {
 	EVENT_HOP = 2,
 	EVENT_LOG = 3,
 	EVENT_STATE = 4,
+	EVENT_STACK = 5,
 };
 
 enum hop_kind {
@@ -50,9 +53,11 @@ enum stat {
 	STAT_DROP_LIMITED = 12,
 	STAT_DROP_UNSAMPLED = 13,
 	STAT_DROP_OTHER = 14,
+	STAT_DROP_FILTERED = 15,
+	STAT_STACK_LOST = 16,
 };
 
-#define STATS 15
+#define STATS 17
 
 /* Common to all events. */
 struct event_header {
@@ -245,3 +250,24 @@ _Static_assert(__builtin_offsetof(struct state_event, state_bytes) == 24, "state
 _Static_assert(__builtin_offsetof(struct state_event, pad) == 28, "state_event.pad");
 _Static_assert(__builtin_offsetof(struct state_event, state) == 32, "state_event.state");
 _Static_assert(sizeof(struct state_event) == 544, "state_event");
+
+/* The kernel's stack at the drop event just before. */
+struct stack_event {
+	u64 ktime_ns; /* CLOCK_MONOTONIC */
+	u16 type; /* enum event_type */
+	u16 cpu;
+	u32 netns; /* net->ns.inum of the skb's device, 0 when it has none */
+	u64 skbaddr; /* of that drop */
+	u32 frames; /* valid entries of addresses */
+	u32 pad;
+	u8 addresses[256]; /* u64 each: return addresses, innermost first */
+};
+_Static_assert(__builtin_offsetof(struct stack_event, ktime_ns) == 0, "stack_event.ktime_ns");
+_Static_assert(__builtin_offsetof(struct stack_event, type) == 8, "stack_event.type");
+_Static_assert(__builtin_offsetof(struct stack_event, cpu) == 10, "stack_event.cpu");
+_Static_assert(__builtin_offsetof(struct stack_event, netns) == 12, "stack_event.netns");
+_Static_assert(__builtin_offsetof(struct stack_event, skbaddr) == 16, "stack_event.skbaddr");
+_Static_assert(__builtin_offsetof(struct stack_event, frames) == 24, "stack_event.frames");
+_Static_assert(__builtin_offsetof(struct stack_event, pad) == 28, "stack_event.pad");
+_Static_assert(__builtin_offsetof(struct stack_event, addresses) == 32, "stack_event.addresses");
+_Static_assert(sizeof(struct stack_event) == 288, "stack_event");

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from calitrace.decode import Decoder, decode
 from calitrace.events import HopKind, Match, Stat
 from calitrace.identity import Identity
 from calitrace.kernel import headers, netns, syscall
-from calitrace.kernel.collectors import Collectors, Plan
+from calitrace.kernel.collectors import Collectors, Plan, name_condition
 from calitrace.model import Drop, Event, Hop, Link, LogLine, Namespace, Role, StateCopy, Topology
 from calitrace.packet import UDP
 from tests.kernel.conftest import compile_tc
@@ -267,3 +268,28 @@ def test_nothing_is_left_after_kill(pair: Pair) -> None:
             break
         subprocess.run(["true"], check=True)
     assert not left
+
+
+@pytest.mark.parametrize("patterns", [["eth?"], ["eth0", "*a"], ["x" * 16], []])
+def test_what_only_the_reader_can_match(patterns: list[str]) -> None:
+    assert name_condition(patterns) == ""
+
+
+@pytest.mark.parametrize(
+    ("patterns", "seen"), [(["right0"], 5), (["righ"], 0), (["no", "righ*"], 5), (["right0", "left*"], 5), (["*"], 5)]
+)
+def test_names_are_matched_in_the_kernel(pair: Pair, patterns: list[str], seen: int) -> None:
+    plan = Plan(hop=False, log="", drop_all=True, named_by=name_condition(patterns), netns=netns.inum(pair.right))
+    with Collectors(plan) as collectors:
+        with netns.inside(pair.left), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            sender.bind((pair.left_ip, 0))
+            port = sender.getsockname()[1]
+            for _ in range(5):
+                with contextlib.suppress(ConnectionRefusedError):
+                    sender.sendto(b"x", (pair.right_ip, 9))
+        events = [decode(raw) for raw in collectors.drain()]
+        drops = (each.packet.inner for each in events if isinstance(each, Drop))
+        mine = [layer for layer in drops if layer and layer.sport == port]
+        assert len(mine) == seen
+        stats = collectors.stats()
+        assert stats[Stat.DROP_SEEN] == stats[Stat.DROP_MATCHED] + stats[Stat.DROP_FILTERED]

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from calitrace.kernel import netns
+from calitrace.kernel import netns, syscall
 from calitrace.lab import lifecycle
 from calitrace.lab.topology import Lab
 
 COMMAND = (sys.executable, "-c", "from calitrace.cli.main import run; run()")
 REACHES_S = 5.0
 LOST_S = 1.5
+_PER_CPU = (5, 6, 10)  # hash, array, LRU hash of enum bpf_map_type
 _numbers = itertools.count()
 
 
@@ -39,7 +40,7 @@ def left_behind(lab: Lab) -> list[str]:
     found += [each for each in lab.namespaces if (netns.RUN_NETNS / each).exists()]
     found += [line for line in Path("/proc/self/mounts").read_text().splitlines() if f"{lab.name}-" in line]
     for process in Path("/proc").iterdir():
-        with suppress(OSError):
+        with contextlib.suppress(OSError):
             words = (process / "cmdline").read_bytes().split(b"\0") if process.name.isdigit() else []
             environment = (process / "environ").read_bytes() if b"calitrace.lab.servers" in words else b""
             if f"CALITRACE_TEST_LAB={lab.name}\0".encode() in environment + b"\0":
@@ -103,3 +104,43 @@ def http_get(lab: Lab, part: str, address: str, port: int, path: str) -> bytes:
     assert head.startswith(b"HTTP/1.1 200 ")
     assert f"Content-Length: {len(body)}".encode() in head
     return body
+
+
+@contextlib.contextmanager
+def changed(pin: Path, key: bytes, value: bytes | None) -> Iterator[None]:
+    """One entry of a pinned map has another value, or is not there; what was there comes back."""
+    descriptor = syscall.object_get(pin)
+    try:
+        before = syscall.map_lookup(descriptor, key, value_bytes(descriptor))
+        put(descriptor, key, value)
+        try:
+            yield
+        finally:
+            put(descriptor, key, before)
+    finally:
+        os.close(descriptor)
+
+
+def put(descriptor: int, key: bytes, value: bytes | None) -> None:
+    """Set an entry, or remove it."""
+    if value is None:
+        syscall.map_delete(descriptor, key)
+    else:
+        syscall.map_update(descriptor, key, value)
+
+
+def value_bytes(descriptor: int) -> int:
+    """Size of a map's value as the kernel hands it out: for per-CPU maps of all CPUs together."""
+    info = syscall.map_info(descriptor)
+    return info.value_size * (syscall.possible_cpus() if info.type in _PER_CPU else 1)
+
+
+def entry(pin: Path, key: bytes) -> bytes:
+    """The value of an entry that is there."""
+    descriptor = syscall.object_get(pin)
+    try:
+        found = syscall.map_lookup(descriptor, key, value_bytes(descriptor))
+    finally:
+        os.close(descriptor)
+    assert found is not None
+    return found

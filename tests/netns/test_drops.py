@@ -19,7 +19,7 @@ import pytest
 
 from calitrace.kernel import netns
 from calitrace.lab.topology import Lab
-from tests.netns.conftest import calitrace, on
+from tests.netns.conftest import calitrace, changed, entry, on, tcp
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -157,6 +157,98 @@ def test_each_cause_against_its_own_count(
             assert each["confidence"] == "proven"
 
 
+def frontend(address: str, port: int, proto: int) -> bytes:
+    """The key of a service that any source may use."""
+    return struct.pack("<I4sHB4sB", 56, socket.inet_aton(address), port, proto, bytes(4), 0)
+
+
+def send_raw(lab: Lab, part: str, packet: bytes, address: str, count: int) -> None:
+    """Whole IP packets; the kernel writes length and checksum of the header."""
+    with (
+        netns.inside(lab.namespace(part)),
+        socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW) as sender,
+    ):
+        for _ in range(count):
+            sender.sendto(packet, (address, 0))
+
+
+def ip_header(source: str, address: str, proto: int) -> bytes:
+    """20 bytes."""
+    return struct.pack("!BBHHHBBH4s4s", 0x45, 0, 0, 1, 0, 64, proto, 0, *map(socket.inet_aton, (source, address)))
+
+
+@pytest.mark.parametrize("level", ["off", "debug"])
+def test_reasons_that_calico_records(healed: Lab, level: str) -> None:
+    """Source ranges, a tunnel from no node, a packet too short; beside what only looks like Calico's."""
+    assert on(healed, "log-level", level).returncode == 0
+    assert on(healed, "fault", "no-backend").returncode == 0
+    pin = healed.pins / "node-a" / "cali_v4_nat_fe3"
+    key = frontend("10.10.0.1", 30053, 17)
+    refused = entry(pin, key)[:4] + b"\xff" * 4 + entry(pin, key)[8:]
+    inner = ip_header(CLIENT, "10.65.1.2", 17) + struct.pack("!HHHH", 1, 5353, 8, 0)
+    vxlan = b"\x08\0\0\0\xca\x11\xc0\0" + bytes(12) + b"\x08\0" + inner
+    with changed(pin, key, refused), listening("-o", "json", "--all") as process:
+        ranges = send(healed, "client", "10.10.0.1", 30053, COUNT)
+        tunnel = send(healed, "client", "10.10.0.1", 4789, COUNT, vxlan)
+        send_raw(healed, "client", ip_header(CLIENT, "10.10.0.1", 6) + b"\x9c\x40\0\x50", "10.10.0.1", COUNT)
+        ack = struct.pack("!HHIIBBHHH", 40009, 30080, 1, 1, 0x50, 0x10, 100, 0, 0)
+        send_raw(healed, "client", ip_header(CLIENT, "10.10.0.1", 6) + ack, "10.10.0.1", COUNT)  # of no connection
+        syn = struct.pack("!HHIIBBHHH", 40010, 30080, 1, 0, 0x50, 2, 100, 0, 0)
+        send_raw(healed, "client", ip_header(CLIENT, "10.10.0.1", 6) + syn, "10.10.0.1", COUNT)  # it is answered
+        drops, summary = finished(process)
+    assert summary["events_lost"] == summary["limited"] == 0
+    blamed = [each for each in drops if each["by_calico"] and each["src"] == CLIENT]
+    found = Counter((each["calico_reason"], each["proto"], each["sport"]) for each in blamed)
+    assert found == {
+        ("UNAUTH_SOURCE", "udp", ranges): COUNT,
+        ("UNAUTH_SOURCE", "udp", 1): COUNT,  # named by the packet in the tunnel
+        ("SHORT", "tcp", 0): COUNT,
+    }
+    assert all(each["packet"][0].startswith(f"udp {CLIENT}:{tunnel} ") for each in blamed if each["sport"] == 1)
+    for each in blamed:
+        assert (each["interface"], each["hook"]) == ("ens192", "tc ingress")
+        sure = level == "debug" or each["calico_reason"] != "SHORT"
+        assert each["confidence"] == ("proven" if sure else "likely")
+        assert each["sources"] == (["log", "state"] if level == "debug" else ["state"])
+
+
+@pytest.mark.parametrize("level", ["off", "debug"])
+def test_a_packet_that_conntrack_refuses(healed: Lab, level: str) -> None:
+    assert on(healed, "log-level", level).returncode == 0
+    with tcp(healed, "client", "10.10.0.1", 30080) as connection:
+        sport = connection.getsockname()[1]
+        addresses = map(socket.inet_aton, ("10.65.1.2", CLIENT))
+        key = struct.pack("<I4s4sHH", 6, *addresses, 8080, sport)
+        pin = healed.pins / "node-b" / "cali_v4_ct4"
+        tracked = bytearray(entry(pin, key))
+        for bits in (40, 64):  # of both legs
+            tracked[bits] &= ~16  # approved
+        with changed(pin, key, bytes(tracked)), listening("-o", "json", "--calico-only") as process:
+            connection.sendall(b"x")
+            drops, _ = finished(process)
+    mine = [each for each in drops if each["sport"] == sport]
+    assert mine
+    for each in mine:
+        assert (each["calico_reason"], each["interface"], each["hook"]) == (None, "calif00dbeef012", "tc egress")
+        assert ("only one side's policy" if level == "debug" else "invalid in conntrack") in each["cause"]
+
+
+def test_a_program_that_ends_before_it_reads_the_packet(healed: Lab) -> None:
+    """What the state then holds is another packet's, or nothing: not believed."""
+    assert on(healed, "log-level", "off").returncode == 0
+    with netns.inside(healed.namespace("node-b")):
+        key = struct.pack("<II", socket.if_nametoindex("calif00dbeef012"), 1)
+    with changed(healed.pins / "node-b" / "cali_counters6", key, None), listening("-o", "json") as process:
+        port = send(healed, "client", "10.10.0.1", 30053, COUNT)
+        drops, _ = finished(process)
+    mine = [each for each in drops if each["sport"] == port]
+    assert len(mine) == COUNT
+    for each in mine:
+        assert (each["by_calico"], each["calico_reason"], each["rules"]) == (True, None, [])
+        assert each["cause"] == "dropped by Calico: cause not recorded"
+        assert each["confidence"] == "likely"
+
+
 def test_route_unknown_is_named_by_the_state(lab: Lab) -> None:
     assert on(lab, "log-level", "off").returncode == 0
     with listening("-o", "json", "--reason", "rt_unknown") as process:
@@ -195,6 +287,35 @@ def test_journal_filter_and_pcapng(healed: Lab, tmp_path: Path) -> None:
     for _, comment, interface in rows:
         assert "dropped by Calico: denied by policy: default.deny-lab-clients rule 0 (deny)" in comment
         assert interface.endswith("node-b/calif00dbeef012")
+
+
+def test_filters_come_before_the_rate_limit(healed: Lab, tmp_path: Path) -> None:
+    assert on(healed, "log-level", "off").returncode == 0
+    assert on(healed, "fault", "policy-deny").returncode == 0
+    journal = tmp_path / "a.calitrace"
+    words = ("-o", "json", "--stack", "--rate-limit", str(COUNT), "-w", str(journal))
+    with listening(*words, "-i", "cali*", "udp and src host", CLIENT) as process:
+        send(healed, "node-a", "10.65.0.2", 9, 500)  # another interface: it must not use up the limit
+        port = send(healed, "client", "10.10.0.1", 30053, COUNT)
+        drops, summary = finished(process)
+    assert [each["sport"] for each in drops] == [port] * COUNT
+    assert summary["filtered"] >= 500
+    assert summary["limited"] == summary["stacks_lost"] == 0
+    for each in drops:
+        assert each["stack"][0] == each["location"]
+        assert any(frame.startswith("__netif_receive_skb") for frame in each["stack"])
+    again = calitrace("drops", "-r", str(journal), "-o", "json")
+    assert [json.loads(line) for line in again.stdout.splitlines()][:-1] == drops
+
+
+def test_a_filter_looks_into_the_tunnel(healed: Lab) -> None:
+    assert on(healed, "fault", "vxlan-blocked").returncode == 0
+    with listening("-o", "json", "--all", "udp dst port 30053") as process:
+        port = send(healed, "client", "10.10.0.1", 30053, COUNT)
+        drops, _ = finished(process)
+    mine = [each for each in drops if each["sport"] == port]
+    assert len(mine) == COUNT
+    assert all(len(each["packet"]) == 2 and each["packet"][0].endswith(":4789") for each in mine)
 
 
 def test_what_comes_up_during_the_run_is_found(spare: Lab, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import struct
 from ipaddress import IPv4Address
 
 from calitrace import identity
-from calitrace.events import CAPTURE_BYTES, DROP, HOP, LOG, STATE, EventType, HopKind
+from calitrace.events import CAPTURE_BYTES, DROP, HOP, LOG, STACK, STATE, EventType, HopKind
 from calitrace.packet import TCP, UDP
 
 RUN_ID = 0x12345678
@@ -88,6 +88,12 @@ class Recorder:
         """Calico's state at the drop just before."""
         fields = self._common(EventType.STATE, netns)
         self.records.append(STATE.encode(**fields, skbaddr=skb, state_bytes=len(raw), state=raw))
+
+    def stack(self, netns: int, *addresses: int, skb: int = 0xAA) -> None:
+        """The kernel's stack at the drop just before."""
+        fields = self._common(EventType.STACK, netns)
+        packed = struct.pack(f"<{len(addresses)}Q", *addresses)
+        self.records.append(STACK.encode(**fields, skbaddr=skb, frames=len(addresses), addresses=packed))
 
 
 def _packet(raw: bytes) -> dict[str, int | bytes]:

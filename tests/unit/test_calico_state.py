@@ -14,21 +14,23 @@ from calitrace.calico.state import LAYOUTS, Layout
 from calitrace.errors import LayoutMismatch, Malformed
 
 
-def written(table: Layout) -> bytes:
+def written(table: Layout, version: int = 4) -> bytes:
     """10.0.0.1:1000 > 10.0.0.2:80, before NAT 10.0.0.3:30080, after NAT 10.0.0.4:8080, tcp, denied by rule 7."""
     raw = bytearray(table.size)
     for at in range(4):
         start = table.addresses + at * table.stride
         raw[start : start + 4] = bytes([10, 0, 0, at + 1])
+        if version == 6:
+            raw[start + 15] = 1
     struct.pack_into("<i", raw, table.pol_rc, 2)
     struct.pack_into("<HHHH", raw, table.ports, 1000, 80, 30080, 8080)
     raw[table.ip_proto] = 6
     struct.pack_into("<h", raw, table.ct_rc, 1)
-    struct.pack_into(table.flags_format, raw, table.flags, 4)
+    struct.pack_into(table.flags_format, raw, table.flags[version == 6], 4)
     if table.rules_hit is not None and table.rule_ids is not None:
         struct.pack_into("<IQQ", raw, table.rules_hit, 2, 6, 7)
     if table.fwd is not None:
-        struct.pack_into("<iII", raw, table.fwd, 2, 0, 11)
+        struct.pack_into("<iII", raw, table.fwd[version == 6], 2, 0, 11)
     return bytes(raw)
 
 
@@ -44,6 +46,28 @@ def test_each_layout(table: Layout) -> None:
     assert held.rule_ids == ((6, 7) if table.rules_hit is not None else ())
     assert (held.result, held.calico_reason) == ((2, 11) if table.fwd is not None else (None, None))
     assert held.denied
+    assert not held.passed
+    assert not held.unread
+
+
+@pytest.mark.parametrize("table", [each for each in LAYOUTS if each.stride == 16], ids=lambda t: t.releases)
+def test_each_layout_in_a_program_for_ipv6(table: Layout) -> None:
+    held = state.decode(written(table, 6), table, 6)
+    assert held.holds(6, "a00:1::1", 1000, "a00:2::1", 80)
+    assert (held.proto, held.flags, held.ct_rc) == (6, 4, 1)
+    assert (held.result, held.calico_reason) == ((2, 11) if table.fwd is not None else (None, None))
+
+
+def test_a_packet_without_addresses_or_ports() -> None:
+    (table,) = (each for each in LAYOUTS if each.fwd)
+    assert table.fwd is not None
+    raw = bytearray(table.size)
+    struct.pack_into("<iII", raw, table.fwd[0], 2, 0, 5)
+    assert state.decode(bytes(raw), table).unread
+    raw[table.addresses : table.addresses + 4] = bytes([10, 0, 0, 1])
+    held = state.decode(bytes(raw), table)
+    assert not held.unread
+    assert held.holds(0, "10.0.0.1", 40000, "0.0.0.0", 80)  # too short for ports
 
 
 def test_holds_before_and_after_nat_only() -> None:

@@ -18,7 +18,7 @@ from calitrace.events import DROP, HEADER, HOP, LOG, STATE, EventType, HopKind, 
 from calitrace.identity import Identity
 from calitrace.layout import Field, Record
 from calitrace.model import Drop, Hop, LogLine, StateCopy
-from calitrace.packet import Packet, dissect
+from calitrace.packet import Packet, dissect, inside_vxlan, ip_length
 
 TOP = Path(__file__).resolve().parent.parent.parent
 
@@ -167,3 +167,13 @@ def test_a_header_length_below_twenty_bytes_has_no_ports(words: int) -> None:
     raw = bytearray(packets.udp("1.0.0.1", 1, "1.0.0.2", 2))
     raw[0] = 0x40 | words
     assert str(dissect(bytes(raw)).inner) == "udp 1.0.0.1:0 > 1.0.0.2:0"
+
+
+def test_length_and_payload_of_vxlan() -> None:
+    inner = packets.udp("1.0.0.1", 1, "1.0.0.2", 2)
+    outer = packets.vxlan("2.0.0.1", "2.0.0.2", inner)
+    assert ip_length(outer) == len(outer) == ip_length(outer[:40])
+    assert ip_length(b"\x60\0\0\0\0\x09") == 49
+    assert ip_length(b"") == ip_length(b"\x45\0") == ip_length(b"\x60") == 0
+    assert inside_vxlan(outer, 4789) == inner
+    assert inside_vxlan(outer, 4790) == inside_vxlan(inner, 4789) == inside_vxlan(b"", 4789) == b""

@@ -16,7 +16,7 @@ from tests.unit.test_verdict import A_NS, B_NS, CALI, NO_SOCKET, REASONS, RULE, 
 
 from calitrace.calico import state
 from calitrace.correlate import noise
-from calitrace.correlate.drops import Cause, Confidence, Dropped, Joiner, Names, Place, explain
+from calitrace.correlate.drops import Cause, Confidence, Dropped, Joiner, Names, Place, explain, stack
 from calitrace.decode import decode
 from calitrace.model import Cell
 from calitrace.report import drops as report
@@ -70,6 +70,8 @@ def with_conntrack(rc: int, raw: bytes) -> bytes:
         ),
         (with_conntrack(0x400, calico_state()), "", "the source of the tunnel changed", "proven"),
         (calico_state(), "", "cause not recorded (policy no match, conntrack NEW)", "proven"),
+        (calico_state(result=0), "", "cause not recorded", "likely"),  # left by a program that let it pass
+        (bytes(444) + struct.pack("<iII", 2, 0, 8) + bytes(56), "IP_MALFORMED", "malformed IP packet", "likely"),
         (calico_state(number=9, reason=11), "", "cause not recorded", "likely"),  # of another packet: not believed
     ],
 )
@@ -198,6 +200,20 @@ def test_conntrack_in_words() -> None:
 # -- shown ----------------------------------------------------------------------------------------------
 
 
+def test_the_stack_begins_where_the_packet_was_dropped() -> None:
+    recorder = Recorder()
+    recorder.drop(B_NS, CALI, SYN, TC_EGRESS, location=7)
+    recorder.stack(B_NS, 5, 7, 8)
+    recorder.state(B_NS, calico_state(pol_rc=2, rules=(RULE,)))
+    recorder.drop(B_NS, CALI, SYN, TC_EGRESS, skb=1, location=7)
+    recorder.stack(B_NS, 8, skb=1)
+    recorder.drop(B_NS, CALI, SYN, TC_EGRESS, skb=2)
+    recorder.stack(B_NS, 8, skb=1)
+    found = joined(recorder)
+    assert [list(stack(each, Names(symbols={7: "f+0x1"}))) for each in found] == [["f+0x1", "0x8"], ["0x8"], []]
+    assert [each.state is not None for each in found] == [True, False, False]
+
+
 def test_lines_and_objects() -> None:
     recorder = Recorder()
     recorder.drop(B_NS, CALI, SYN, TC_EGRESS)
@@ -220,7 +236,7 @@ def test_lines_and_objects() -> None:
         ["-", "40", "bytes,"],
         ["ens192", "no", "packet"],
     ]
-    objects = [json.loads(report.dump(report.drop_object(d, c, "", 5))) for d, c in found]
+    objects = [json.loads(report.dump(report.drop_object(d, c, "", 5, Names()))) for d, c in found]
     assert [o["calico_reason"] for o in objects] == ["DROPPED_BY_POLICY", None, None, None]
     assert (objects[0]["src"], objects[0]["sport"], objects[0]["proto"]) == (CLIENT, SPORT, "tcp")
     assert (objects[2]["src"], objects[2]["proto"], objects[2]["harmless"]) == (None, None, None)
@@ -233,10 +249,10 @@ def test_lines_and_objects() -> None:
 
 def test_the_closing_line() -> None:
     assert report.Sums(9, 3, 2, 4).line() == "9 drops seen: 3 shown, 2 harmless, 4 filtered, 0 lost"
-    sums = report.Sums(20, 3, 2, 4, 5, 1, 4, 1, 0, 1, 10, 4567)
+    sums = report.Sums(20, 3, 2, 4, 5, 1, 4, 2, 1, 0, 1, 10, 4567)
     assert sums.line() == (
         "20 drops seen: 3 shown, 2 harmless, 4 filtered, 5 rate-limited, 1 not sampled, 1 not decoded, 4 lost; "
-        "1 more in an interrupted program; our cost 457 ns a drop"
+        "2 stacks lost; 1 more in an interrupted program; our cost 457 ns a drop"
     )
     assert sums.to_object()["cost_ns"] == 456.7
     assert report.Sums().to_object()["cost_ns"] is None

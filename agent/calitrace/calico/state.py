@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv6Address
 
 from calitrace.errors import LayoutMismatch
 
@@ -17,7 +17,10 @@ NAMES = ("cali_v4_state", "cali_v4_state3", "cali_state2", "cali_state4", "cali_
 
 @dataclass(frozen=True)
 class Layout:
-    """Byte offsets in one release's struct; None for what it does not have. IPv4 objects."""
+    """Byte offsets in one release's struct; None for what it does not have.
+
+    *flags*, *fwd*: in the programs for IPv4, then in those for IPv6, whose longer addresses move them.
+    """
 
     releases: str
     map_name: str
@@ -29,19 +32,19 @@ class Layout:
     ip_proto: int
     rules_hit: int | None
     rule_ids: int | None
-    flags: int
+    flags: tuple[int, int]
     flags_format: str
     ct_rc: int
-    fwd: int | None  # res s32, mark u32, reason u32
+    fwd: tuple[int, int] | None  # res s32, mark u32, reason u32
 
 
 LAYOUTS = (
-    Layout("v3.32..master", "cali_state6", 512, 8, 16, 92, 96, 104, 108, 112, 368, "<Q", 376, 444),
-    Layout("v3.30..v3.31", "cali_state4", 488, 8, 16, 92, 96, 104, 108, 112, 368, "<Q", 376, None),
-    Layout("v3.28..v3.29", "cali_state4", 480, 0, 16, 84, 88, 96, 100, 104, 360, "<Q", 368, None),
-    Layout("v3.27", "cali_state4", 464, 0, 16, 84, 88, 96, 100, 104, 408, "<Q", 360, None),
-    Layout("v3.25..v3.26", "cali_state2", 416, 0, 16, 84, 88, 96, 100, 104, 408, "<Q", 360, None),
-    Layout("v3.24", "cali_v4_state3", 80, 0, 4, 20, 24, 32, None, None, 33, "<B", 36, None),
+    Layout("v3.32..master", "cali_state6", 512, 8, 16, 92, 96, 104, 108, 112, (368, 368), "<Q", 376, (444, 492)),
+    Layout("v3.30..v3.31", "cali_state4", 488, 8, 16, 92, 96, 104, 108, 112, (368, 368), "<Q", 376, None),
+    Layout("v3.28..v3.29", "cali_state4", 480, 0, 16, 84, 88, 96, 100, 104, (360, 360), "<Q", 368, None),
+    Layout("v3.27", "cali_state4", 464, 0, 16, 84, 88, 96, 100, 104, (408, 456), "<Q", 360, None),
+    Layout("v3.25..v3.26", "cali_state2", 416, 0, 16, 84, 88, 96, 100, 104, (408, 408), "<Q", 360, None),
+    Layout("v3.22..v3.24", "cali_v4_state3", 80, 0, 4, 20, 24, 32, None, None, (33, 33), "<B", 36, None),
 )
 MAX_RULES = 32
 CT_RESULTS = (
@@ -70,16 +73,17 @@ _CT_PROBLEMS = {
 }
 POLICY_RESULTS = {0: "no match", 1: "allow", 2: "deny"}
 _RES_DENY = 2  # TC_ACT_SHOT
+_SHORT = 5
 
 
 @dataclass(frozen=True)
 class CalicoState:
     """*calico_reason*: code of 3.1, None before v3.32. *rule_ids*: those hit, last one first decisive."""
 
-    src: IPv4Address
-    dst: IPv4Address
-    pre_nat_dst: IPv4Address
-    post_nat_dst: IPv4Address
+    src: IPv4Address | IPv6Address
+    dst: IPv4Address | IPv6Address
+    pre_nat_dst: IPv4Address | IPv6Address
+    post_nat_dst: IPv4Address | IPv6Address
     sport: int
     dport: int
     pre_nat_dport: int
@@ -94,17 +98,24 @@ class CalicoState:
 
     def holds(self, proto: int, src: str, sport: int, dst: str, dport: int) -> bool:
         """Whether it is about this packet, before or after NAT: otherwise it is stale and must not be believed."""
-        return (
-            self.proto == proto
-            and str(self.src) == src
-            and self.sport == sport
-            and (dst, dport)
-            in (
-                (str(self.dst), self.dport),
-                (str(self.pre_nat_dst), self.pre_nat_dport),
-                (str(self.post_nat_dst), self.post_nat_dport),
-            )
+        targets = (
+            (str(self.dst), self.dport),
+            (str(self.pre_nat_dst), self.pre_nat_dport),
+            (str(self.post_nat_dst), self.post_nat_dport),
         )
+        if self.calico_reason == _SHORT and not self.sport and not self.dport:  # it ended where ports should be
+            sport, dport = 0, 0
+        return self.proto == proto and str(self.src) == src and self.sport == sport and (dst, dport) in targets
+
+    @property
+    def unread(self) -> bool:
+        """Whether a packet was denied before its addresses were read: all that is known of it is the reason."""
+        return self.denied and bool(self.calico_reason) and not int(self.src) and not int(self.dst)
+
+    @property
+    def passed(self) -> bool:
+        """Whether the program that wrote it let the packet pass: then it tells nothing about who dropped it."""
+        return self.result is not None and not self.denied
 
     @property
     def conntrack(self) -> str:
@@ -137,13 +148,14 @@ def layout(map_name: str, size: int) -> Layout:
     raise LayoutMismatch(0, f"one of {known}", f"{map_name} {size} B", "Calico state")
 
 
-def decode(raw: bytes, table: Layout) -> CalicoState:
-    """One state. *raw*: the map value. Raises LayoutMismatch when its length is not the table's."""
+def decode(raw: bytes, table: Layout, version: int = 4) -> CalicoState:
+    """One state, of a packet of IP *version*. *raw*: the map value. Raises LayoutMismatch for another length."""
     if len(raw) != table.size:
         raise LayoutMismatch(0, f"{table.size} bytes", f"{len(raw)} bytes", table.map_name)
-    src, dst, pre_nat, post_nat = (
-        IPv4Address(raw[at : at + 4]) for at in range(table.addresses, table.addresses + 4 * table.stride, table.stride)
-    )
+    family, width = (IPv4Address, 4) if version == 4 else (IPv6Address, table.stride)
+    begin, step = table.addresses, table.stride
+    src, dst, pre_nat, post_nat = (family(raw[at : at + width]) for at in range(begin, begin + 4 * step, step))
+    is_six = version != 4
     sport, dport, pre_dport, post_dport = struct.unpack_from("<HHHH", raw, table.ports)
     rule_ids: tuple[int, ...] = ()
     if table.rules_hit is not None and table.rule_ids is not None:
@@ -151,7 +163,7 @@ def decode(raw: bytes, table: Layout) -> CalicoState:
         rule_ids = struct.unpack_from(f"<{min(hit, MAX_RULES)}Q", raw, table.rule_ids)
     result = reason = None
     if table.fwd is not None:
-        result, _mark, reason = struct.unpack_from("<iII", raw, table.fwd)
+        result, _mark, reason = struct.unpack_from("<iII", raw, table.fwd[is_six])
     return CalicoState(
         src,
         dst,
@@ -164,7 +176,7 @@ def decode(raw: bytes, table: Layout) -> CalicoState:
         raw[table.ip_proto],
         struct.unpack_from("<i", raw, table.pol_rc)[0],
         rule_ids,
-        struct.unpack_from(table.flags_format, raw, table.flags)[0],
+        struct.unpack_from(table.flags_format, raw, table.flags[is_six])[0],
         struct.unpack_from("<h", raw, table.ct_rc)[0],
         result,
         reason,

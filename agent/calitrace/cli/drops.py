@@ -66,6 +66,7 @@ Examples:
 @click.option(
     "--sample", type=click.IntRange(min=1), default=1, show_default=True, help="Show one in this many. All are counted."
 )
+@click.option("--stack", is_flag=True, help="Also the kernel's stack of each drop that is shown.")
 @click.option("--all", "everything", is_flag=True, help="Also what is known to be harmless.")
 @click.option("-r", "--read", "inputs", type=click.Path(path_type=Path, dir_okay=False), help="Read a journal.")
 @click.option("-w", "--write", "path", type=click.Path(path_type=Path, dir_okay=False), help="Record a journal.")
@@ -82,7 +83,7 @@ def command(**options: Any) -> int:
 
     Calico's drops are named by its reason and rule, from its state at that moment, and from its debug log where that
     is on; all others by the kernel's reason and function. A PCAP FILTER sees a packet's first 128 bytes, from the IP
-    header on.
+    header on, and those of the packet that it carries in VXLAN.
     """
     settings = Settings(**options)
     if settings.inputs is not None and settings.path is not None:
@@ -104,6 +105,7 @@ class Settings:
     duration: float | None
     rate_limit: int
     sample: int
+    stack: bool
     everything: bool
     inputs: Path | None
     path: Path | None
@@ -150,7 +152,7 @@ class _Session:
         self._sums = report.Sums()
         self._causes: Counter[str] = Counter()
         self._symbols: dict[int, str] = {}
-        self._netns: int | None = None
+        self._netns = 0
         self._collectors: Collectors | None = None
         self._stopped = False
         self._is_tty = sys.stdout.isatty()
@@ -181,7 +183,7 @@ class _Session:
         from calitrace.cli.probe import LAB_POLICY_DIRS, POLICY_DIRS
         from calitrace.cli.recording import create, header, say
         from calitrace.kernel import discover, headers, symbols, syscall
-        from calitrace.kernel.collectors import Collectors, Plan
+        from calitrace.kernel.collectors import Collectors, Plan, name_condition
 
         settings = self._settings
         types = headers.kernel_btf()
@@ -193,6 +195,10 @@ class _Session:
             rate_limit=settings.rate_limit,
             sample=settings.sample,
             vxlan_port=settings.vxlan_port,
+            netns=self._inum(topology),
+            named_by=name_condition(settings.interfaces),
+            pcap_filter=self._kernel_filter(),
+            stack=settings.stack,
         )
         plan = replace(plan, state_bytes=max(sizes, default=plan.state_bytes))
         warnings = ["nodes with different releases of Calico: only one state layout is read"] * (len(sizes) > 1)
@@ -234,6 +240,7 @@ class _Session:
             stats = {stat.name.lower(): value for stat, value in collectors.stats().items()}
             program = collectors.programs()["collect_drop"]
             self._sum(stats, program.recursion_misses)
+            self._sums.filtered += stats["drop_filtered"]
             self._sums.runs, self._sums.ns = program.run_count, program.run_time_ns
             if writer is not None:
                 writer.write(journal.SYMBOLS, {"names": self._symbols})
@@ -248,6 +255,19 @@ class _Session:
                 click.echo(_CLEAR, nl=False)
             self._show_top(collectors)
             self._close()
+
+    def _kernel_filter(self) -> str:
+        """The pcap filter as C, or nothing where it can only be applied to what was sent."""
+        from calitrace.cbpf import Untranslatable, c_function
+        from calitrace.cli.recording import say
+
+        if self._filter is None:
+            return ""
+        try:
+            return c_function("pcap_filter", self._filter.instructions)
+        except Untranslatable as why:
+            say(f"warning: the filter looks at what --rate-limit lets through: {why}")
+            return ""
 
     def _watch(self, topology: Topology, collectors: Collectors) -> None:
         """Read Calico's state in each node's namespace, as far as its release has the plan's size."""
@@ -316,24 +336,30 @@ class _Session:
             self._wall_ns = header["wall_ns"] - header["mono_ns"]
         except (KeyError, TypeError) as wrong:
             raise Malformed(0, "a header with all that drops need", f"no {wrong}", "journal") from wrong
+        self._netns = self._inum(self._whole)
+
+    def _inum(self, topology: Topology) -> int:
+        """The inode number of the namespace asked for, 0 for any. Raises UsageError for an unknown one."""
         name = self._settings.netns
-        if name:
-            every = (*self._topology.namespaces.values(), *self._whole.namespaces.values())
-            names = {each.name: each.inum for each in every}
-            if name not in names:
-                raise UsageError(f"no network namespace {name!r}", f"there are {', '.join(sorted(names))}")
-            self._netns = names[name]
+        if not name:
+            return 0
+        every = (*topology.shortened().namespaces.values(), *topology.namespaces.values())
+        names = {each.name: each.inum for each in every}
+        if name not in names:
+            raise UsageError(f"no network namespace {name!r}", f"there are {', '.join(sorted(names))}")
+        return names[name]
 
     # -- through ----------------------------------------------------------------------------------------
 
     def _take(self, records: list[bytes], resolve: Any) -> None:
-        from calitrace.model import Drop
+        from calitrace.model import Drop, StackCopy
 
         events = []
         for raw in records:
             events += [(event, raw) for event in self._decoder.iter_events([raw])]
-        fresh = {event.location for event, _ in events if isinstance(event, Drop)} - self._symbols.keys()
-        self._symbols.update(resolve(fresh))
+        fresh = {event.location for event, _ in events if isinstance(event, Drop)}
+        fresh.update(each for event, _ in events if isinstance(event, StackCopy) for each in event.addresses)
+        self._symbols.update(resolve(fresh - self._symbols.keys()))
         for event, raw in events:
             self._show_all(self._joiner.feed(event, raw))
         self._show_all(self._joiner.flush())
@@ -352,12 +378,13 @@ class _Session:
         from calitrace.correlate.noise import why_harmless
 
         settings, event = self._settings, dropped.event
-        wanted = not self._is_full() and self._netns in (None, event.netns)
-        if not wanted or (self._filter is not None and not self._filter.matches(dropped.capture)):
+        wanted = not self._is_full() and self._netns in (0, event.netns)
+        if not wanted or not self._matches(dropped.capture):
             self._sums.filtered += 1
             return
         cause = self._explain(dropped)
-        if cause.sources == ("hook",) and not cause.by_calico and self._look_again():
+        unknown = event.ifindex and not cause.place.interface
+        if (unknown or (cause.sources == ("hook",) and not cause.by_calico)) and self._look_again():
             cause = self._explain(dropped)
         if not settings.wants(cause):
             self._sums.filtered += 1
@@ -376,13 +403,24 @@ class _Session:
         if settings.top:
             return
         if settings.output == "json":
-            click.echo(self._report.dump(self._report.drop_object(dropped, cause, harmless, time_ns)))
+            click.echo(self._report.dump(self._report.drop_object(dropped, cause, harmless, time_ns, self._names)))
             return
         clock = datetime.fromtimestamp(time_ns / 1e9).astimezone().strftime("%H:%M:%S.%f")[:-3]
         click.secho(self._report.table_line(dropped, cause, clock), fg="red" if cause.by_calico else None)
+        if settings.stack:
+            for line in self._drops.stack(dropped, self._names):
+                click.echo(f"        {line}")
         if settings.verbose:
             for line in self._report.iter_explanation(cause, harmless):
                 click.echo(line)
+
+    def _matches(self, capture: bytes) -> bool:
+        from calitrace.packet import inside_vxlan
+
+        if self._filter is None:
+            return True
+        inner = inside_vxlan(capture, self._settings.vxlan_port)
+        return self._filter.matches(capture) or (inner != b"" and self._filter.matches(inner))
 
     def _explain(self, dropped: Dropped) -> Cause:
         return self._drops.explain(dropped.event, dropped.passages, dropped.state, self._topology, self._names)
@@ -393,6 +431,7 @@ class _Session:
         sums = self._sums
         sums.seen, sums.lost = stats["drop_seen"], stats["drop_lost"]
         sums.limited, sums.unsampled = stats.get("drop_limited", 0), stats.get("drop_unsampled", 0)
+        sums.stacks_lost = stats.get("stack_lost", 0)
         sums.missed, sums.other = missed, stats.get("drop_other", 0)
         sums.malformed = sum(self._decoder.malformed.values())
 

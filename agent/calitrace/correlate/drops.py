@@ -21,7 +21,7 @@ from calitrace.calico.log import Reader
 from calitrace.calico.passage import Assembler
 from calitrace.errors import LayoutMismatch
 from calitrace.events import CAPTURE_BYTES, DROP
-from calitrace.model import Drop, LogLine, StateCopy
+from calitrace.model import Drop, LogLine, StackCopy, StateCopy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -131,6 +131,7 @@ def explain(drop: Drop, passages: Sequence[Passage], copy: StateCopy | None, top
             evidence=tuple(evidence),
         )
     link, namespace = topology.link(drop.netns, drop.ifindex), topology.namespace(drop.netns)
+    evidence += [f"at this hook: {each}" for each in (link.chain.get(hook, ()) if link else ())]
     passage = _denial(passages, link)
     held = _held(drop, copy, namespace, evidence)
     code, rules = _reason(passage, held)
@@ -167,7 +168,7 @@ def explain(drop: Drop, passages: Sequence[Passage], copy: StateCopy | None, top
         f"dropped by Calico: {detail}",
         detail,
         place,
-        Confidence.PROVEN if said else Confidence.LIKELY,
+        Confidence.PROVEN if said and not (passage is None and held and held.unread) else Confidence.LIKELY,
         True,
         calico_reason,
         reason,
@@ -207,8 +208,9 @@ def _held(
     except LayoutMismatch as unknown:
         evidence.append(str(unknown))
         return None
-    held = state.decode(copy.raw, table)
+    held = None
     for layer in drop.packet.layers:
+        held = state.decode(copy.raw, table, layer.src.version)
         if held.holds(layer.proto, str(layer.src), layer.sport, str(layer.dst), layer.dport):
             policy = state.POLICY_RESULTS.get(held.pol_rc, str(held.pol_rc))
             evidence.append(
@@ -216,7 +218,13 @@ def _held(
                 f"reason {held.calico_reason if held.calico_reason is not None else 'not kept'}, "
                 f"conntrack {held.conntrack}"
             )
+            if held.passed and not held.conntrack_problem:
+                evidence.append("Calico's program that wrote this state let the packet pass: another one dropped it")
+                return None
             return held
+    if held is not None and held.unread:
+        evidence.append(f"Calico's state: reason {held.calico_reason}, denied before the packet's addresses were read")
+        return held
     evidence.append("Calico's state held another packet by then: not used")
     return None
 
@@ -243,6 +251,7 @@ class Dropped:
     raw: bytes
     passages: list[Passage]
     state: StateCopy | None = None
+    stack: tuple[int, ...] = ()
 
     @property
     def capture(self) -> bytes:
@@ -252,8 +261,16 @@ class Dropped:
         return self.raw[begin : begin + min(length, CAPTURE_BYTES)]
 
 
+def stack(dropped: Dropped, names: Names) -> Iterator[str]:
+    """The functions that led to a drop, innermost first, from the one that dropped; without our own program's."""
+    addresses, location = dropped.stack, dropped.event.location
+    begin = addresses.index(location) if location in addresses else 0
+    for address in addresses[begin:]:
+        yield names.symbols.get(address, f"{address:#x}")
+
+
 class Joiner:
-    """Puts drops together with the log lines before and the state after them, from events in ring-buffer order."""
+    """Puts drops together with the log lines before them and the stack and state after them; in ring-buffer order."""
 
     def __init__(self) -> None:
         self._reader = Reader()
@@ -268,11 +285,14 @@ class Joiner:
             for passage in self._assembler.feed(self._reader.line(event)):
                 self._passages[event.cpu] = passage
             return
-        waiting = self._waiting.pop(event.cpu, None)
+        waiting = self._waiting.get(event.cpu)
         if waiting is not None:
+            if isinstance(event, StackCopy) and event.skbaddr == waiting.event.skbaddr:
+                waiting.stack = event.addresses
+                return  # the state comes behind it
             if isinstance(event, StateCopy) and event.skbaddr == waiting.event.skbaddr:
                 waiting.state = event
-            yield waiting
+            yield self._waiting.pop(event.cpu)
         if isinstance(event, Drop):
             cut = self._assembler.cut(event.cpu)
             last = deque([self._passages.pop(event.cpu, None), *cut], maxlen=1)

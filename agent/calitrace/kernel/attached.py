@@ -52,7 +52,7 @@ def _attached(route: Any, index: int, with_clsact: set[int]) -> dict[str, list[i
         except OSError:
             found[hook] = []  # no tcx before Linux 6.6
     if index in with_clsact:
-        for hook, _, identifier in tc.iter_programs(route, index):
+        for hook, _, identifier, _ in tc.iter_programs(route, index):
             found[hook].append(identifier)
     return found
 

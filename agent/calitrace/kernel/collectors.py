@@ -22,13 +22,15 @@ from calitrace.kernel.ring import Ring
 from calitrace.model import Cell
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from calitrace.btf import Btf
 
 WAKE_BYTES = 64 * 1024  # of a CPU
 RING_BYTES = 4 * 1024 * 1024
 RECORDER_LINES = 256
+_IFNAMSIZ = 16
+_TYPED = "kfree_skb"  # the one tracepoint whose program must be cheap, since it runs for packets of others
 _NO_TAG = 0xFFFFFFFF  # a sequence number shifted right is never this
 
 
@@ -39,8 +41,10 @@ class Plan:
     *run_id*: 32 bits, the identity that our probes carry; 0 matches none. *client*: the probes' source address
     and inclusive port range, which survives NAT and encapsulation. *drop_all*: send every drop, not only the
     run's, but no more than *rate_limit* a second (0: no limit) and one in *sample*; *drop_count_only*: send none.
-    *drop_cells*: entries of the table of totals. *log*: "" for none, "flight" for the lines that led to a probe's
-    event, "stream" for all. *state_bytes*: value size of Calico's state maps.
+    *drop_cells*: entries of the table of totals. *netns* (0: any), *named_by* (C, see ``name_condition``; empty: any)
+    and *pcap_filter* (C, see ``cbpf``): which drops are sent, of those that *drop_all* sends. *stack*: send the
+    kernel's stack with each. *log*: "" for none, "flight" for the lines that led to a probe's event, "stream" for
+    all. *state_bytes*: value size of Calico's state maps.
     """
 
     drop: bool = True
@@ -51,6 +55,10 @@ class Plan:
     rate_limit: int = 0
     sample: int = 1
     drop_cells: int = 8192
+    netns: int = 0
+    named_by: str = ""
+    pcap_filter: str = ""
+    stack: bool = False
     run_id: int = 0
     client: tuple[str, int, int] | None = None
     vxlan_port: int = 4789
@@ -87,6 +95,8 @@ class Plan:
             "HAVE_DROP_REASON": drop_reason,
             "DROP_ALL": self.drop_all,
             "DROP_COUNT_ONLY": self.drop_count_only,
+            "PCAP_FILTER": bool(self.pcap_filter),
+            "WITH_STACK": self.stack,
             "LOG_STREAM": self.log == "stream",
             "WITH_LOG": self.log == "flight",
         }
@@ -107,6 +117,8 @@ class Plan:
             "SAMPLE": str(self.sample),
             "DROP_CELLS": str(self.drop_cells),
             **{f"{each}_REASON": f"{numbers[each]}u" for each in ("TC_INGRESS", "TC_EGRESS") if each in numbers},
+            **({"NETNS": f"{self.netns}u"} if self.netns else {}),
+            **({"NAMED_BY": self.named_by} if self.named_by else {}),
             **{name: "1" for name, on in flags.items() if on},
         }
 
@@ -120,35 +132,63 @@ class Collectors:
         self._stack = ExitStack()
         self._bpf: Any = None
         self._descriptors: dict[str, int] = {}
-        self._attached: list[str] = []
+        self._attached: list[str | int] = []  # tracepoints that BCC attached to, and descriptors of our links
+        self._is_typed = False
 
     def __enter__(self) -> Collectors:
         """Compile, verify, attach. Raises EnvironmentUnfit (CompileFailed with the verifier's log)."""
         types = self._types or headers.kernel_btf()
-        text = "".join(loader.bpf_source(name).replace("#pragma once", "") for name in self.plan.sources())
+        parts = {name: loader.bpf_source(name).replace("#pragma once", "") for name in self.plan.sources()}
+        parts["include/packet.h"] += self.plan.pcap_filter
+        text = "".join(parts.values())
+        reasons = types.enum("skb_drop_reason") if types else None
+        defines = self.plan.defines(has_drop_reason(types), reasons)
         with self._stack:
-            reasons = types.enum("skb_drop_reason") if types else None
-            defines = self.plan.defines(has_drop_reason(types), reasons)
-            self._bpf = loader.compile_bpf(text, defines=defines, types=types)
-            self._stack.callback(self._bpf.cleanup)
-            for _, function in self.plan.attachments():
-                self._descriptors[function] = loader.load_raw_tracepoint(self._bpf, function)
+            try:
+                self._load(text, {**defines, "TYPED": "1"}, types)
+            except loader.CompileFailed:  # before Linux 5.5, and where such programs are not permitted
+                self._load(text, defines, types)
             events = self._bpf[b"events"]
             self._ring = Ring(events.map_fd, syscall.map_info(events.map_fd).max_entries)
             self._stack.callback(self._ring.close)
             for tracepoint, function in self.plan.attachments():
-                loader.attach_raw_tracepoint(self._bpf, tracepoint, function)
-                self._attached.append(tracepoint)
+                self._attach(tracepoint, function)
             self._stack = self._stack.pop_all()
         return self
 
+    def _load(self, text: str, defines: dict[str, str], types: Btf | None) -> None:
+        bpf = loader.compile_bpf(text, defines=defines, types=types)
+        with ExitStack() as stack:
+            stack.callback(bpf.cleanup)
+            for tracepoint, function in self.plan.attachments():
+                if "TYPED" in defines and tracepoint == _TYPED:
+                    descriptor = loader.load_typed_tracepoint(bpf, tracepoint, function, types)
+                    stack.callback(os.close, descriptor)
+                else:
+                    descriptor = loader.load_raw_tracepoint(bpf, function)
+                self._descriptors[function] = descriptor
+            self._bpf, self._is_typed = bpf, "TYPED" in defines
+            self._stack.enter_context(stack.pop_all())
+
+    def _attach(self, tracepoint: str, function: str) -> None:
+        if self._is_typed and tracepoint == _TYPED:
+            self._attached.append(syscall.attach_typed_tracepoint(self._descriptors[function]))
+        else:
+            loader.attach_raw_tracepoint(self._bpf, tracepoint, function)
+            self._attached.append(tracepoint)
+
     def __exit__(self, *_: object) -> None:
+        self.stop()
         self._stack.close()
 
     def stop(self) -> None:
         """Detach: what stands in the ring and in the maps is final, and can still be read."""
         while self._attached:
-            self._bpf.detach_raw_tracepoint(self._attached.pop().encode())
+            attached = self._attached.pop()
+            if isinstance(attached, int):
+                os.close(attached)
+            else:
+                self._bpf.detach_raw_tracepoint(attached.encode())
 
     def watch_state(self, maps: Mapping[int, int]) -> None:
         """Read Calico's state at each drop. *maps*: namespace inode number to id of its cali_state map.
@@ -206,3 +246,25 @@ def has_drop_reason(types: Btf | None) -> bool:
     if types is None:
         return False
     return "enum skb_drop_reason" in (types.parameters("btf_trace_kfree_skb") or [])
+
+
+def name_condition(patterns: Sequence[str]) -> str:
+    """C that holds when the two u64 of ``name``, an interface's, fit one of *patterns*: ``eth0``, ``cali*``.
+
+    Empty when there are none, or when one has other wildcards: then only the reader can tell.
+    """
+    either = []
+    for pattern in patterns:
+        literal = pattern.removesuffix("*").encode()
+        if any(each in b"*?[]" for each in literal) or len(literal) >= _IFNAMSIZ:
+            return ""
+        wanted, mask = literal, b"\xff" * len(literal)
+        if not pattern.endswith("*"):
+            mask += b"\xff"  # the NUL behind it
+        mask, wanted = mask.ljust(_IFNAMSIZ, b"\0"), wanted.ljust(_IFNAMSIZ, b"\0")
+        both = []
+        for n in range(2):
+            m, w = (int.from_bytes(each[8 * n : 8 * n + 8], sys.byteorder) for each in (mask, wanted))
+            both.append(f"(name[{n}]&{m:#x}ULL)=={w:#x}ULL")
+        either.append("(" + "&&".join(both) + ")")
+    return "||".join(either)

@@ -11,14 +11,11 @@ import os
 import socket
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from calitrace.errors import EnvironmentUnfit, UsageError
 from calitrace.kernel import netns, syscall, tc
 from calitrace.model import Link, Namespace, Role, Topology
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 _WORKLOAD_PREFIX = "cali"
 _CLSACT = "clsact"
@@ -65,10 +62,13 @@ def _namespace(route: Any, inum: int, name: str) -> Namespace:
         index = message["index"]
         calico: dict[str, tuple[str, ...]] = {}
         foreign: dict[str, tuple[str, ...]] = {}
-        programs = dict(_filters(route, index)) if index in with_clsact else {}
-        for hook in tc.HOOKS:
-            ids = programs.get(hook, []) + _tcx(index, hook)
-            infos = [_program(each) for each in ids]
+        chain: dict[str, tuple[str, ...]] = {}
+        for hook, attached in _attached(route, index, index in with_clsact).items():
+            infos = [_program(identifier) for _, identifier in attached]
+            chain[hook] = tuple(
+                f"{how} {info.name} id {info.id} tag {info.tag} loaded at boot + {info.load_time_ns / 1e9:.1f} s"
+                for (how, _), info in zip(attached, infos, strict=True)
+            )
             calico[hook] = tuple(i.name for i in infos if is_calico(i.name))
             foreign[hook] = tuple(i.name for i in infos if not is_calico(i.name))
             for info in infos:
@@ -85,6 +85,7 @@ def _namespace(route: Any, inum: int, name: str) -> Namespace:
             {hook: names for hook, names in foreign.items() if names},
             nsids.get(message.get_attr("IFLA_LINK_NETNSID"), 0),
             message.get_attr("IFLA_LINK") or 0,
+            {hook: programs for hook, programs in chain.items() if programs},
         )
     return Namespace(
         inum,
@@ -103,12 +104,12 @@ def is_calico(program: str) -> bool:
     return program.startswith("cali")
 
 
-def _filters(route: Any, index: int) -> Iterator[tuple[str, list[int]]]:
-    """(hook, program ids) of the classic tc filters of an interface, in the order in which they run."""
-    found: dict[str, list[int]] = {hook: [] for hook in tc.HOOKS}
-    for hook, _, identifier in tc.iter_programs(route, index):
-        found[hook].append(identifier)
-    yield from found.items()
+def _attached(route: Any, index: int, with_clsact: bool) -> dict[str, list[tuple[str, int]]]:
+    """By hook (how it is attached, program id), in the order in which they run: tcx comes before classic tc."""
+    found = {hook: [("tcx", identifier) for identifier in _tcx(index, hook)] for hook in tc.HOOKS}
+    for hook, _, identifier, priority in tc.iter_programs(route, index) if with_clsact else ():
+        found[hook].append((f"tc pref {priority}", identifier))
+    return found
 
 
 def _tcx(index: int, hook: str) -> list[int]:

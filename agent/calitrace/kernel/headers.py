@@ -22,7 +22,7 @@ BTF_PATH = Path("/sys/kernel/btf/vmlinux")
 STRUCTS: dict[str, tuple[str, ...]] = {
     "ns_common": ("inum",),
     "net": ("ns",),
-    "net_device": ("ifindex", "nd_net", "hard_header_len"),
+    "net_device": ("name", "ifindex", "nd_net", "hard_header_len"),
     "sk_buff": (
         "dev",
         "len",
@@ -126,6 +126,8 @@ def _declare(types: Btf, type_id: int, name: str) -> str:
             return f"struct {types.name(inner)} {name};{pad}"
         fields = " ".join(_declare(types, m.type_id, m.name) for m in types.members(inner))
         return f"struct {{ {fields} }} {name};"
+    if kind == btf.KIND_ARRAY:
+        return f"u8 {name}[{types.size(inner)}];"
     return f"u{8 * types.size(inner)} {name};"
 
 

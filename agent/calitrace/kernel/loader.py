@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from calitrace import btf
 from calitrace.errors import EnvironmentUnfit
-from calitrace.kernel import headers
+from calitrace.kernel import headers, syscall
 
 if TYPE_CHECKING:
     from calitrace.btf import Btf
@@ -157,3 +158,17 @@ def attach_raw_tracepoint(bpf: Any, tracepoint: str, function: str) -> None:
         except Exception as failure:
             cause = f"cannot attach to raw tracepoint {tracepoint}: {failure}"
     raise EnvironmentUnfit(f"{cause} {log.text.strip()}".strip(), "calitrace doctor names what this costs")
+
+
+def load_typed_tracepoint(bpf: Any, tracepoint: str, function: str, types: Btf | None) -> int:
+    """Verify one function as a program that knows the types of the tracepoint's arguments; its file descriptor.
+
+    Raises CompileFailed with the verifier's log.
+    """
+    identifier = types.find(f"btf_trace_{tracepoint}", btf.KIND_TYPEDEF) if types else None
+    if identifier is None:
+        raise CompileFailed(f"this kernel does not tell the types of tracepoint {tracepoint}", "")
+    try:
+        return syscall.load_typed_tracepoint(bpf.dump_func(function.encode()), identifier, function)
+    except OSError as failure:
+        raise CompileFailed(f"the kernel refuses BPF program {function}", str(failure)) from failure

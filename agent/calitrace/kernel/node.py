@@ -292,7 +292,7 @@ def _attached(route: Any, index: int, clsact: bool, known: dict[int, Program]) -
             if failure.errno == errno.EPERM:  # others mean a kernel before 6.6, which has no tcx
                 raise
     if clsact:
-        for hook, _name, identifier in tc.iter_programs(route, index):
+        for hook, _name, identifier, _ in tc.iter_programs(route, index):
             ids[hook].append(identifier)
     return {hook: tuple(_program(each, known) for each in found) for hook, found in ids.items() if found}
 

@@ -6,6 +6,7 @@ import ctypes
 from ctypes.util import find_library
 
 from calitrace.errors import EnvironmentUnfit, UsageError
+from calitrace.packet import ip_length
 
 DLT_RAW = 12  # packets begin with their IP header
 _SNAPLEN = 262144
@@ -49,7 +50,13 @@ class Filter:
         if failed:
             raise UsageError(f"filter {expression!r}: {cause}", "the language is that of tcpdump: man pcap-filter")
 
+    @property
+    def instructions(self) -> list[tuple[int, int, int, int]]:
+        """The classic BPF that libpcap made: (code, jt, jf, k)."""
+        each = self._program.instructions
+        return [(each[n].code, each[n].jt, each[n].jf, each[n].k) for n in range(self._program.length)]
+
     def matches(self, packet: bytes) -> bool:
-        """Whether the expression holds for a packet that begins with its IP header."""
-        header = _Header(0, 0, len(packet), len(packet))
+        """Whether the expression holds for a packet that begins with its IP header, and may be cut off."""
+        header = _Header(0, 0, len(packet), ip_length(packet))
         return bool(self._pcap.pcap_offline_filter(ctypes.byref(self._program), ctypes.byref(header), packet))

@@ -20,6 +20,7 @@ _MAP_CREATE, _OBJ_PIN, _OBJ_GET = 0, 6, 7
 _PROG_GET_NEXT_ID, _MAP_GET_NEXT_ID = 11, 12
 _PROG_GET_FD_BY_ID, _MAP_GET_FD_BY_ID = 13, 14
 _OBJ_GET_INFO_BY_FD = 15
+_PROG_LOAD, _RAW_TRACEPOINT_OPEN = 5, 17
 _PROG_QUERY = 16
 _BTF_GET_FD_BY_ID = 19
 _MAP_LOOKUP_ELEM, _MAP_UPDATE_ELEM, _MAP_DELETE_ELEM, _MAP_GET_NEXT_KEY = 1, 2, 3, 4
@@ -28,6 +29,8 @@ _ENABLE_STATS = 32
 
 MAP_TYPE_PROG_ARRAY = 3
 _TCX = {"ingress": 46, "egress": 47}  # enum bpf_attach_type
+_PROG_TYPE_TRACING, _TRACE_RAW_TP = 26, 23
+_LOG_BYTES = 1 << 20
 _MOST_PROGRAMS = 64  # the kernel's BPF_MPROG_MAX
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -351,6 +354,38 @@ class Batch:
                 ctypes.string_at(self._keys, count * key_size),
                 ctypes.string_at(self._values, count * value_size),
             )
+
+
+def load_typed_tracepoint(instructions: bytes, btf_id: int, name: str) -> int:
+    """A file descriptor of a program that reads a raw tracepoint's arguments by their types (Linux 5.5).
+
+    *btf_id*: of the tracepoint's typedef ``btf_trace_NAME``. Raises OSError; its text ends with the verifier's log.
+    """
+    attr = _Attr()
+    code, log = ctypes.create_string_buffer(instructions, len(instructions)), ctypes.create_string_buffer(_LOG_BYTES)
+    licence = ctypes.create_string_buffer(b"GPL")
+    attr.u32[0:2] = (_PROG_TYPE_TRACING, len(instructions) // 8)
+    attr.u64[1:3] = (ctypes.addressof(code), ctypes.addressof(licence))
+    for index, byte in enumerate(name.encode()[:15]):
+        attr.bytes[48 + index] = byte
+    attr.u32[17] = _TRACE_RAW_TP
+    attr.u32[27] = btf_id
+    try:
+        return _call(_PROG_LOAD, attr)
+    except OSError:
+        attr.u32[6:8] = (1, len(log))  # once more, to be told why
+        attr.u64[4] = ctypes.addressof(log)
+        try:
+            return _call(_PROG_LOAD, attr)
+        except OSError as failure:
+            raise OSError(failure.errno, f"{failure.strerror}\n{log.value.decode(errors='replace')}") from None
+
+
+def attach_typed_tracepoint(program: int) -> int:
+    """A descriptor that keeps the program attached while it is open. Raises OSError."""
+    attr = _Attr()
+    attr.u32[2] = program
+    return _call(_RAW_TRACEPOINT_OPEN, attr)
 
 
 def map_create(

@@ -10,8 +10,8 @@ HOOKS = {"ingress": 0xFFFFFFF2, "egress": 0xFFFFFFF3}
 _LATER_ATTRIBUTES = (("TCA_BPF_FLAGS_GEN", "uint32"), ("TCA_BPF_TAG", "hex"), ("TCA_BPF_ID", "uint32"))
 
 
-def iter_programs(route: Any, index: int) -> Iterator[tuple[str, str, int]]:
-    """(hook, name of the filter, program id) of an interface, in the order in which they run.
+def iter_programs(route: Any, index: int) -> Iterator[tuple[str, str, int, int]]:
+    """(hook, name of the filter, program id, priority) of an interface, in the order in which they run.
 
     *route*: an ``IPRoute`` of the namespace.
     """
@@ -21,7 +21,7 @@ def iter_programs(route: Any, index: int) -> Iterator[tuple[str, str, int]]:
             options = message.get_attr("TCA_OPTIONS")
             identifier = options.get_attr("TCA_BPF_ID") if options is not None else None
             if message.get_attr("TCA_KIND") == "bpf" and identifier:
-                yield hook, options.get_attr("TCA_BPF_NAME") or "", int(identifier)
+                yield hook, options.get_attr("TCA_BPF_NAME") or "", int(identifier), message["info"] >> 16
 
 
 def _teach_attributes() -> None:

@@ -194,7 +194,7 @@ def iter_attached(lab: Lab, part: str) -> Iterator[Attachment]:
     with inside(lab.namespace(part)) as route:
         for link in route.get_links():
             interface = link.get_attr("IFLA_IFNAME")
-            for hook, name, identifier in tc.iter_programs(route, link["index"]):
+            for hook, name, identifier, _ in tc.iter_programs(route, link["index"]):
                 yield Attachment(part, interface, hook, name, identifier)
 
 

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from calitrace.correlate.drops import stack
 from calitrace.packet import PROTOCOLS
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class Sums:
     limited: int = 0
     unsampled: int = 0
     lost: int = 0
+    stacks_lost: int = 0
     missed: int = 0
     other: int = 0
     malformed: int = 0
@@ -52,6 +54,8 @@ class Sums:
             if number
         ]
         text = f"{self.seen} drops seen: {', '.join(parts)}, {self.lost} lost"
+        if self.stacks_lost:
+            text += f"; {self.stacks_lost} stacks lost"
         if self.missed:
             text += f"; {self.missed} more in an interrupted program"
         if self.runs:
@@ -70,6 +74,7 @@ class Sums:
             "unsampled": self.unsampled,
             "malformed": self.malformed,
             "events_lost": self.lost,
+            "stacks_lost": self.stacks_lost,
             "programs_missed": self.missed,
             "in_no_cell": self.other,
             "runs": self.runs,
@@ -111,7 +116,7 @@ def iter_explanation(cause: Cause, harmless: str) -> Iterator[str]:
         yield f"    {line}"
 
 
-def drop_object(dropped: Dropped, cause: Cause, harmless: str, time_ns: int) -> dict[str, Any]:
+def drop_object(dropped: Dropped, cause: Cause, harmless: str, time_ns: int, names: Names) -> dict[str, Any]:
     """One drop. *time_ns*: since 1970."""
     event, layer = dropped.event, dropped.event.packet.inner
     return {
@@ -137,6 +142,7 @@ def drop_object(dropped: Dropped, cause: Cause, harmless: str, time_ns: int) -> 
         "rules": list(cause.rules),
         "sources": list(cause.sources),
         "evidence": list(cause.evidence),
+        "stack": list(stack(dropped, names)),
         "harmless": harmless or None,
     }
 
