@@ -455,10 +455,7 @@ def _counters(where: Path, names: dict[int, str]) -> Rows:
 
 
 def _clsact_drops() -> dict[int, int]:
-    from pyroute2 import IPRoute
-
-    with IPRoute() as route:
-        return {each.ifindex: each.drops for each in counters.iter_qdiscs(route) if each.kind == "clsact"}
+    return {each.ifindex: each.drops for each in counters.iter_qdiscs() if each.kind == "clsact"}
 
 
 def _drops(
