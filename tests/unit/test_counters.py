@@ -167,6 +167,8 @@ def test_what_we_count_ourselves_where_the_kernel_does_not() -> None:
 def test_a_choice_of_interfaces() -> None:
     rows = report.table(None, FIRST, Choice(("cali*",))).rows
     assert {row.key.interface for row in rows} == {POD}
+    said = list(report.iter_notes(report.table(None, FIRST, Choice(("cali*", "eht0")))))
+    assert said == ["no interface is called eht0"]
     after = replace(LATER, interfaces=())
     assert report.table(FIRST, after, Choice(("cali*",))).gone == (POD,)
     assert report.table(FIRST, after, Choice()).gone == ("eth0", POD)

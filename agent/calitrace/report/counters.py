@@ -40,12 +40,16 @@ class Choice:
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of one reading that are shown. *seconds*: since the reading before, None for the first."""
+    """The rows of one reading that are shown. *seconds*: since the reading before, None for the first.
+
+    *unknown*: patterns that no interface matches.
+    """
 
     reading: Reading
     seconds: float | None
     rows: tuple[Row, ...]
     gone: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
 
 
 def table(before: Reading | None, after: Reading, choice: Choice) -> Table:
@@ -56,7 +60,9 @@ def table(before: Reading | None, after: Reading, choice: Choice) -> Table:
         rows, gone = counters.rates(before, after), counters.gone(before, after)
         seconds = (after.mono_ns - before.mono_ns) / 1e9
     shown = tuple(row for row in rows if choice.takes(row, first=before is None))
-    return Table(after, seconds, shown, tuple(each for each in gone if choice.matches(each)))
+    names = {row.key.interface for row in rows}
+    unknown = tuple(each for each in choice.interfaces if not fnmatch.filter(names, each))
+    return Table(after, seconds, shown, tuple(each for each in gone if choice.matches(each)), unknown)
 
 
 def iter_text(found: Table, clock: str) -> Iterator[str]:
@@ -96,6 +102,8 @@ def iter_notes(found: Table) -> Iterator[str]:
     """What the table cannot say, for stderr."""
     for source, why in counters.missing(found.reading).items():
         yield f"no counters of {source}: {why}"
+    if found.unknown:
+        yield f"no interface is called {', '.join(found.unknown)}"
     if found.gone:
         yield f"gone since the last reading, with what they counted: {', '.join(found.gone)}"
     hooks = [f"{row.key.interface} {row.key.place}" for row in found.rows if row.total is None]
