@@ -14,7 +14,7 @@ from tests.unit import packets
 from tests.unit.packets import CLIENT, NODE_A, POD, SPORT, TARGET_PORT, Recorder, calico_state
 from tests.unit.test_verdict import A_NS, B_NS, CALI, NO_SOCKET, REASONS, RULE, TC_EGRESS, TC_INGRESS, UPLINK, topology
 
-from calitrace.calico import state
+from calitrace.calico import pods, state
 from calitrace.correlate import noise
 from calitrace.correlate.drops import Cause, Confidence, Dropped, Joiner, Names, Place, explain, stack
 from calitrace.decode import decode
@@ -222,9 +222,13 @@ def test_lines_and_objects() -> None:
     recorder.drop(A_NS, 99, b"\0" * 40, NO_SOCKET)
     recorder.drop(A_NS, UPLINK, b"", NO_SOCKET)
     found = list(zip(joined(recorder), causes(recorder), strict=True))
-    lines = [report.table_line(dropped, cause, "12:00:00.123").split(maxsplit=1)[1] for dropped, cause in found]
+    lines = [
+        report.table_line(dropped, cause, "12:00:00.123", Names(pods={"cali1": "default/web"})).split(maxsplit=1)[1]
+        for dropped, cause in found
+    ]
     assert lines[0] == (
         f"cali1 out           tcp SYN {CLIENT}:{SPORT} > {POD}:8080 calico DROPPED_BY_POLICY rule {RULE:#018x} [state]"
+        " default/web"
     )
     assert [line.split("  ")[-1].strip() for line in lines[1:]] == [
         "calico cause not recorded [hook]",
@@ -316,3 +320,17 @@ def test_pcapng_blocks(raw: bytes, time_ns: int, comment: str) -> None:
     assert packet[1][at + 4 :].startswith(comment.encode())
     assert struct.unpack_from("<IIIII", second[1])[4] == max(3, len(raw))
     assert struct.unpack_from("<I", third[1]) == (1,)
+
+
+CNI = {
+    "kind": "cniCacheV1",
+    "cniArgs": [["IgnoreUnknown", "1"], ["K8S_POD_NAMESPACE", "shop"], ["K8S_POD_NAME", "web-0"]],
+    "result": {"interfaces": [{"name": "cali12d4a061371"}, {"name": "eth0"}], "ips": [{"address": "10.65.0.2/32"}]},
+}
+
+
+def test_pods_of_interfaces() -> None:
+    assert pods.from_cni_result(json.dumps(CNI).encode()) == {"cali12d4a061371": "shop/web-0"}
+    for other in (b"", b"[]", b"{}", b'{"cniArgs": [], "result": null}', b"\xff"):
+        assert pods.from_cni_result(other) == {}
+    assert pods.interface_of("default", "podA") == "cali7f94ce7c295"  # as in Calico's own tests

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from typing import TYPE_CHECKING
 
 import pytest
 from tests.kubernetes_api import KubernetesApi
 
+from calitrace.cluster import pods
 from calitrace.cluster.kubernetes import ApiRefused, Cluster
 from calitrace.errors import EnvironmentUnfit, Exit
 
@@ -172,3 +174,19 @@ def test_a_watch_by_the_official_client(api: KubernetesApi, tmp_path: Path) -> N
         events = watch.Watch().stream(core.list_node, resource_version=listed.metadata.resource_version)
         seen = [(event["type"], event["object"].metadata.name) for _, event in zip(range(2), events, strict=False)]
     assert seen == [("ADDED", "b"), ("DELETED", "a")]
+
+
+def test_pods_are_named_by_what_the_cni_left(tmp_path: Path) -> None:
+    arguments = [["K8S_POD_NAMESPACE", "shop"], ["K8S_POD_NAME", "web-0"]]
+    (tmp_path / "a").write_text(json.dumps({"cniArgs": arguments, "result": {"interfaces": [{"name": "cali1"}]}}))
+    (tmp_path / "b").mkdir()
+    (tmp_path / "c").write_text("{")
+    assert pods.of_this_node(tmp_path) == {"cali1": "shop/web-0"}
+
+
+def test_pods_are_named_by_kubernetes(api: KubernetesApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    api.put("/api/v1/namespaces/default/pods/podA", {"spec": {"nodeName": "elsewhere"}})
+    monkeypatch.setenv("KUBECONFIG", api.kubeconfig(tmp_path / "config"))
+    assert pods.of_this_node(tmp_path / "none") == {"cali7f94ce7c295": "default/podA"}
+    monkeypatch.setenv("KUBECONFIG", api.kubeconfig(tmp_path / "config", token="wrong"))
+    assert pods.of_this_node(tmp_path / "none") == {}

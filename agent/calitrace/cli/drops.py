@@ -182,6 +182,7 @@ class _Session:
         from calitrace import journal
         from calitrace.cli.probe import LAB_POLICY_DIRS, POLICY_DIRS
         from calitrace.cli.recording import create, header, say
+        from calitrace.cluster import pods
         from calitrace.kernel import discover, headers, symbols, syscall
         from calitrace.kernel.collectors import Collectors, Plan, name_condition
 
@@ -203,7 +204,7 @@ class _Session:
         plan = replace(plan, state_bytes=max(sizes, default=plan.state_bytes))
         warnings = ["nodes with different releases of Calico: only one state layout is read"] * (len(sizes) > 1)
         directories = [*POLICY_DIRS, *LAB_POLICY_DIRS[0].glob(LAB_POLICY_DIRS[1])]
-        facts = header(topology, types, plan, directories, warnings)
+        facts = {**header(topology, types, plan, directories, warnings), "pods": pods.of_this_node()}
         self._know(facts)
         for warning in warnings:
             say(f"warning: {warning}")
@@ -246,7 +247,7 @@ class _Session:
                 writer.write(journal.SYMBOLS, {"names": self._symbols})
                 lost = {name: stats[f"{name}_lost"] for name in ("drop", "log", "state")}
                 totals = {"stats": stats, "lost": {**lost, "nested": program.recursion_misses}}
-                writer.write(journal.TOTALS, {**totals, "topology": self._whole.to_map()})
+                writer.write(journal.TOTALS, {**totals, "topology": self._whole.to_map(), "pods": self._pods})
                 writer.write(journal.END, {"mono_ns": time.monotonic_ns()})
             if not settings.top:
                 self._close()
@@ -282,6 +283,7 @@ class _Session:
 
     def _look_again(self) -> bool:
         """Whether interfaces and programs were read anew, since pods come and go and Felix replaces its programs."""
+        from calitrace.cluster import pods
         from calitrace.kernel import discover
         from calitrace.model import Topology
 
@@ -289,6 +291,7 @@ class _Session:
             return False
         topology = discover.topology()
         self._watch(topology, self._collectors)
+        self._pods.update(pods.of_this_node())
         self._settle(Topology({**self._whole.namespaces, **topology.namespaces}))  # who has gone keeps its name
         return True
 
@@ -302,7 +305,7 @@ class _Session:
         try:
             with path.open("rb") as stream:
                 found = journal.read(stream)
-            self._know({**found.header, **{k: v for k, v in found.totals.items() if k == "topology"}})
+            self._know({**found.header, **{k: v for k, v in found.totals.items() if k in ("topology", "pods")}})
         except OSError as failure:
             raise UsageError(f"cannot read {path}: {failure.strerror}") from failure
         except Malformed as wrong:
@@ -332,7 +335,8 @@ class _Session:
 
         try:
             self._settle(Topology.from_map(header["topology"]))
-            self._names = self._drops.Names(header["drop_reasons"], self._symbols, header.get("rules", {}))
+            self._pods = dict(header.get("pods", {}))
+            self._names = self._drops.Names(header["drop_reasons"], self._symbols, header.get("rules", {}), self._pods)
             self._wall_ns = header["wall_ns"] - header["mono_ns"]
         except (KeyError, TypeError) as wrong:
             raise Malformed(0, "a header with all that drops need", f"no {wrong}", "journal") from wrong
@@ -406,7 +410,7 @@ class _Session:
             click.echo(self._report.dump(self._report.drop_object(dropped, cause, harmless, time_ns, self._names)))
             return
         clock = datetime.fromtimestamp(time_ns / 1e9).astimezone().strftime("%H:%M:%S.%f")[:-3]
-        click.secho(self._report.table_line(dropped, cause, clock), fg="red" if cause.by_calico else None)
+        click.secho(self._report.table_line(dropped, cause, clock, self._names), fg="red" if cause.by_calico else None)
         if settings.stack:
             for line in self._drops.stack(dropped, self._names):
                 click.echo(f"        {line}")

@@ -52,11 +52,15 @@ class Place:
 
 @dataclass(frozen=True)
 class Names:
-    """What numbers mean on the machine that recorded. *rules*: Calico rule id to rule."""
+    """What numbers mean on the machine that recorded. *rules*: Calico rule id to rule.
+
+    *pods*: interface to ``namespace/pod``.
+    """
 
     drop_reasons: Mapping[int, str] = field(default_factory=dict)
     symbols: Mapping[int, str] = field(default_factory=dict)
     rules: Mapping[int, str] = field(default_factory=dict)
+    pods: Mapping[str, str] = field(default_factory=dict)
 
     def reason(self, number: int) -> str:
         """The kernel's name of a drop reason, without its prefix; its number when the kernel has no name."""

@@ -101,10 +101,11 @@ def short(cause: Cause) -> str:
     return " ".join([*words, evidence])
 
 
-def table_line(dropped: Dropped, cause: Cause, clock: str) -> str:
+def table_line(dropped: Dropped, cause: Cause, clock: str, names: Names) -> str:
     """One line. *clock*: the time, as text."""
     place = f"{cause.place.interface or '-'} {_HOOKS[cause.place.hook]}".strip()
-    return f"{clock:<12} {place:<19} {tuple_of(dropped):<41} {short(cause)}"
+    pod = names.pods.get(cause.place.interface)
+    return f"{clock:<12} {place:<19} {tuple_of(dropped):<41} {short(cause)}" + (f" {pod}" if pod else "")
 
 
 def iter_explanation(cause: Cause, harmless: str) -> Iterator[str]:
@@ -125,6 +126,7 @@ def drop_object(dropped: Dropped, cause: Cause, harmless: str, time_ns: int, nam
         "namespace": cause.place.namespace,
         "interface": cause.place.interface,
         "hook": cause.place.hook,
+        "pod": names.pods.get(cause.place.interface),
         "packet": [str(each) for each in event.packet.layers],
         "proto": PROTOCOLS.get(layer.proto, str(layer.proto)) if layer else None,
         "src": str(layer.src) if layer else None,

@@ -1,0 +1,30 @@
+"""Which pod an interface belongs to.
+
+Sources: what libcni keeps of each result (``/var/lib/cni/results``, containernetworking/cni libcni/api.go), and the
+name that Calico gives a pod's interface (projectcalico/calico, libcalico-go names.WorkloadEndpointIdentifiers and
+k8s/conversion VethNameForWorkload).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+_PREFIX = "cali"
+
+
+def interface_of(namespace: str, pod: str) -> str:
+    """The node's end of a pod's veth, with Felix's default interfacePrefix."""
+    return _PREFIX + hashlib.sha1(f"{namespace}.{pod}".encode()).hexdigest()[:11]
+
+
+def from_cni_result(raw: bytes) -> dict[str, str]:
+    """Interface to ``namespace/pod`` of one file that libcni wrote; empty where it is of no pod, or not such a file."""
+    try:
+        cached: Any = json.loads(raw)
+        arguments = dict(cached["cniArgs"])
+        pod = f"{arguments['K8S_POD_NAMESPACE']}/{arguments['K8S_POD_NAME']}"
+        return {each["name"]: pod for each in cached["result"]["interfaces"] if each["name"].startswith(_PREFIX)}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
