@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 HEADER, EVENTS, TEXT, PROBES, SYMBOLS = "calitrace", "events", "text", "probes", "symbols"
-TOTALS, MAPS, SNAPSHOT, END = "totals", "maps", "snapshot", "end"
-KINDS = (HEADER, EVENTS, TEXT, PROBES, SYMBOLS, TOTALS, MAPS, SNAPSHOT, END)
+TOTALS, MAPS, SNAPSHOT, COUNTERS, END = "totals", "maps", "snapshot", "counters", "end"
+KINDS = (HEADER, EVENTS, TEXT, PROBES, SYMBOLS, TOTALS, MAPS, SNAPSHOT, COUNTERS, END)
 _CHUNK = 1 << 20
 
 
@@ -66,6 +66,7 @@ class Journal:
     totals: dict[str, Any] = field(default_factory=dict)
     snapshot: dict[str, Any] | None = None
     maps: list[RawMap] = field(default_factory=list)
+    counters: list[dict[str, Any]] = field(default_factory=list)
     unknown: Counter[str] = field(default_factory=Counter)
     complete: bool = False
     cut_at: int | None = None
@@ -194,6 +195,8 @@ def _take(journal: Journal, kind: str, body: dict[str, Any], at: int) -> None:
         journal.totals = body
     elif kind == SNAPSHOT:
         journal.snapshot = body
+    elif kind == COUNTERS:
+        journal.counters.append(body)
     elif kind == MAPS:
         _take_map(journal, body, at)
     elif kind == END:

@@ -99,3 +99,11 @@ def name(code: int, counters: int) -> str:
             return _BEHIND[code - counters]
         return REASONS[code] if code < counters else f"reason {code}"
     return REASONS[code] if code <= 12 else f"reason {code}"
+
+
+def counter_name(code: int, counters: int) -> str:
+    """The name of a counter in a map of that many: a reason's, but the first counts all packets.
+
+    Source: COUNTER_TOTAL_PACKETS in felix/bpf-gpl/counters.h.
+    """
+    return name(code, counters) if code else "TOTAL_PACKETS"

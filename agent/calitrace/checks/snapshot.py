@@ -9,9 +9,11 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from calitrace.errors import Malformed
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -253,11 +255,17 @@ def to_plain(value: Any) -> Any:
 
 def from_plain(plain: Mapping[str, Any]) -> Snapshot:
     """The snapshot of `to_plain`; sources that it does not have are missing. Raises Malformed."""
+    return build(Snapshot, plain)
+
+
+def build(kind: type[T], plain: Mapping[str, Any]) -> T:
+    """A dataclass of `to_plain`; members that it does not have keep their default. Raises Malformed."""
+    record = kind.__name__.lower()
     try:
-        built = _build(Snapshot, plain)
+        built = _build(kind, plain)
     except (AttributeError, KeyError, TypeError, ValueError) as wrong:
-        raise Malformed(0, "a snapshot", f"{type(wrong).__name__}: {wrong}", "snapshot") from wrong
-    assert isinstance(built, Snapshot)
+        raise Malformed(0, f"a {record}", f"{type(wrong).__name__}: {wrong}", record) from wrong
+    assert isinstance(built, kind)
     return built
 
 

@@ -16,6 +16,7 @@ from calitrace.errors import Error
 UNDO = Path("/var/lib/calitrace/undo")  # what an earlier run changed; see cluster/undo.py, which is slow to import
 COMMANDS = {
     "check": "Look through Calico's eBPF troubleshooting page and show the evidence.",
+    "counters": "What Calico and the kernel count of lost packets: totals, then rates.",
     "doctor": "Say what this machine lacks, and what is lost without it.",
     "drops": "Every dropped packet with its cause: Calico's reason and rule, or the kernel's.",
     "lab": "Two Calico-like nodes in network namespaces of this machine.",

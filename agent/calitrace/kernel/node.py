@@ -37,8 +37,9 @@ from calitrace.checks.snapshot import (
     ThreadTime,
     ThreadTimes,
 )
-from calitrace.errors import EnvironmentUnfit, Error, UsageError
-from calitrace.kernel import iptables, maps, netns, syscall, tc
+from calitrace.errors import EnvironmentUnfit
+from calitrace.kernel import counters, iptables, maps, netns, syscall, tc
+from calitrace.kernel.missing import or_missing
 
 T = TypeVar("T")
 Progress = Callable[[str], None]
@@ -112,15 +113,9 @@ def _source(read: Callable[[], T], name: str) -> T | Missing:
     from pyroute2.netlink.exceptions import NetlinkError
 
     try:
-        return read()
-    except UsageError as failure:
-        return Missing(f"{failure.cause} ({failure.hint})")
-    except Error as failure:
-        return Missing(failure.cause)
+        return or_missing(read, name)
     except NetlinkError as failure:
         return Missing(f"{name}: {os.strerror(failure.code)}")
-    except OSError as failure:
-        return Missing(f"{name}: {failure.strerror}")
 
 
 def _host(node: str, env: dict[str, str] | Missing) -> Host:
@@ -408,11 +403,12 @@ def _measured(found: Snapshot, bpffs: Path, interval_s: float) -> dict[str, Any]
         statistics = _source(lambda: stack.callback(os.close, syscall.enable_stats()), "BPF statistics")
         began = time.monotonic()
         threads, programs = _cpu_times(processes), _source(lambda: _run_times(links), "run times")
-        counters, qdiscs = _source(lambda: _counters(bpffs), "counters map"), _source(_clsact_drops, "qdiscs")
+        names = {link.index: link.name for link in links}
+        rows, qdiscs = _source(lambda: _counters(bpffs, names), "counters map"), _source(_clsact_drops, "qdiscs")
         time.sleep(interval_s)
         after_threads, after_programs = _cpu_times(processes), _source(lambda: _run_times(links), "run times")
-        after_counters, after_qdiscs = (
-            _source(lambda: _counters(bpffs), "counters map"),
+        after_rows, after_qdiscs = (
+            _source(lambda: _counters(bpffs, names), "counters map"),
             _source(_clsact_drops, "qdiscs"),
         )
         seconds = round(time.monotonic() - began, 3)
@@ -441,7 +437,7 @@ def _measured(found: Snapshot, bpffs: Path, interval_s: float) -> dict[str, Any]
                 if identifier in programs and count > programs[identifier][2]
             ),
         )
-    measured["drops"] = _drops(seconds, links, (counters, after_counters), (qdiscs, after_qdiscs))
+    measured["drops"] = _drops(seconds, names, (rows, after_rows), (qdiscs, after_qdiscs))
     return measured
 
 
@@ -459,52 +455,30 @@ def _run_times(links: tuple[Link, ...]) -> dict[int, tuple[str, int, int]]:
     return found
 
 
-Rows = dict[tuple[int, int], tuple[int, ...]]
+Rows = dict[tuple[str, int], tuple[int, ...]]
 
 
-def _counters(where: Path) -> Rows:
-    """Sums over CPUs by (ifindex, hook)."""
-    rows: Rows = {}
-    for found in maps.find(where):
-        base, _version, old = identify(found.name)
-        if base != "cali_counters" or old or found.info.key_size != 8:
-            continue  # v3.24 and v3.25 have a map for each interface, elsewhere
-        raw = maps.read(found)
-        for key, value in raw.entries:
-            place = int.from_bytes(key[:4], "little"), int.from_bytes(key[4:], "little")
-            rows[place] = tuple(memoryview(maptables.summed(raw, value)).cast("Q"))
-    if not rows:
-        raise EnvironmentUnfit(f"no counters map with rows below {where}")
-    return rows
+def _counters(where: Path, names: dict[int, str]) -> Rows:
+    """Sums over CPUs by (interface, hook)."""
+    found = counters.calico(where, names.values())
+    return {(row.interface or names.get(row.ifindex, f"ifindex {row.ifindex}"), row.hook): row.packets for row in found}
 
 
 def _clsact_drops() -> dict[int, int]:
-    from pyroute2 import IPRoute
-
-    found = {}
-    with IPRoute() as route:
-        for message in route.get_qdiscs():
-            statistics = message.get_attr("TCA_STATS2")
-            if message.get_attr("TCA_KIND") == "clsact" and statistics is not None:
-                found[message["index"]] = int(statistics.get_attr("TCA_STATS_QUEUE")["drops"])
-    return found
+    return {each.ifindex: each.drops for each in counters.iter_qdiscs() if each.kind == "clsact"}
 
 
 def _drops(
     seconds: float,
-    links: tuple[Link, ...],
-    counters: tuple[Rows | Missing, Rows | Missing],
+    names: dict[int, str],
+    counted: tuple[Rows | Missing, Rows | Missing],
     qdiscs: tuple[dict[int, int] | Missing, dict[int, int] | Missing],
 ) -> Drops | Missing:
-    before, after = counters
+    before, after = counted
     dropped, dropped_after = qdiscs
     if isinstance(before, Missing) or isinstance(after, Missing):
         return before if isinstance(before, Missing) else Missing("the counters map went while we measured")
-    names = {link.index: link.name for link in links}
-    rows = tuple(
-        Counters(names.get(where[0], f"ifindex {where[0]}"), where[1], before.get(where, (0,) * len(values)), values)
-        for where, values in after.items()
-    )
+    rows = tuple(Counters(*where, before.get(where, (0,) * len(values)), values) for where, values in after.items())
     if isinstance(dropped, Missing) or isinstance(dropped_after, Missing):
         return Drops(seconds, rows)
     clsact = tuple(

@@ -1,0 +1,206 @@
+"""The counters of a node: Calico's maps, qdiscs, interfaces, and the CPUs' softnet queues. Nothing is changed.
+
+The kernel has no counter of what tcx programs drop. What stands in for it is our own count of kfree_skb by reason,
+TC_INGRESS and TC_EGRESS, for as long as it runs.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+from calitrace.calico import maptables
+from calitrace.calico.maps import identify
+from calitrace.checks.snapshot import Missing
+from calitrace.correlate.counters import CalicoRow, Interface, Qdisc, Reading, Softnet, TcDrops, Tcx
+from calitrace.errors import EnvironmentUnfit
+from calitrace.events import Stat
+from calitrace.kernel import maps, netns, rtnetlink, syscall, tc
+from calitrace.kernel.missing import or_missing
+
+_SOFTNET = Path("/proc/net/softnet_stat")
+# Of struct rtnl_link_stats64, include/uapi/linux/if_link.h, by position: what stands for packets that were lost.
+_STATISTICS = {
+    "rx_dropped": 6,
+    "rx_missed_errors": 15,
+    "rx_errors": 4,
+    "rx_over_errors": 11,
+    "rx_fifo_errors": 14,
+    "rx_nohandler": 23,
+    "tx_dropped": 7,
+    "tx_errors": 5,
+    "tx_fifo_errors": 18,
+}
+_TCMSG, _TCA_KIND, _TCA_STATS2, _TCA_STATS_QUEUE = struct.Struct("=4xiII4x"), 1, 7, 3
+_IF_STATS, _LINK_64, _LINK_64_FILTER = struct.Struct("=4xII"), 1, 1
+_PINNED_AT = {"_igr": 0, "_egr": 1, "_xdp": 2}
+
+
+class Reader:
+    """Reads all counters of one node, again and again; a context manager.
+
+    *namespace*: name, path or process id, "" for ours. *bpffs*: None for the node's usual place. *tcx*: count
+    ourselves what tc and tcx programs drop from entry on.
+    Raises UsageError for a namespace that is not there, EnvironmentUnfit where it may not be entered or counted.
+    """
+
+    def __init__(self, namespace: str, bpffs: Path | None, *, tcx: bool = False) -> None:
+        self._namespace = namespace
+        self._bpffs = maps.root(bpffs, namespace or None, None)
+        self._own = _OwnCount(netns.inum(namespace) if namespace else netns.own_inum()) if tcx else None
+        self._stack = ExitStack()
+
+    def _inside(self) -> ExitStack:
+        stack = ExitStack()
+        if self._namespace:
+            stack.enter_context(netns.inside(self._namespace))
+        return stack
+
+    def __enter__(self) -> Reader:
+        if self._own is not None:
+            self._stack.enter_context(self._own.collectors)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def read(self) -> Reading:
+        """All counters now; a source that cannot be read is `Missing` with the reason."""
+        with self._inside():
+            mono_ns, wall_ns = time.monotonic_ns(), time.time_ns()
+            links = or_missing(interfaces, "interfaces")
+            known = () if isinstance(links, Missing) else links
+            return Reading(
+                mono_ns,
+                wall_ns,
+                or_missing(lambda: calico(self._bpffs, [each.name for each in known]), "counters map"),
+                or_missing(lambda: tuple(iter_qdiscs()), "qdiscs"),
+                links,
+                or_missing(lambda: tuple(_iter_tcx(known)), "tcx programs"),
+                or_missing(softnet, str(_SOFTNET)),
+                or_missing(self._own.read, "our own count") if self._own is not None else None,
+            )
+
+
+class _OwnCount:
+    """The kernel's drops in one network namespace by the reasons that tc and tcx programs cause."""
+
+    def __init__(self, inum: int) -> None:
+        from calitrace.kernel.collectors import Collectors, Plan, has_drop_reason
+        from calitrace.kernel.headers import kernel_btf
+
+        types = kernel_btf()
+        reasons = (types.enum("skb_drop_reason") if types else None) or {}
+        names = {f"SKB_DROP_REASON_TC_{hook.upper()}": hook for hook in tc.HOOKS}
+        self._inum = inum
+        self._hooks = {number: names[name] for number, name in reasons.items() if name in names}
+        if not self._hooks or not has_drop_reason(types):
+            raise EnvironmentUnfit("this kernel does not tell the drops of tc programs from others")
+        self.collectors = Collectors(Plan(hop=False, log="", drop_count_only=True), types)
+
+    def read(self) -> tuple[TcDrops, ...]:
+        """Raises EnvironmentUnfit when there are more kinds of drops than we have room for."""
+        found: Counter[tuple[int, str]] = Counter()
+        for cell, drops in self.collectors.drop_counts().items():
+            if cell.netns == self._inum and cell.skb_drop_reason in self._hooks:
+                found[cell.ifindex, self._hooks[cell.skb_drop_reason]] += drops
+        if other := self.collectors.stats()[Stat.DROP_OTHER]:
+            raise EnvironmentUnfit(f"{other} drops found no room in our table: some may be those of tc programs")
+        return tuple(TcDrops(*place, drops) for place, drops in found.items())
+
+
+def calico(where: Path, names: Iterable[str]) -> tuple[CalicoRow, ...]:
+    """The rows of all counters maps that loaded programs use, or of all when none says it is used.
+
+    *names*: of the node's interfaces. Raises NotCalico and the like as `maps.find` does, EnvironmentUnfit for no rows.
+    """
+    found = [each for each in maps.find(where) if identify(each.name)[::2] == ("cali_counters", False)]
+    rows = tuple(_iter_rows([each for each in found if each.in_use] or found, names))
+    if not rows:
+        raise EnvironmentUnfit(f"no counters map with rows below {where}")
+    return rows
+
+
+def _iter_rows(found: list[maps.Found], names: Iterable[str]) -> Iterator[CalicoRow]:
+    # v3.24 and v3.25 name the directory for the interface, without its dots: a bpffs takes none.
+    # Source: felix/bpf/tc/attach.go, felix/bpf/xdp/attach.go
+    undotted = {name.replace(".", ""): name for name in names}
+    for each in found:
+        raw = maps.read(each)
+        for key, value in raw.entries:
+            counts = tuple(memoryview(maptables.summed(raw, value)).cast("Q"))
+            if len(key) == 8:
+                ifindex, hook = int.from_bytes(key[:4], "little"), int.from_bytes(key[4:], "little")
+                yield CalicoRow(each.name, each.info.id, ifindex, hook, counts)
+                continue
+            interface, _, suffix = each.directory.rpartition("/")[2].rpartition("_")
+            if f"_{suffix}" not in _PINNED_AT:
+                raise EnvironmentUnfit(f"map {each.name} is pinned at {each.pin}: whose counters are these?")
+            interface = undotted.get(interface, interface)
+            yield CalicoRow(each.name, each.info.id, 0, _PINNED_AT[f"_{suffix}"], counts, interface)
+
+
+def iter_qdiscs() -> Iterator[Qdisc]:
+    """Every qdisc of this thread's namespace. Source: struct tcmsg and gnet_stats_queue. Raises OSError."""
+    for message in rtnetlink.dump(rtnetlink.RTM_GETQDISC, bytes(_TCMSG.size)):
+        ifindex, handle, parent = _TCMSG.unpack_from(message)
+        found = rtnetlink.attributes(message[_TCMSG.size :])
+        queue = rtnetlink.attributes(found.get(_TCA_STATS2, b"")).get(_TCA_STATS_QUEUE)
+        if queue is not None:
+            kind = found[_TCA_KIND].rstrip(b"\0").decode()
+            yield Qdisc(ifindex, kind, handle, parent, struct.unpack_from("=8xI", queue)[0])
+
+
+def interfaces() -> tuple[Interface, ...]:
+    """Every interface of this thread's namespace. Source: struct if_stats_msg (Linux 4.7). Raises OSError."""
+    names = dict(socket.if_nameindex())
+    found = []
+    for message in rtnetlink.dump(rtnetlink.RTM_GETSTATS, _IF_STATS.pack(0, _LINK_64_FILTER)):
+        ifindex = _IF_STATS.unpack_from(message)[0]
+        raw = rtnetlink.attributes(message[_IF_STATS.size :]).get(_LINK_64, b"")
+        counts = struct.unpack(f"={len(raw) // 8}Q", raw)
+        if ifindex in names:  # or it has come just now
+            statistics = {name: counts[index] for name, index in _STATISTICS.items() if index < len(counts)}
+            found.append(Interface(ifindex, names[ifindex], statistics))
+    return tuple(found)
+
+
+def _iter_tcx(links: Iterable[Interface]) -> Iterator[Tcx]:
+    for link in links:
+        for hook in tc.HOOKS:
+            try:
+                attached = syscall.attached_programs(link.ifindex, hook)
+            except OSError as failure:
+                if failure.errno == errno.EPERM:
+                    raise
+                continue  # before Linux 6.6 there is no tcx; or the interface has gone
+            if attached:
+                yield Tcx(link.ifindex, hook, tuple(_program_name(each) for each in attached))
+
+
+def _program_name(identifier: int) -> str:
+    try:
+        descriptor = syscall.program_fd(identifier)
+    except FileNotFoundError:  # it was replaced while we looked
+        return f"program {identifier}"
+    try:
+        return syscall.program_info(descriptor).name
+    finally:
+        os.close(descriptor)
+
+
+def softnet() -> tuple[Softnet, ...]:
+    """One line for each CPU that is online. Source: net/core/net-procfs.c, softnet_seq_show."""
+    found = []
+    for number, line in enumerate(_SOFTNET.read_text().splitlines()):
+        columns = [int(each, 16) for each in line.split()]
+        cpu = columns[12] if len(columns) > 12 else number  # Linux before 5.10 does not number them
+        found.append(Softnet(cpu, columns[1], columns[2]))
+    return tuple(found)

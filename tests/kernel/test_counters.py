@@ -1,0 +1,280 @@
+"""Counters of the real kernel: what the reader says against what was done, and against tc."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import struct
+import subprocess
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from pyroute2 import IPRoute
+
+from calitrace.checks.snapshot import Missing
+from calitrace.correlate.counters import BACKWARDS, MADE_ANEW, Reading, Row, rates, totals
+from calitrace.errors import EnvironmentUnfit, UsageError
+from calitrace.kernel import counters, netns, rtnetlink, syscall
+from calitrace.kernel.counters import Reader
+from calitrace.report.counters import Choice, iter_notes, table
+from tests.kernel.conftest import compile_tc
+from tests.kernel.test_maps import PERCPU_ARRAY, PERCPU_HASH, bpffs, pin, write
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from tests.kernel.conftest import Pair
+
+__all__ = ["bpffs"]  # a fixture
+pytestmark = pytest.mark.root
+COUNT = 23
+_LINK_CREATE, _TCX_INGRESS = 28, 46
+DROP = "int drop_mine(struct __sk_buff *skb) { return skb->protocol == 0xb588 ? 2 : -1; }"
+
+
+def total(rows: Iterable[Row], source: str, interface: str, counter: str, place: str | None = None) -> int | None:
+    """Of the one row that has this name."""
+    (found,) = [
+        each.total
+        for each in rows
+        if (each.key.source, each.key.interface, each.key.counter) == (source, interface, counter)
+        and place in (None, each.key.place)
+    ]
+    return found
+
+
+def send_frames(pair: Pair, count: int) -> None:
+    """Frames that nobody takes (ETH_P_802_EX1), from left0 to right0."""
+    with netns.inside(pair.left), socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as sender:
+        sender.bind(("left0", 0))
+        for _ in range(count):
+            sender.send(b"\xff" * 6 + b"\2\0\0\0\0\1" + b"\x88\xb5" + bytes(46))
+
+
+def read_until(reader: Reader, source: str, interface: str, counter: str, wanted: int) -> Reading:
+    """A reading in which that counter has reached *wanted*: frames are taken in by another CPU."""
+    for _ in range(100_000):
+        reading = reader.read()
+        if (total(totals(reading), source, interface, counter) or 0) >= wanted:
+            return reading
+    raise AssertionError(f"{interface} {counter} never came to {wanted}")
+
+
+def tc_drops(namespace: str, interface: str, kind: str) -> int:
+    """What ``tc -s qdisc show`` says."""
+    tc = shutil.which("tc")
+    if tc is None:
+        pytest.skip("needs tc")
+    with netns.inside(namespace):
+        done = subprocess.run(
+            [tc, "-s", "-j", "qdisc", "show", "dev", interface], capture_output=True, text=True, check=True
+        )
+    (found,) = [each["drops"] for each in json.loads(done.stdout) if each["kind"] == kind]
+    return int(found)
+
+
+def test_frames_that_nobody_takes(pair: Pair) -> None:
+    with Reader(pair.right, None) as reader:
+        before = reader.read()
+        send_frames(pair, COUNT)
+        was = total(totals(before), "interface", "right0", "rx_dropped")
+        assert was is not None
+        after = read_until(reader, "interface", "right0", "rx_dropped", was + COUNT)
+    (row,) = [row for row in rates(before, after) if row.key.interface == "right0" and row.delta]
+    assert (row.key.counter, row.delta) == ("rx_dropped", COUNT)
+    assert row.per_second == pytest.approx(COUNT * 1e9 / (after.mono_ns - before.mono_ns))
+
+
+def test_clsact_as_tc_says(pair: Pair) -> None:
+    programs = compile_tc(DROP)
+    pair.attach(programs, "drop_mine", pair.right, "right0", "ingress")
+    with Reader(pair.right, None) as reader:
+        send_frames(pair, COUNT)
+        reading = read_until(reader, "clsact", "right0", "dropped", COUNT)
+    assert total(totals(reading), "clsact", "right0", "dropped") == COUNT == tc_drops(pair.right, "right0", "clsact")
+    assert reading.tcx == ()
+
+
+@contextmanager
+def tcx_program(pair: Pair) -> Iterator[None]:
+    """`DROP` at right0's ingress, by a tcx link."""
+    programs = compile_tc(DROP)
+    program = programs.load_func(b"drop_mine", programs.SCHED_CLS)
+    attr = syscall._Attr()
+    with netns.inside(pair.right), IPRoute() as route:
+        attr.u32[0:3] = (program.fd, route.link_lookup(ifname="right0")[0], _TCX_INGRESS)
+        try:
+            link = syscall._call(_LINK_CREATE, attr)
+        except OSError as refused:
+            pytest.skip(f"this kernel has no tcx: {refused.strerror}")
+    try:
+        yield
+    finally:
+        os.close(link)
+
+
+def test_tcx_has_no_counter_and_says_so(pair: Pair) -> None:
+    with tcx_program(pair):
+        with Reader(pair.right, None) as reader:
+            before = reader.read()
+            send_frames(pair, COUNT)
+            after = reader.read()
+        first = table(None, after, Choice(("right0",)))
+        assert [row.key.place for row in first.rows if row.key.source == "tcx"] == ["tc ingress"]
+        assert total(first.rows, "tcx", "right0", "dropped") is None
+        assert "right0 tc ingress" in "".join(iter_notes(first))
+        assert not isinstance(after.tcx, Missing)
+        assert [each.programs for each in after.tcx] == [("drop_mine",)]
+        # It is true: the frames are dropped, and no counter of the interface or of a qdisc has seen it.
+        assert [row for row in rates(before, after) if row.key.interface == "right0" and row.delta] == []
+
+
+def test_our_own_count_of_what_tcx_drops(pair: Pair) -> None:
+    with tcx_program(pair), Reader(pair.right, None, tcx=True) as reader:
+        before = reader.read()
+        send_frames(pair, COUNT)
+        after = read_until(reader, "tcx", "right0", "TC_INGRESS", COUNT)
+        (row,) = [row for row in rates(before, after) if row.key.interface == "right0" and row.delta]
+        assert (row.key.source, row.key.place, row.key.counter, row.delta) == (
+            *("tcx", "tc ingress", "TC_INGRESS", COUNT),
+        )
+
+
+def test_a_full_queue(pair: Pair) -> None:
+    tc = shutil.which("tc")
+    if tc is None:
+        pytest.skip("needs tc")
+    with netns.inside(pair.left):
+        Path("/proc/sys/net/ipv6/conf/left0/disable_ipv6").write_text("1")  # or it has packets of its own to lose
+        subprocess.run([tc, "qdisc", "add", "dev", "left0", "root", "bfifo", "limit", "1"], check=True)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            sender.setsockopt(socket.SOL_IP, 11, 1)  # IP_RECVERR: or the loss is not told
+            for _ in range(COUNT):
+                with pytest.raises(OSError, match="No buffer space"):
+                    sender.sendto(b"x", (pair.right_ip, 9))
+    with Reader(pair.left, None) as reader:
+        rows = totals(reader.read())
+    (row,) = [row for row in rows if row.key.source == "qdisc" and row.total]
+    assert row.key.place.startswith("bfifo ")
+    assert row.total == COUNT == tc_drops(pair.left, "left0", "bfifo")
+
+
+def test_an_interface_that_comes_back_under_its_name(pair: Pair) -> None:
+    def veth(route: Any) -> None:
+        route.link("add", ifname="again", kind="veth", peer="other")
+
+    with netns.inside(pair.left), IPRoute() as route, Reader(pair.left, None) as reader:
+        veth(route)
+        before = reader.read()
+        route.link("del", ifname="again")
+        veth(route)
+        after = reader.read()
+    shown = table(before, after, Choice(("again",), everything=True))
+    assert {row.change for row in shown.rows if row.key.source == "interface"} == {MADE_ANEW}
+    assert all(row.delta is None for row in shown.rows)
+    assert shown.gone == ("again",)
+
+
+def row_of(*counts: int) -> bytes:
+    """One value of a map of 14 counters, with these on two CPUs and none on the others."""
+    each = struct.pack("<14Q", *counts, *[0] * (14 - len(counts)))
+    return each * 2 + bytes(len(each)) * (syscall.possible_cpus() - 2) if syscall.possible_cpus() > 1 else each
+
+
+def test_maps_of_each_interface(bpffs: Path) -> None:
+    """v3.24 and v3.25."""
+    cpus = min(syscall.possible_cpus(), 2)
+    for number, place in enumerate(("tc/eth05_igr", "tc/eth05_egr", "tc/cali_1_xdp")):
+        write(pin(bpffs, "cali_counters", PERCPU_ARRAY, (4, 112), 1, place), {bytes(4): row_of(number + 5, 0, 0, 0, 2)})
+    rows = {
+        (each.interface, each.hook): each.packets[:5] for each in counters.calico(bpffs, ["lo", "eth0.5", "cali_1"])
+    }
+    assert rows == {
+        ("eth0.5", 0): (5 * cpus, 0, 0, 0, 2 * cpus),
+        ("eth0.5", 1): (6 * cpus, 0, 0, 0, 2 * cpus),
+        ("cali_1", 2): (7 * cpus, 0, 0, 0, 2 * cpus),
+    }
+
+
+def test_an_old_map_elsewhere_is_refused(bpffs: Path) -> None:
+    pin(bpffs, "cali_counters", PERCPU_ARRAY, (4, 112), 1)
+    with pytest.raises(EnvironmentUnfit, match="pinned at tc/globals/cali_counters: whose counters"):
+        counters.calico(bpffs, [])
+
+
+def test_a_map_that_is_cleared(bpffs: Path) -> None:
+    found = pin(bpffs, "cali_counters2", PERCPU_HASH, (8, 112), 10)
+    key = struct.pack("<II", 1, 1)
+    with Reader("", bpffs) as reader:
+        assert isinstance(reader.read().calico, Missing)  # no rows yet
+        write(found, {key: row_of(9, 0, 0, 0, 3)})
+        before = reader.read()
+        write(found, {key: row_of(1)})
+        after = reader.read()
+    said = {row.key.counter: row.change for row in rates(before, after) if row.key.source == "calico" and row.change}
+    assert said == {"TOTAL_PACKETS": BACKWARDS, "DROPPED_BY_POLICY": BACKWARDS}
+    assert {row.key.interface for row in totals(after) if row.key.source == "calico"} == {"lo"}
+
+
+def test_a_dump_that_is_refused() -> None:
+    with pytest.raises(OSError, match="not supported"):
+        rtnetlink.dump(1000, bytes(16))
+
+
+def test_a_dump_is_asked_for_again_when_things_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, asked = rtnetlink._answer, []
+
+    def changed(route: socket.socket) -> tuple[list[bytes], bool]:
+        asked.append(route)
+        return real(route)[0], len(asked) == 3
+
+    monkeypatch.setattr(rtnetlink, "_answer", changed)
+    assert "lo" in {each.name for each in counters.interfaces()}
+    assert len(asked) == 3
+
+
+def test_statistics_are_those_that_pyroute2_reads(pair: Pair) -> None:
+    send_frames(pair, COUNT)
+    with netns.inside(pair.right), IPRoute() as route:
+        said = {}
+        for message in route.get_links():
+            theirs = message.get_attr("IFLA_STATS64")
+            said[message.get_attr("IFLA_IFNAME")] = {name: theirs[name] for name in theirs}
+        found = {each.name: each.statistics for each in counters.interfaces()}
+    assert found.keys() == said.keys()
+    for name, ours in found.items():
+        assert {key: said[name].get(key, ours[key]) for key in ours} == ours
+
+
+def test_softnet_has_every_cpu() -> None:
+    found = counters.softnet()
+    assert [each.cpu for each in found] == sorted(os.sched_getaffinity(0))
+    assert all(each.dropped >= 0 and each.time_squeeze >= 0 for each in found)
+
+
+def test_without_root_the_kernels_own_counters_are_left(pair: Pair) -> None:
+    receive, send = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+        with Reader("", None) as reader:
+            reading = reader.read()
+        missing = [name for name in ("calico", "tcx", "qdiscs", "interfaces", "softnet")
+                   if isinstance(getattr(reading, name), Missing)]  # fmt: skip
+        os.write(send, json.dumps(missing).encode())
+        os._exit(0)
+    os.close(send)
+    with os.fdopen(receive) as answer:
+        assert json.load(answer) == ["calico", "tcx"]
+    os.waitpid(child, 0)
+
+
+def test_a_namespace_that_is_not_there() -> None:
+    with pytest.raises(UsageError, match="no network namespace 'nowhere'"):
+        Reader("nowhere", None)
