@@ -105,7 +105,7 @@ behind it   made anew, new, went backwards (somebody cleared it, or its 32 bits
             subtracted, so there is no rate""",
         "OVERHEAD": """\
 None in the kernel, but with --tcx (some 120 ns for each drop on the machine).
-A reading takes 3 ms of a CPU on a small node, 30 ms with 200 pods (2 cores,
+A reading takes 6 ms of a CPU on a small node, 150 ms with 200 pods (2 cores,
 Linux 6.18); the closing line says what it took.""",
         "REQUIREMENTS": """\
 root (CAP_BPF, CAP_SYS_ADMIN) for Calico's counters and to see tcx programs; the

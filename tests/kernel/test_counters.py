@@ -18,7 +18,7 @@ from pyroute2 import IPRoute
 from calitrace.checks.snapshot import Missing
 from calitrace.correlate.counters import BACKWARDS, MADE_ANEW, Reading, Row, rates, totals
 from calitrace.errors import EnvironmentUnfit, UsageError
-from calitrace.kernel import counters, netns, rtnetlink, syscall
+from calitrace.kernel import counters, netns, syscall
 from calitrace.kernel.counters import Reader
 from calitrace.report.counters import Choice, iter_notes, table
 from tests.kernel.conftest import compile_tc
@@ -218,36 +218,6 @@ def test_a_map_that_is_cleared(bpffs: Path) -> None:
     said = {row.key.counter: row.change for row in rates(before, after) if row.key.source == "calico" and row.change}
     assert said == {"TOTAL_PACKETS": BACKWARDS, "DROPPED_BY_POLICY": BACKWARDS}
     assert {row.key.interface for row in totals(after) if row.key.source == "calico"} == {"lo"}
-
-
-def test_a_dump_that_is_refused() -> None:
-    with pytest.raises(OSError, match="not supported"):
-        rtnetlink.dump(1000, bytes(16))
-
-
-def test_a_dump_is_asked_for_again_when_things_changed(monkeypatch: pytest.MonkeyPatch) -> None:
-    real, asked = rtnetlink._answer, []
-
-    def changed(route: socket.socket) -> tuple[list[bytes], bool]:
-        asked.append(route)
-        return real(route)[0], len(asked) == 3
-
-    monkeypatch.setattr(rtnetlink, "_answer", changed)
-    assert "lo" in {each.name for each in counters.interfaces()}
-    assert len(asked) == 3
-
-
-def test_statistics_are_those_that_pyroute2_reads(pair: Pair) -> None:
-    send_frames(pair, COUNT)
-    with netns.inside(pair.right), IPRoute() as route:
-        said = {}
-        for message in route.get_links():
-            theirs = message.get_attr("IFLA_STATS64")
-            said[message.get_attr("IFLA_IFNAME")] = {name: theirs[name] for name in theirs}
-        found = {each.name: each.statistics for each in counters.interfaces()}
-    assert found.keys() == said.keys()
-    for name, ours in found.items():
-        assert {key: said[name].get(key, ours[key]) for key in ours} == ours
 
 
 def test_softnet_has_every_cpu() -> None:

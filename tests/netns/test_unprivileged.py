@@ -32,7 +32,6 @@ def give_up() -> None:
         "check",
         "probe nodeport 127.0.0.1:80 -c 1 --trace",
         "lab up --name nobody",
-        "counters",
     ],
 )
 def test_who_lacks_a_capability_is_told(words: str) -> None:

@@ -20,6 +20,17 @@ from calitrace.errors import Malformed
 MADE_ANEW, NEW, BACKWARDS, FIRST = "made anew", "new", "went backwards", "first read"
 _ROOT = 0xFFFFFFFF
 _NOT_READ = Missing("not read")
+# Of rtnl_link_stats64 what stands for packets that were lost. Source: include/uapi/linux/if_link.h
+STATISTICS = (
+    "rx_dropped",
+    "rx_missed_errors",
+    "rx_errors",
+    "rx_over_errors",
+    "rx_fifo_errors",
+    "tx_dropped",
+    "tx_errors",
+    "tx_fifo_errors",
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +62,7 @@ class Qdisc:
 
 @dataclass(frozen=True)
 class Interface:
-    """*statistics*: of struct rtnl_link_stats64 what stands for lost packets, by the kernel's name."""
+    """*statistics*: those of `STATISTICS`."""
 
     ifindex: int
     name: str

@@ -8,38 +8,23 @@ from __future__ import annotations
 
 import errno
 import os
-import socket
-import struct
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from calitrace.calico import maptables
 from calitrace.calico.maps import identify
 from calitrace.checks.snapshot import Missing
-from calitrace.correlate.counters import CalicoRow, Interface, Qdisc, Reading, Softnet, TcDrops, Tcx
+from calitrace.correlate.counters import STATISTICS, CalicoRow, Interface, Qdisc, Reading, Softnet, TcDrops, Tcx
 from calitrace.errors import EnvironmentUnfit
 from calitrace.events import Stat
-from calitrace.kernel import maps, netns, rtnetlink, syscall, tc
+from calitrace.kernel import maps, netns, syscall, tc
 from calitrace.kernel.missing import or_missing
 
 _SOFTNET = Path("/proc/net/softnet_stat")
-# Of struct rtnl_link_stats64, include/uapi/linux/if_link.h, by position: what stands for packets that were lost.
-_STATISTICS = {
-    "rx_dropped": 6,
-    "rx_missed_errors": 15,
-    "rx_errors": 4,
-    "rx_over_errors": 11,
-    "rx_fifo_errors": 14,
-    "rx_nohandler": 23,
-    "tx_dropped": 7,
-    "tx_errors": 5,
-    "tx_fifo_errors": 18,
-}
-_TCMSG, _TCA_KIND, _TCA_STATS2, _TCA_STATS_QUEUE = struct.Struct("=4xiII4x"), 1, 7, 3
-_IF_STATS, _LINK_64, _LINK_64_FILTER = struct.Struct("=4xII"), 1, 1
 _PINNED_AT = {"_igr": 0, "_egr": 1, "_xdp": 2}
 
 
@@ -64,8 +49,14 @@ class Reader:
         return stack
 
     def __enter__(self) -> Reader:
-        if self._own is not None:
-            self._stack.enter_context(self._own.collectors)
+        from pyroute2 import IPRoute
+
+        with ExitStack() as stack:
+            with self._inside():
+                self._route = stack.enter_context(IPRoute())
+            if self._own is not None:
+                stack.enter_context(self._own.collectors)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -75,13 +66,13 @@ class Reader:
         """All counters now; a source that cannot be read is `Missing` with the reason."""
         with self._inside():
             mono_ns, wall_ns = time.monotonic_ns(), time.time_ns()
-            links = or_missing(interfaces, "interfaces")
+            links = or_missing(lambda: interfaces(self._route), "interfaces")
             known = () if isinstance(links, Missing) else links
             return Reading(
                 mono_ns,
                 wall_ns,
                 or_missing(lambda: calico(self._bpffs, [each.name for each in known]), "counters map"),
-                or_missing(lambda: tuple(iter_qdiscs()), "qdiscs"),
+                or_missing(lambda: tuple(iter_qdiscs(self._route)), "qdiscs"),
                 links,
                 or_missing(lambda: tuple(_iter_tcx(known)), "tcx programs"),
                 or_missing(softnet, str(_SOFTNET)),
@@ -147,28 +138,23 @@ def _iter_rows(found: list[maps.Found], names: Iterable[str]) -> Iterator[Calico
             yield CalicoRow(each.name, each.info.id, 0, _PINNED_AT[f"_{suffix}"], counts, interface)
 
 
-def iter_qdiscs() -> Iterator[Qdisc]:
-    """Every qdisc of this thread's namespace. Source: struct tcmsg and gnet_stats_queue. Raises OSError."""
-    for message in rtnetlink.dump(rtnetlink.RTM_GETQDISC, bytes(_TCMSG.size)):
-        ifindex, handle, parent = _TCMSG.unpack_from(message)
-        found = rtnetlink.attributes(message[_TCMSG.size :])
-        queue = rtnetlink.attributes(found.get(_TCA_STATS2, b"")).get(_TCA_STATS_QUEUE)
+def iter_qdiscs(route: Any) -> Iterator[Qdisc]:
+    """Every qdisc of the namespace in which *route*, an ``IPRoute``, was opened."""
+    for message in route.get_qdiscs():
+        statistics = message.get_attr("TCA_STATS2")
+        queue = statistics.get_attr("TCA_STATS_QUEUE") if statistics is not None else None
         if queue is not None:
-            kind = found[_TCA_KIND].rstrip(b"\0").decode()
-            yield Qdisc(ifindex, kind, handle, parent, struct.unpack_from("=8xI", queue)[0])
+            kind = message.get_attr("TCA_KIND")
+            yield Qdisc(message["index"], kind, message["handle"], message["parent"], int(queue["drops"]))
 
 
-def interfaces() -> tuple[Interface, ...]:
-    """Every interface of this thread's namespace. Source: struct if_stats_msg (Linux 4.7). Raises OSError."""
-    names = dict(socket.if_nameindex())
+def interfaces(route: Any) -> tuple[Interface, ...]:
+    """Every interface of that namespace."""
     found = []
-    for message in rtnetlink.dump(rtnetlink.RTM_GETSTATS, _IF_STATS.pack(0, _LINK_64_FILTER)):
-        ifindex = _IF_STATS.unpack_from(message)[0]
-        raw = rtnetlink.attributes(message[_IF_STATS.size :]).get(_LINK_64, b"")
-        counts = struct.unpack(f"={len(raw) // 8}Q", raw)
-        if ifindex in names:  # or it has come just now
-            statistics = {name: counts[index] for name, index in _STATISTICS.items() if index < len(counts)}
-            found.append(Interface(ifindex, names[ifindex], statistics))
+    for message in route.get_links():
+        counts = message.get_attr("IFLA_STATS64") or {}
+        statistics = {name: int(counts[name]) for name in STATISTICS if name in counts}
+        found.append(Interface(message["index"], message.get_attr("IFLA_IFNAME"), statistics))
     return tuple(found)
 
 

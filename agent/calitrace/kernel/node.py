@@ -16,7 +16,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from calitrace.calico import maptables
 from calitrace.calico.maps import identify
@@ -39,9 +39,8 @@ from calitrace.checks.snapshot import (
 )
 from calitrace.errors import EnvironmentUnfit
 from calitrace.kernel import counters, iptables, maps, netns, syscall, tc
-from calitrace.kernel.missing import or_missing
+from calitrace.kernel.missing import or_missing as _source
 
-T = TypeVar("T")
 Progress = Callable[[str], None]
 _PROC = Path("/proc")
 _LOOKED_FOR = ("kubelet", "kube-proxy", "calico-node", "calico-felix")
@@ -107,15 +106,6 @@ def collect(where: Where, interval_s: float, progress: Progress) -> Snapshot:
             none = Missing("nothing was measured: --interval 0")
             found = replace(found, thread_times=none, program_times=none, drops=none)
     return found
-
-
-def _source(read: Callable[[], T], name: str) -> T | Missing:
-    from pyroute2.netlink.exceptions import NetlinkError
-
-    try:
-        return or_missing(read, name)
-    except NetlinkError as failure:
-        return Missing(f"{name}: {os.strerror(failure.code)}")
 
 
 def _host(node: str, env: dict[str, str] | Missing) -> Host:
@@ -465,7 +455,10 @@ def _counters(where: Path, names: dict[int, str]) -> Rows:
 
 
 def _clsact_drops() -> dict[int, int]:
-    return {each.ifindex: each.drops for each in counters.iter_qdiscs() if each.kind == "clsact"}
+    from pyroute2 import IPRoute
+
+    with IPRoute() as route:
+        return {each.ifindex: each.drops for each in counters.iter_qdiscs(route) if each.kind == "clsact"}
 
 
 def _drops(
