@@ -122,6 +122,33 @@ def edit(lab: Lab) -> Iterator[Edit]:
     made.undo()
 
 
+def test_the_other_entry_of_a_pair_is_shown_or_missed(lab: Lab, edit: Edit, tmp_path: Path) -> None:
+    where = ("--bpffs", str(lab.pins / "node-a"))
+    with tcp(lab, "client", *TARGET) as connection:
+        sport = connection.getsockname()[1]
+        forward, reverse = maps(lab, "node-a", "conntrack", "get", str(sport))[::-1]
+        assert (forward["type"], reverse["type"]) == ("nat-fwd", "nat-rev")
+        assert [each["pair"][0]["type"] for each in (forward, reverse)] == ["nat-rev", "nat-fwd"]
+        assert forward["from"] == ("a" if forward["port_a"] == sport else "b")
+        request = reverse["ab"] if reverse["from"] == "a" else reverse["ba"]
+        assert request["interface"] == "ens192"
+        config = tmp_path / "felix.yaml"
+        config.write_text(
+            "kind: FelixConfiguration\nmetadata: {name: default}\nspec: {bpfConntrackTimeouts: {tcpEstablished: 7m}}\n"
+        )
+        done = calitrace("maps", "conntrack", "get", str(sport), *where, "--felix-config", str(config))
+        assert "time-out   420 s (tcpEstablished, FelixConfiguration default)" in done.stdout
+        key = (
+            struct.pack("<I", 6)
+            + b"".join(socket.inet_aton(forward[f"rev_addr_{end}"]) for end in "ab")
+            + struct.pack("<HH", forward["rev_port_a"], forward["rev_port_b"])
+        )
+        edit.entry("cali_v4_ct4", key, None)
+        done = calitrace("maps", "conntrack", "dump", *where)
+        assert "nat-fwd entries without their reverse entry" in done.stderr
+        assert f"10.10.0.100:{sport} -> 10.10.0.1:30080" in done.stderr
+
+
 def broken(lab: Lab, sport: int = 0, port: int = 30080) -> list[str]:
     """What walk finds broken on node-a for the client."""
     source = f"10.10.0.100:{sport}" if sport else "10.10.0.100"

@@ -92,7 +92,9 @@ def conntrack(version: int, **members: int | bytes) -> bytes:
     legs = {1: (24, 32), 2: (24, 36), 3: (24, 48), 4: (24, 48)}[version]
     bits = {1: 4, 2: 4, 3: 16, 4: 16}[version]
     raw = bytearray(size)
-    struct.pack_into("<QQBB", raw, 0, 1, 9_000_000_000, int(members.get("type", 0)), int(members.get("flags", 0)))
+    struct.pack_into(
+        "<QQBB", raw, 0, version < 4, 9_000_000_000, int(members.get("type", 0)), int(members.get("flags", 0))
+    )
     for leg, name in zip(legs, ("ab", "ba"), strict=True):
         struct.pack_into("<I", raw, leg + bits, int(members.get(name, 0)))
     if version > 2:
@@ -146,7 +148,7 @@ def test_forward_and_reverse_of_one_block_and_expiry() -> None:
     assert "A2B:{Bytes:0 Packets:0 Seqno:0 SynSeen:false" in mapdump.text("ct", reverse, raw=True)
     assert mapdump.text("ct", reverse) == (
         "TCP 10.0.0.2:4000 -> 10.9.0.1:443 -> 10.0.0.1:80, service forwarded from 10.9.9.9"
-        "  source port changed from 55  Active ago 1000.000s SYN-SENT  expired"
+        "  source port changed from 55  Active ago 1000.000s SYN-SENT  expired: Felix removes it at its next sweep"
     )
     lines = "".join(mapdump.iter_json_blocks(raw, mapdump.Context())).splitlines()
     assert [json.loads(line)["age_ns"] for line in lines] == [None, None]
@@ -190,6 +192,94 @@ def test_what_a_real_connection_left() -> None:
     first, *_ = mapdump.iter_objects(real("a", "cali_iface4"), NOW)
     assert mapdump.text("iface", first).startswith("    2 : {flags: v4Ready,host, XDPPolicyV4: -1, IngressPolicyV4: -1")
     assert mapdump.text("iface", first).endswith("IngressFilter: -1, EgressFilter: -1, name: ens192}")
+
+
+def in_words(raw: RawMap, context: mapdump.Context = NOW) -> dict[bytes, dict[str, Any]]:
+    """Key to entry in words."""
+    keys = [key for key, _ in raw.entries]
+    return dict(zip(keys, mapdump.iter_objects(raw, context), strict=True))
+
+
+@pytest.mark.parametrize("node", ["a", "b"])
+def test_the_entries_of_a_nat_pair_find_each_other(node: str) -> None:
+    raw = real(node, "cali_v4_ct4")
+    layout = maptables.resolve(raw)
+    partners = {key: mapdump.partner_keys(layout, key, value) for key, value in raw.entries}
+    known = in_words(raw)
+    nat = {key: [each for each in partners[key] if each in known] for key in known if known[key]["type"] != "normal"}
+    assert len(nat) == 2
+    for key, (other,) in nat.items():
+        assert nat[other] == [key]
+        assert known[key]["type"] != known[other]["type"]
+    assert [known[key]["from"] for key in nat] == ["b", "b"]
+
+
+def test_partners_without_nat_with_a_changed_port_and_ipv6() -> None:
+    layout = maptables.resolve(made("cali_v4_ct4", (KEY, conntrack(4))))
+    assert mapdump.partner_keys(layout, KEY, conntrack(4)) == ()
+    value = bytearray(conntrack(4, ab=0x20, type=2))
+    struct.pack_into("<4s4sHH4s", value, 72, bytes(4), bytes([10, 9, 0, 1]), 443, 55, bytes(4))
+    client, service = (bytes([10, 0, 0, 1]), 55), (bytes([10, 9, 0, 1]), 443)
+    forward = [struct.pack("<I4s4sHH", 6, a[0], b[0], a[1], b[1]) for a, b in ((client, service), (service, client))]
+    assert mapdump.partner_keys(layout, KEY, bytes(value)) == tuple(forward)
+    old = maptables.resolve(made("cali_v4_ct", (KEY, conntrack(1))))
+    assert mapdump.partner_keys(old, KEY, conntrack(1, type=2, ba=0x20))[0][8:12] == bytes(4)
+    key6 = struct.pack("<I16s16sHH", 6, b"\x0a" * 16, b"\x0b" * 16, 80, 4000)
+    six = maptables.resolve(made("cali_v6_ct4", (key6, bytes(128))))
+    value6 = bytearray(128)
+    struct.pack_into("<B6xB", value6, 16, 2, 1)
+    struct.pack_into("<16s16sHH16s", value6, 72, bytes(16), b"\x0c" * 16, 443, 0, bytes(16))
+    first, _ = mapdump.partner_keys(six, key6, bytes(value6))
+    assert first == struct.pack("<I16s16sHH", 6, b"\x0b" * 16, b"\x0c" * 16, 4000, 443)
+
+
+def test_a_connection_at_length() -> None:
+    raw = real("a", "cali_v4_ct4")
+    context = mapdump.Context(interfaces={2: "ens192"})
+    forward, reverse = sorted(in_words(raw, context).values(), key=lambda e: e["type"])
+    assert list(mapdump.iter_connection(reverse, [forward], context.timeouts)) == [
+        "TCP 10.10.0.100:40001 -> 10.10.0.1:30080 -> 10.65.1.2:8080 external client, "
+        "service forwarded to 10.10.0.2 CLOSED",
+        "  time-out   30 s (tcpFinsSeen, Felix's default)",
+        "  flags      np-fwd B-A cluster-external",
+        "  request    from 10.10.0.100:40001 by ens192, 6 packets, 406 bytes, syn ack fin approved opener",
+        "  reply      from 10.65.1.2:8080 by ens192, 5 packets, 345 bytes, syn ack fin approved",
+        "  pair       nat-fwd: 10.10.0.100:40001 -> 10.10.0.1:30080",
+    ]
+    lone = list(mapdump.iter_connection(forward, [], context.timeouts))
+    assert lone[-2:] == [
+        "  flags      none",
+        "  pair       its reverse entry is missing: Felix removes this one at its next sweep",
+    ]
+    assert "its forward entry is missing" in list(mapdump.iter_connection(reverse, [], context.timeouts))[-1]
+    assert list(mapdump.iter_connection(forward, [reverse], context.timeouts))[-1].endswith(":8080, CLOSED")
+    fresh = only("cali_v4_ct", KEY, conntrack(1, ab=0x20))
+    assert list(mapdump.iter_connection(fresh, [], mapdump.Context().timeouts))[3:] == [
+        "  request    from 10.0.0.1:80, opener",
+        "  reply      from 10.0.0.2:4000, nothing seen",
+    ]
+    assert mapdump.text("ct", only("cali_v4_ct4", KEY, conntrack(4, ab=3, ba=3))).endswith("expires in 60 min")
+
+
+def test_pairing_names_what_stays_alone() -> None:
+    forward, reverse = sorted(in_words(real("a", "cali_v4_ct4")).values(), key=lambda e: e["type"])
+    others = [{**reverse, "type": "normal"}, {**reverse, "type": "type-9"}]
+
+    def notes(*entries: dict[str, Any], now_ns: int = 0) -> list[str]:
+        pairing = mapdump.Pairing(mapdump.Context(now_ns))
+        for each in (*others, *entries):
+            pairing.feed(each)
+        return list(pairing.iter_notes())
+
+    assert notes(forward, reverse) == notes(reverse, forward) == []
+    assert notes(forward) == [
+        "1 nat-fwd entries without their reverse entry: Felix removes them at its next sweep: "
+        "10.10.0.100:40001 -> 10.10.0.1:30080"
+    ]
+    assert notes(forward, now_ns=1) == []
+    (several,) = notes(*({**reverse, "port_a": port} for port in range(4)))
+    assert several.startswith("4 nat-rev entries without their forward entry")
+    assert several.endswith("; ...")
 
 
 def test_nat_and_its_backends() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 import time
 from contextlib import suppress
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from calitrace.calico.maps import RawMap
+    from calitrace.calico.timeouts import Timeouts
     from calitrace.kernel.maps import Found
     from calitrace.report.mapdump import Context
 
@@ -58,7 +60,10 @@ class Source:
     interfaces: dict[int, str] = field(default_factory=dict)
     rules: dict[int, str] = field(default_factory=dict)
     now_ns: int = 0
+    node: str = ""
+    sysctls: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    felix_config: Path | None = None
     broken: Malformed | None = None
     differing: dict[str, str] = field(default_factory=dict)
 
@@ -71,7 +76,24 @@ class Source:
         for raw in self.pick(("iface",)):
             with suppress(LayoutMismatch):
                 known.update({e["ifindex"]: e["name"] for e in maptables.iter_entries(raw, maptables.resolve(raw))})
-        return Context(self.now_ns, {**self.interfaces, **known}, self.rules)
+        return Context(self.now_ns, {**self.interfaces, **known}, self.rules, self._timeouts())
+
+    def _timeouts(self) -> Timeouts:
+        """Felix's conntrack time-outs: of --felix-config, or its defaults."""
+        from calitrace.calico import felix_config, timeouts
+
+        if self.felix_config is None:
+            return timeouts.defaults(self.sysctls)
+        from calitrace.cli.check import felix_configurations
+
+        settings = felix_config.resolve(felix_configurations(self.felix_config), {}, self.node, None)
+        setting = settings.get("bpfConntrackTimeouts")
+        if isinstance(setting, felix_config.Unset) or not isinstance(setting.value, dict):
+            return timeouts.defaults(self.sysctls)
+        found, wrong = timeouts.configured(setting.value, self.sysctls, setting.origin)
+        for each in wrong:
+            self.note(each)
+        return found
 
     def pick(self, bases: Iterable[str], *, ipv6: bool = False, version: int | None = None) -> list[RawMap]:
         """The live maps of these base names: of several versions the newest that loaded programs use."""
@@ -103,6 +125,7 @@ class Source:
 
 
 def _live(bpffs: Path | None, netns: str | None, pid: int | None, policy_dir: Path) -> Source:
+    from calitrace.calico.timeouts import SYSCTLS
     from calitrace.kernel import maps
 
     found = maps.find(maps.root(bpffs, netns, pid))
@@ -112,6 +135,8 @@ def _live(bpffs: Path | None, netns: str | None, pid: int | None, policy_dir: Pa
         # Maps from elsewhere with ifindices of elsewhere: ours would give them wrong names.
         {} if bpffs is not None and netns is None and pid is None else maps.interfaces(netns, pid),
         now_ns=time.monotonic_ns(),
+        node=socket.gethostname(),
+        sysctls=maps.sysctls(SYSCTLS.values(), netns, pid),
     )
     source.rules = _rules(policy_dir, source)
     source.differing = _compare(zip(found, map(maps.read, found), strict=True))
@@ -175,6 +200,8 @@ def _journal(path: Path) -> Source:
         {int(index): name for index, name in header.get("interfaces", {}).items()},
         header.get("rules", {}),
         header.get("mono_ns", 0),
+        header.get("node", ""),
+        header.get("sysctls", {}),
         broken=found.broken,
     )
     for raw in found.maps:
@@ -200,6 +227,12 @@ def _bpftool(path: Path, name: str) -> Source:
 
 def _source(options: dict[str, Any]) -> Source:
     """The maps that the options ask for."""
+    source = _maps_of(options)
+    source.felix_config = options.get("felix_config")
+    return source
+
+
+def _maps_of(options: dict[str, Any]) -> Source:
     if options["path"] is not None:
         return _journal(options["path"])
     if options["bpftool"] is not None:
@@ -232,6 +265,12 @@ _CHANGE = (
     click.option("--allow-system-changes", "allowed", is_flag=True, help="Really do it."),
     click.option("--dry-run", is_flag=True, help="Only say what would go."),
 )
+
+
+_FELIX_CONFIG = click.option(
+    "--felix-config", type=click.Path(path_type=Path),
+    help="What calicoctl or kubectl printed, as YAML: for bpfConntrackTimeouts.",
+)  # fmt: skip
 
 
 def _with(options: tuple[Callable[[Any], Any], ...], function: Callable[..., Any]) -> Callable[..., Any]:
@@ -325,6 +364,18 @@ def _text(name: str, objects: Iterable[dict[str, Any]], options: dict[str, Any])
                 yield mapdump.text(_base(entry["map"]), entry, raw=bool(options.get("raw")))
 
 
+def _watched(source: Source, objects: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Conntrack entries as they come; those without the other one of their pair are told at the end."""
+    from calitrace.report import mapdump
+
+    pairing = mapdump.Pairing(source.context())
+    for entry in objects:
+        pairing.feed(entry)
+        yield entry
+    for each in pairing.iter_notes():
+        source.note(each)
+
+
 def _dump(name: str, **options: Any) -> int:
     source = _source(options)
     maps = _chosen(source, name, options)
@@ -349,7 +400,7 @@ def _dump(name: str, **options: Any) -> int:
                 if name != "counters" or options.get("iface") in (None, entry.get("interface")):
                     click.echo(json.dumps(entry))
     else:
-        for line in _text(name, objects, options):
+        for line in _text(name, _watched(source, objects) if name == "conntrack" else objects, options):
             sys.stdout.write(line + "\n")
         sys.stdout.flush()
     if name == "ifstate":
@@ -439,6 +490,8 @@ def _get(name: str, words: tuple[str, ...], **options: Any) -> int:
         raise UsageError("get needs a key", f"such as `calitrace maps {name} get 10.0.0.1`")
     words = tuple(_address(word) if any(c in word for c in ".:") and "/" not in word else word for word in words)
     source = _source(options)
+    if name == "conntrack":
+        return _connections(source, words, options)
     found = [e for e in _objects(source, _chosen(source, name, options)) if _matches(e, words)]
     if all(_base(entry["map"]) == "nat_be" for entry in found):
         found = []
@@ -451,6 +504,45 @@ def _get(name: str, words: tuple[str, ...], **options: Any) -> int:
     status = _finish(source)
     if not found:
         click.echo(f"nothing in {name} has {' and '.join(words)}", err=True)
+        return int(Exit.FINDINGS)
+    return status
+
+
+def _connections(source: Source, words: tuple[str, ...], options: dict[str, Any]) -> int:
+    """Print the connections that have these addresses and ports, each with the other entry of its NAT pair."""
+    from calitrace.calico import maptables
+    from calitrace.report import mapdump
+
+    context, shown = source.context(), 0
+    for raw in _chosen(source, "conntrack", options):
+        try:
+            layout = maptables.resolve(raw)
+        except LayoutMismatch as wrong:
+            raise _refused(wrong) from wrong
+
+        def words_of(entries: Iterable[tuple[bytes, bytes]], raw: RawMap = raw) -> Iterator[dict[str, Any]]:
+            return mapdump.iter_objects(replace(raw, entries=entries), context)
+
+        pairs = list(raw.entries)
+        matched = {key: e for (key, _), e in zip(pairs, words_of(pairs), strict=True) if _matches(e, words)}
+        values = {key: value for key, value in pairs if key in matched}
+        partners = {key: set(mapdump.partner_keys(layout, key, value)) for key, value in values.items()}
+        wanted = set().union(*partners.values())
+        others = [(key, value) for key, value in pairs if key in wanted]
+        known = dict(zip((key for key, _ in others), words_of(others), strict=True))
+        told: set[bytes] = set()
+        for key, entry in sorted(matched.items(), key=lambda each: each[1]["type"] == "nat-fwd"):
+            mates = {each: known[each] for each in partners[key] if each in known}
+            told.add(key)
+            if options["as_json"] or options["output"] == "json":
+                click.echo(json.dumps({**entry, "pair": list(mates.values())}))
+            elif not (mates and entry["type"] == "nat-fwd" and told >= set(mates)):
+                for line in mapdump.iter_connection(entry, list(mates.values()), context.timeouts):
+                    click.echo(line)
+            shown += 1
+    status = _finish(source)
+    if not shown:
+        click.echo(f"nothing in conntrack has {' and '.join(words)}", err=True)
         return int(Exit.FINDINGS)
     return status
 
@@ -479,6 +571,7 @@ def _subject(name: str) -> click.Group:
     extra: tuple[Callable[[Any], Any], ...] = ()
     if name == "conntrack":
         extra = (
+            _FELIX_CONFIG,
             click.option("--ver", "version", type=int, help="The map of this version."),
             click.option("--raw", is_flag=True, help="All members, NAT forward entries too."),
         )
@@ -495,7 +588,8 @@ def _subject(name: str) -> click.Group:
 
     dump_words = (click.argument("words", nargs=-1, metavar="[IP PORT PROTO]"),) if name == "nat" else ()
     add("dump", _dump, "Print all entries.", (*dump_words, *extra))
-    add("get", _get, "Print the entries that have these addresses, ports or names.", (words,))
+    add("get", _get, "Print the entries that have these addresses, ports or names.",
+        (words, *((_FELIX_CONFIG,) if name == "conntrack" else ())))  # fmt: skip
     add("summary", _summary, "Say how full the map is" + (", and what is in it." if name == "conntrack" else "."), ())
     return group
 
@@ -551,8 +645,6 @@ _snapshot.params += click.command()(_with(_WHERE, lambda: None)).params
 
 def save(source: Source, path: Path) -> None:
     """Write a snapshot. Raises UsageError when the file exists or cannot be written."""
-    import socket
-
     from calitrace import __version__, journal
     from calitrace.kernel import discover
 
@@ -564,7 +656,7 @@ def save(source: Source, path: Path) -> None:
         raise UsageError(f"cannot write {path}: {failure.strerror}") from failure
     with stream:
         writer = journal.Writer(stream, {
-            "version": __version__, "node": socket.gethostname(), "boot_id": discover.boot_id(),
+            "version": __version__, "node": source.node, "sysctls": source.sysctls, "boot_id": discover.boot_id(),
             "kernel": os.uname().release, "mono_ns": source.now_ns, "wall_ns": time.time_ns(),
             "interfaces": source.interfaces, "rules": source.rules, "in_use": sorted(source.in_use),
         })  # fmt: skip

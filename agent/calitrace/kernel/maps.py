@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,9 +20,10 @@ from calitrace.errors import EnvironmentUnfit, NotCalico, UsageError
 from calitrace.kernel import netns, syscall
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 BPFFS = Path("/sys/fs/bpf")
+_NETFILTER = Path("/proc/sys/net/netfilter")
 _PREFIXES = ("cali", "xdp_cali")
 _DEEPEST = 6
 # enum bpf_map_type: these have one value for each CPU; those iterate by bucket, so no key comes twice.
@@ -81,6 +83,14 @@ def interfaces(namespace: str | None, pid: int | None) -> dict[int, str]:
         return dict(socket.if_nameindex())
     with netns.inside(str(where)):
         return dict(socket.if_nameindex())
+
+
+def sysctls(names: Iterable[str], namespace: str | None, pid: int | None) -> dict[str, int]:
+    """Numbers below /proc/sys/net/netfilter, without those that are not there. Raises as :func:`interfaces`."""
+    where = namespace if namespace is not None else pid
+    with netns.inside(str(where)) if where is not None else nullcontext():
+        found = {name: _NETFILTER / name for name in names}
+        return {name: int(path.read_text()) for name, path in found.items() if path.exists()}
 
 
 def find(where: Path) -> list[Found]:

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from calitrace.calico import maptables, reasons
 from calitrace.calico.maptables import Layout, Table
+from calitrace.calico.timeouts import Timeouts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from calitrace.calico.maps import RawMap
 
@@ -49,10 +50,6 @@ HOOKS = {0: "tc ingress", 1: "tc egress", 2: "xdp"}
 _KINDS = {0: "ingress new", 1: "ingress est", 2: "egress new", 3: "egress est"}
 DROP_COUNT = 0xFFFFFFFF
 _S = 1_000_000_000
-# Felix's defaults (felix/bpf/conntrack/timeouts), seconds.
-_GRACE, _SYN_SENT, _ESTABLISHED, _FINS, _RESET = 10, 20, 3600, 30, 40
-_OTHERS = {17: 60, 1: 5, 58: 5}
-_GENERIC = 600
 _FORWARD4 = "0 u32 rev_proto;4 ip4 rev_addr_a;8 ip4 rev_addr_b;12 u16 rev_port_a;14 u16 rev_port_b;16 u16 nat_sport"
 _FORWARD6 = "0 u32 rev_proto;4 ip6 rev_addr_a;20 ip6 rev_addr_b;36 u16 rev_port_a;38 u16 rev_port_b;40 u16 nat_sport"
 _FORWARD = {False: Table(_FORWARD4, 20), True: Table(_FORWARD6, 44)}
@@ -68,10 +65,15 @@ class Context:
     now_ns: int = 0
     interfaces: dict[int, str] = field(default_factory=dict)
     rules: dict[int, str] = field(default_factory=dict)
+    timeouts: Timeouts = field(default_factory=Timeouts)
 
     def interface(self, ifindex: int) -> str:
         """The name of an interface, or its number in words."""
         return self.interfaces.get(ifindex) or f"ifindex {ifindex}"
+
+    def leg_interface(self, ifindex: int) -> str | None:
+        """Where a conntrack leg's packets came in: None for 0, which is the host itself or no packet yet."""
+        return self.interface(ifindex) if ifindex else None
 
 
 def names(flags: int, known: dict[int, str]) -> list[str]:
@@ -96,18 +98,6 @@ def state(proto: int, flags: int, ab_bits: int, ba_bits: int) -> str:
     if (ab_bits | ba_bits) & _RST:
         return "RESET"
     return "ESTABLISHED" if ab_bits & ba_bits & _SYN_ACK == _SYN_ACK else "SYN-SENT"
-
-
-def timeout_s(proto: int, flags: int, ab_bits: int, ba_bits: int) -> int:
-    """Seconds without a packet after which Felix removes an entry (its defaults)."""
-    if proto != 6:
-        return _OTHERS.get(proto, _GENERIC)
-    found = state(proto, flags, ab_bits, ba_bits)
-    if (ab_bits | ba_bits) & _RST:
-        return _RESET
-    if found == "CLOSED":
-        return _FINS
-    return _ESTABLISHED if found == "ESTABLISHED" or flags & _DSR else _SYN_SENT
 
 
 def iter_objects(raw: RawMap, context: Context) -> Iterator[dict[str, Any]]:
@@ -147,17 +137,19 @@ def _conntrack(layout: Layout, key: bytes, value: bytes, context: Context) -> di
     if kind == NAT_FWD:
         table = _FORWARD[layout.ipv6]
         forward = table.decode(value[_FORWARD_AT : _FORWARD_AT + table.size])
-        return {**found, "from": "b" if flags & _B_A else "a", **{n: forward[n] for n in forward if n != "rev_proto"}}
+        reverse = {name: forward[name] for name in forward if name != "rev_proto"}
+        # Calico leaves its flags empty: the client is the end that the reverse entry's key has too.
+        client = "b" if found["addr_b"] in (reverse["rev_addr_a"], reverse["rev_addr_b"]) else "a"
+        return {**found, "from": client, **reverse}
     ab, ba = entry["ab_bits"], entry["ba_bits"]
-    limit = timeout_s(proto, flags, ab, ba)
+    limit, why = context.timeouts.limit(layout.version, proto, flags, ab, ba, entry["created_ns"])
     found["from"] = "b" if flags & _B_A or (ba & _OPENER and not ab & _OPENER) else "a"
-    found |= {"state": state(proto, flags, ab, ba), "timeout_s": limit}
+    found |= {"state": state(proto, flags, ab, ba), "timeout_s": limit, "timeout": why}
     for leg in ("ab", "ba"):
-        found[leg] = {
-            name: entry[f"{leg}_{name}"]
-            for name in ("bytes", "packets", "seqno", "ifindex")
-            if f"{leg}_{name}" in entry
-        } | {"flags": names(entry[f"{leg}_bits"], LEG_FLAGS)}
+        found[leg] = {name: entry[f"{leg}_{name}"] for name in _LEG if f"{leg}_{name}" in entry}
+        if "ifindex" in found[leg]:
+            found[leg]["interface"] = context.leg_interface(found[leg]["ifindex"])
+        found[leg]["flags"] = names(entry[f"{leg}_bits"], LEG_FLAGS)
     return found | {
         name: entry[name] for name in ("orig_dst", "orig_dport", "orig_sport", "orig_src", "tun_ip") if name in entry
     }
@@ -308,10 +300,116 @@ def _conntrack_line(entry: dict[str, Any]) -> str:
     if entry.get("orig_sport") and entry["orig_sport"] != sport:
         line += f"  source port changed from {entry['orig_sport']}"
     line += _ago(entry) + (f" {entry['state']}" if entry["state"] else "")
-    if entry["age_ns"] is not None:
-        left = entry["timeout_s"] - entry["age_ns"] / _S
-        line += f"  expires in {left:.0f}s" if left > 0 else "  expired"
-    return line
+    expiry = _expiry(entry)
+    return f"{line}  {expiry}" if expiry else line
+
+
+def _expiry(entry: dict[str, Any]) -> str:
+    """When Felix removes an entry, "" when the time of reading is not known."""
+    if entry["age_ns"] is None:
+        return ""
+    left = entry["timeout_s"] - entry["age_ns"] / _S
+    return f"expires in {_seconds(left)}" if left >= 0 else "expired: Felix removes it at its next sweep"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
+
+
+def iter_connection(entry: dict[str, Any], partners: Sequence[dict[str, Any]], timeouts: Timeouts) -> Iterator[str]:
+    """One conntrack entry at length: state, expiry, flags, both directions, and the *partners* of its NAT pair."""
+    yield _conntrack_line(entry)
+    if entry["type"] != "nat-fwd":
+        yield f"  time-out   {_seconds(entry['timeout_s'])} ({entry['timeout']}, {timeouts.set_by})"
+    yield f"  flags      {' '.join(entry['flags']) or 'none'}"
+    request = "b" if entry["from"] == "b" else "a"
+    for title, end in (("request", request), ("reply", "a" if request == "b" else "b")):
+        leg = entry.get("ab" if end == "a" else "ba")
+        if leg is not None:
+            yield f"  {title:10} {_leg(entry, leg, end)}"
+    for each in partners:
+        yield f"  pair       {each['type']}: {_pair(each)}"
+    if not partners and entry["type"] == "nat-fwd":
+        yield "  pair       its reverse entry is missing: Felix removes this one at its next sweep"
+    if not partners and entry["type"] == "nat-rev":
+        yield "  pair       its forward entry is missing: a packet to the service starts a new connection"
+
+
+def _leg(entry: dict[str, Any], leg: dict[str, Any], end: str) -> str:
+    from_end = f"from {entry[f'addr_{end}']}:{entry[f'port_{end}']}"
+    place = f" by {leg['interface']}" if leg.get("interface") else ""
+    count = f", {leg['packets']} packets, {leg['bytes']} bytes" if "packets" in leg else ""
+    return f"{from_end}{place}{count}, {' '.join(leg['flags']) or 'nothing seen'}"
+
+
+def _pair(entry: dict[str, Any]) -> str:
+    source, target = _ends(entry)
+    return f"{source} -> {target}" + (f", {entry['state']}" if entry.get("state") else "")
+
+
+def partner_keys(layout: Layout, key: bytes, value: bytes) -> tuple[bytes, ...]:
+    """The keys that the other entry of a NAT pair may have; none for an entry without NAT.
+
+    A forward entry holds its reverse entry's key. A reverse entry holds the service's address and, where Calico
+    changed it, the client's port: both orders of the ends are given.
+    """
+    kind, size = value[_TYPE_AT], layout.key.size
+    if kind == NAT_FWD:
+        return (value[_FORWARD_AT : _FORWARD_AT + size],)
+    if kind != NAT_REV:
+        return ()
+    entry = layout.decode(key, value)
+    flags = entry["flags0"] | entry.get("flags1", 0) << 8
+    client = int(bool(flags & _B_A or (entry["ba_bits"] & _OPENER and not entry["ab_bits"] & _OPENER)))
+    width = 16 if layout.ipv6 else 4
+    port = 4 + 2 * width + 2 * client
+    sport = entry["orig_sport"].to_bytes(2, "little") if entry.get("orig_sport") else key[port : port + 2]
+    sources = [key[4 + client * width : 4 + (client + 1) * width], _member(layout, value, "orig_src", width)]
+    service = (_member(layout, value, "orig_dst", width), _member(layout, value, "orig_dport", 2))
+    pairs = [
+        (ends, ends[::-1]) for source in dict.fromkeys(sources) if any(source) for ends in [((source, sport), service)]
+    ]
+    return tuple(key[:4] + a[0] + b[0] + a[1] + b[1] for both in pairs for a, b in both)
+
+
+def _member(layout: Layout, value: bytes, name: str, size: int) -> bytes:
+    at = next((offset for offset, _, each in layout.value.rows if each == name), len(value))
+    return value[at : at + size]
+
+
+class Pairing:
+    """Pairs NAT forward and reverse entries as they come, and names those that stay alone."""
+
+    def __init__(self, context: Context) -> None:
+        self._now = context.now_ns
+        self._alone: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+    def feed(self, entry: dict[str, Any]) -> None:
+        """One entry of the map, in words."""
+        if entry["type"] not in ("nat-fwd", "nat-rev"):
+            return
+        prefix = "rev_" if entry["type"] == "nat-fwd" else ""
+        ends = (entry[f"{prefix}{name}"] for name in ("addr_a", "port_a", "addr_b", "port_b"))
+        key = (entry["proto"], *ends)
+        other = self._alone.get(key)
+        if other is not None and other["type"] != entry["type"]:
+            del self._alone[key]
+        else:
+            self._alone[key] = entry
+
+    def iter_notes(self) -> Iterator[str]:
+        """What is without its partner; entries that came while the map was read may have theirs by now."""
+        for kind, lost, then in _ALONE:
+            found = [e for e in self._alone.values() if e["type"] == kind and not 0 < self._now < e["last_seen_ns"]]
+            if found:
+                shown = "; ".join(_pair(each) for each in found[:3]) + ("; ..." if len(found) > 3 else "")
+                yield f"{len(found)} {kind} entries without {lost}: {then}: {shown}"
+
+
+_ALONE = (
+    ("nat-fwd", "their reverse entry", "Felix removes them at its next sweep"),
+    ("nat-rev", "their forward entry", "a packet to the service starts a new connection"),
+)
 
 
 def _raw_conntrack(entry: dict[str, Any]) -> str:
@@ -420,23 +518,30 @@ def _json_lines(raw: RawMap, layout: Layout, context: Context, kind: int, keys: 
         return [json.dumps({"map": raw.name, **_conntrack(layout, *each, context)}) + "\n" for each in pairs]
     c = dict((*layout.key.iter_columns(keys), *layout.value.iter_columns(values)))
     bits = list(
-        zip(c["proto"], c["flags0"], c["flags1"], c["flags2"], c["flags3"], c["ab_bits"], c["ba_bits"], strict=True)
+        zip(
+            *(c[name] for name in ("proto", "flags0", "flags1", "flags2", "flags3", "ab_bits", "ba_bits")),
+            map(bool, c["created_ns"]),
+            strict=True,
+        )
     )
-    known = {each: _fragments(kind, *each) for each in set(bits)}
+    known = {each: _fragments(context.timeouts, layout.version, kind, *each) for each in set(bits)}
     head, middle, after, ab, ba = zip(*map(known.__getitem__, bits), strict=True)
     now = context.now_ns
     age = [max(now - seen, 0) for seen in c["last_seen_ns"]] if now else ["null"] * len(bits)
-    legs = [c[f"{leg}_{name}"] for leg in ("ab", "ba") for name in _LEG]
+    legs: list[Sequence[Any]] = []
+    for leg in ("ab", "ba"):
+        places = {each: json.dumps(context.leg_interface(each)) for each in set(c[f"{leg}_ifindex"])}
+        legs += [*(c[f"{leg}_{name}"] for name in _LEG), [places[each] for each in c[f"{leg}_ifindex"]]]
     rows = zip(
         *(head, c["addr_a"], c["port_a"], c["addr_b"], c["port_b"], middle, c["created_ns"], c["last_seen_ns"]),
-        *(age, after, *legs[:4], ab, *legs[4:], ba, *(c[name] for name in _ORIGINAL)),
+        *(age, after, *legs[:5], ab, *legs[5:], ba, *(c[name] for name in _ORIGINAL)),
         strict=True,
     )
     return map(_line(raw.name).__mod__, rows)
 
 
 def _line(name: str) -> str:
-    leg = '{"bytes": %d, "packets": %d, "seqno": %d, "ifindex": %d, "flags": %s}'
+    leg = '{"bytes": %d, "packets": %d, "seqno": %d, "ifindex": %d, "interface": %s, "flags": %s}'
     return (
         f'{{"map": {json.dumps(name)}, "proto": %s, "addr_a": "%s", "port_a": %d, "addr_b": "%s", "port_b": %d, %s, '
         f'"created_or_rst_ns": %d, "last_seen_ns": %d, "age_ns": %s, %s, "ab": {leg}, "ba": {leg}, '
@@ -444,11 +549,15 @@ def _line(name: str) -> str:
     )
 
 
-def _fragments(kind: int, proto: int, f0: int, f1: int, f2: int, f3: int, ab: int, ba: int) -> tuple[str, ...]:
+def _fragments(
+    timeouts: Timeouts, version: int, kind: int, proto: int, f0: int, f1: int, f2: int, f3: int, ab: int, ba: int,
+    rst: bool,
+) -> tuple[str, ...]:  # fmt: skip
     flags = f0 | f1 << 8 | f2 << 16 | f3 << 24
     about = {"type": _TYPES.get(kind, f"type-{kind}"), "flags": names(flags, CT_FLAGS)}
     source = "b" if flags & _B_A or (ba & _OPENER and not ab & _OPENER) else "a"
-    after = {"from": source, "state": state(proto, flags, ab, ba), "timeout_s": timeout_s(proto, flags, ab, ba)}
+    limit, why = timeouts.limit(version, proto, flags, ab, ba, rst)
+    after = {"from": source, "state": state(proto, flags, ab, ba), "timeout_s": limit, "timeout": why}
     return (
         json.dumps(protocol(proto)),
         json.dumps(about)[1:-1],
