@@ -204,6 +204,87 @@ def test_walk_stale_and_disagreeing_conntrack(lab: Lab, edit: Edit) -> None:
         assert broken(lab, sport) == ["stale conntrack"]
 
 
+def verdict(lab: Lab, source: str, target: str, *words: str) -> str:
+    """What walk says becomes of a packet on node-a."""
+    done = calitrace("maps", "walk", source, target, *words, "--bpffs", str(lab.pins / "node-a"))
+    return done.stdout.splitlines()[-1].partition(": ")[2]
+
+
+def test_walk_ends_with_what_becomes_of_the_packet(lab: Lab, edit: Edit) -> None:
+    assert verdict(lab, "10.10.0.100", "10.10.0.1:30080/tcp", "--ingress", "ens192") == (
+        "forwarded in Calico's VXLAN to node 10.10.0.2, for 10.65.1.2:8080"
+    )
+    assert verdict(lab, "10.10.0.100", "10.10.0.1:30081/tcp") == "delivered to 10.65.0.2:8080 by cali1a2b3c4d5e6"
+    assert verdict(lab, "10.10.0.100", "10.10.0.1:30082/tcp") == (
+        "refused with an ICMP error (frontend without backend)"
+    )
+    assert verdict(lab, "10.10.0.100", "10.10.0.1:30087/tcp") == "dropped, RT_UNKNOWN (no route)"
+    edit.entry("cali_v4_nat_fe3", FRONTEND, struct.pack("<5I", 1, 0xFFFFFFFF, 0, 0, 0))
+    assert verdict(lab, "10.10.0.100", "10.10.0.1:30080/tcp").endswith("(source not allowed)")
+
+
+def test_walk_spoofed_source(lab: Lab) -> None:
+    pod = ("--ingress", "cali1a2b3c4d5e6")
+    assert verdict(lab, "10.65.0.2", "10.10.0.1:30080/tcp", *pod).startswith("forwarded by the host's routes")
+    assert verdict(lab, "10.65.0.9", "10.10.0.1:30080/tcp", *pod).endswith("(not an address of this pod)")
+
+
+def test_walk_interface_not_ready(lab: Lab, edit: Edit) -> None:
+    key = struct.pack("<I", index(lab, "cali1a2b3c4d5e6"))
+    edit.entry("cali_iface4", key, struct.pack("<I16s32x", 1, b"cali1a2b3c4d5e6"))
+    assert broken(lab, port=30081) == ["no ifstate"]
+
+
+def test_walk_blackhole(lab: Lab, edit: Edit) -> None:
+    edit.entry("cali_v4_routes", struct.pack("<I4s", 32, bytes([10, 65, 1, 2])), struct.pack("<Q", 0x100))
+    assert broken(lab) == ["blackhole"]
+
+
+def test_walk_forward_entry_alone(lab: Lab, edit: Edit) -> None:
+    with tcp(lab, "client", *TARGET) as connection:
+        sport = connection.getsockname()[1]
+        reverse = next(e for e in tracked(lab, "node-a", sport) if e["type"] == "nat-rev")
+        ends = b"".join(socket.inet_aton(reverse[f"addr_{end}"]) for end in "ab")
+        key = struct.pack("<I8sHH", 6, ends, reverse["port_a"], reverse["port_b"])
+        edit.entry("cali_v4_ct4", key, None)
+        assert broken(lab, sport) == ["stale conntrack"]
+
+
+def calico_program() -> tuple[int, int]:
+    """Id and descriptor of a tc program of the lab's."""
+    for identifier in syscall.program_ids():
+        descriptor = syscall.program_fd(identifier)
+        if syscall.program_info(descriptor).name == "cali_to_wep":
+            return identifier, descriptor
+        os.close(descriptor)
+    raise AssertionError("the lab has no such program")
+
+
+def test_walk_policy_program(lab: Lab, edit: Edit) -> None:
+    """A jump map, which the lab does not have, with and without the program that ifstate names."""
+    name = "cali_jump_egr2"
+    descriptor = syscall.map_create(3, 4, 4, 16, name=name)
+    pin = lab.pins / "node-a" / name
+    try:
+        syscall.object_pin(descriptor, pin)
+        assert broken(lab, port=30081) == ["no policy program"]
+        key = struct.pack("<I", index(lab, "cali1a2b3c4d5e6"))
+        edit.entry("cali_iface4", key, struct.pack("<I16s3i20x", 3, b"cali1a2b3c4d5e6", -1, -1, 7))
+        assert broken(lab, port=30081) == ["no policy program"]
+        identifier, program = calico_program()
+        try:
+            syscall.map_update(descriptor, struct.pack("<I", 7), struct.pack("<I", program))
+        finally:
+            os.close(program)
+        steps = maps(lab, "node-a", "walk", "10.10.0.100", "10.10.0.1:30081/tcp")
+        assert [step["broken"] for step in steps if step["broken"]] == []
+        (policy,) = [step["found"] for step in steps if step["lookup"] == "policy"]
+        assert policy == f"program {identifier} at 7 of cali_jump_egr decides"
+    finally:
+        pin.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
 def test_live_and_offline_say_the_same(lab: Lab, tmp_path: Path) -> None:
     file = str(tmp_path / "a.calitrace")
     where = ("--bpffs", str(lab.pins / "node-a"))

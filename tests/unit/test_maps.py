@@ -322,6 +322,8 @@ def test_the_other_maps() -> None:
         "cookie 5  addr 10.65.0.2  port 8080  proto tcp  orig_dst 10.96.0.1  orig_dport 80"
     )
     assert mapdump.text("qos", {"map": "m", "flags": ["a", "b"], "none": None}) == "flags a,b"
+    spoof = only("cali_v4_sprefix", struct.pack("<II4s", 56, 3, bytes([10, 1, 2, 0])), bytes(4))
+    assert spoof == {"ifindex": 3, "interface": "cali1", "cidr": "10.1.2.0/24"}
     v6 = only(
         "cali_v6_routes", struct.pack("<I", 64) + bytes.fromhex("fd" + "00" * 15), struct.pack("<I", 0x400) + bytes(16)
     )
@@ -404,6 +406,18 @@ def tables(**changes: Any) -> walk.Tables:
 PACKET = walk.Packet("10.10.0.100", 4000, "10.10.0.1", 30080, "tcp", "eth0")
 
 
+def verdict(packet: walk.Packet, found: walk.Tables) -> str:
+    """What becomes of the packet."""
+    last = walk.walk(packet, found)[-1]
+    assert last.lookup == "verdict"
+    return last.found
+
+
+def found_by(lookup: str, found: walk.Tables) -> list[tuple[str, str]]:
+    """What this lookup found for PACKET."""
+    return [(step.lookup, step.found) for step in walk.walk(PACKET, found) if step.lookup == lookup]
+
+
 def kinds(steps: list[walk.Step]) -> list[str]:
     """The breakages."""
     return [step.broken for step in steps if step.broken]
@@ -420,9 +434,14 @@ def test_a_whole_chain() -> None:
     steps = walk.walk(PACKET, tables())
     assert kinds(steps) == []
     assert [step.lookup for step in steps] == [
-        *("ifstate", "failsafe", "conntrack", "NAT frontend"),
-        *("NAT backend", "route", "ifstate", "NAT backend", "route"),
+        *("ifstate", "failsafe", "conntrack", "NAT frontend", "NAT frontend", "RPF"),
+        *("NAT backend", "route", "ifstate", "NAT backend", "route", "verdict"),
     ]
+    assert (steps[-1].key, steps[-1].found) == (
+        "tcp 10.10.0.100:4000 -> 10.10.0.1:30080",
+        "1 of 2 new connections: delivered to 10.65.0.2:8080 by cali1; "
+        "1 of 2 new connections: forwarded in Calico's VXLAN to node 10.10.0.2, for 10.65.1.2:8080",
+    )
     assert [step.lookup for step in walk.walk(PACKET, tables(interfaces=None))].count("ifstate") == 0
 
 
@@ -452,6 +471,8 @@ def entry(kind: str, backend: str, **members: Any) -> dict[str, Any]:
     if kind == "nat-fwd":
         found |= {"addr_a": "10.10.0.1", "port_a": 30080, "rev_addr_a": backend, "rev_port_a": 8080}
         return found | {"rev_addr_b": "10.10.0.100", "rev_port_b": 4000}
+    found |= {"from": "b", "orig_dst": "10.10.0.1", "orig_dport": 30080, "tun_ip": "0.0.0.0", "flags": [],
+              "age_ns": None, "timeout_s": 20}  # fmt: skip
     return found | {"addr_a": backend, "port_a": 8080, **members}
 
 
@@ -482,8 +503,7 @@ def test_straight_to_a_pod_and_elsewhere() -> None:
         ("8.8.8.8", "routed by the host"),
         ("10.96.0.1", "BLACK_HOLE"),
     ):
-        (*_, last) = walk.walk(walk.Packet("10.10.0.100", 0, address, 1, "udp"), tables())
-        assert where in last.suffers
+        assert where in verdict(walk.Packet("10.10.0.100", 0, address, 1, "udp"), tables())
 
 
 def test_source_ranges_affinity_and_failsafes() -> None:
@@ -491,17 +511,19 @@ def test_source_ranges_affinity_and_failsafes() -> None:
     near = {**front, "addr": "10.10.0.1", "source": "10.10.0.0/24", "id": 2, "count": 1}
     far = {**front, "addr": "10.10.0.1", "source": "192.0.2.0/24"}
     sticky = {"addr": "10.10.0.1", "port": 30080, "proto": "tcp", "client": "10.10.0.100",
-              "backend": "10.65.0.2", "backend_port": 8080}  # fmt: skip
+              "backend": "10.65.0.2", "backend_port": 8080, "ts_ns": 1}  # fmt: skip
     wide = {**near, "source": None, "id": 1}
     steps = walk.walk(PACKET, tables(frontends=[wide, near, far]))
-    assert "10.10.0.1:30080 is service 2, 1 backends, 1 local" in [step.found for step in steps]
+    assert "service 2, for 10.10.0.0/24: count 1, local 1" in [step.found for step in steps]
     timed = tables(frontends=[{**near, "affinity_s": 60}], affinity=[{**sticky, "client": "10.9.9.9"}, sticky])
-    assert "10.10.0.100 sticks to 10.65.0.2:8080" in [step.found for step in walk.walk(PACKET, timed)]
+    assert found_by("affinity", timed) == [("affinity", "10.65.0.2:8080")]
+    late = walk.Tables(**{**vars(timed), "now_ns": 61 * 10**9})
+    assert found_by("affinity", late) == [("affinity", "10.65.0.2:8080, but older than 60 s: chosen anew")]
     fresh = tables(frontends=[{**near, "affinity_s": 60}])
-    assert "affinity" not in [step.lookup for step in walk.walk(PACKET, fresh)]
+    assert found_by("affinity", fresh) == [("affinity", "none: chosen anew")]
     safe = {"proto": "tcp", "port": 30080, "direction": "inbound"}
     found = walk.walk(PACKET, tables(failsafes=[{**safe, "cidr": "192.0.2.0/24"}, {**safe, "cidr": "0.0.0.0/0"}]))
-    assert "port 30080/tcp is one: no host policy applies" in [step.found for step in found]
+    assert "it is one: no host policy applies" in [step.found for step in found]
 
 
 @pytest.mark.parametrize(
@@ -515,6 +537,105 @@ def test_source_ranges_affinity_and_failsafes() -> None:
 def test_local_only_depends_on_where_the_packet_is_from(flag: str, src: str, broken: list[str]) -> None:
     packet = walk.Packet(src, 4000, "10.10.0.1", 30080, "tcp")
     assert kinds(walk.walk(packet, changed("frontends", 0, local=0, flags=[flag]))) == broken
+
+
+def test_a_pod_may_send_from_its_own_addresses_only() -> None:
+    own = walk.Packet("10.65.0.2", 4000, "10.10.0.1", 30080, "tcp", "cali1")
+    assert kinds(walk.walk(own, tables())) == []
+    assert "forwarded by the host's routes, for 10.65.1.2:8080" in verdict(own, tables())
+    for source in ("10.65.1.2", "192.0.2.9"):
+        other = walk.Packet(source, 4000, "10.10.0.1", 30080, "tcp", "cali1")
+        assert verdict(other, tables()) == "dropped, and no counter tells it (not an address of this pod)"
+        allowed = tables(spoofing=[{"interface": "cali1", "cidr": "0.0.0.0/0"}])
+        assert kinds(walk.walk(other, allowed)) == []
+        elsewhere = tables(spoofing=[{"interface": "cali2", "cidr": "0.0.0.0/0"}])
+        assert kinds(walk.walk(other, elsewhere)) == [walk.SPOOFED]
+
+
+def test_policy_programs() -> None:
+    at = {"cali_jump_ing": {5: 77}, "cali_jump_egr": {6: 78}}
+    wanted = {"ingress_v4": -1, "egress_v4": 6}
+    whole = walk.Tables(**{**vars(changed("interfaces", 1, **wanted)), "programs": at})
+    assert found_by("policy", whole) == [
+        ("policy", "program 77 at 5 of cali_jump_ing decides"),
+        ("policy", "program 78 at 6 of cali_jump_egr decides"),
+    ]
+    for index, told in ((7, "cali_jump is empty at 7"), (-1, "none is set")):
+        rows = changed("interfaces", 1, egress_v4=index)
+        lost = walk.Tables(**{**vars(rows), "programs": {"cali_jump": {}}})
+        assert found_by("policy", lost) == [("policy", "none: everything is allowed"), ("policy", told)]
+        assert kinds(walk.walk(PACKET, lost)) == [walk.NO_POLICY]
+    out = walk.Packet("10.65.0.2", 4000, "10.10.0.1", 30080, "tcp", "cali1")
+    assert kinds(walk.walk(out, walk.Tables(**{**vars(tables()), "programs": at}))) == [walk.NO_POLICY]
+
+
+def test_maglev_and_excluded_services() -> None:
+    rows = [{"id": 1, "ordinal": n, "addr": "10.65.0.2", "port": 8080} for n in range(3)]
+    whole = walk.Tables(**{**vars(changed("frontends", 0, flags=["maglev"])), "maglev": rows})
+    assert verdict(PACKET, whole) == "delivered to 10.65.0.2:8080 by cali1"
+    empty = changed("frontends", 0, flags=["maglev"])
+    assert verdict(PACKET, empty) == "dropped, MAGLEV_NO_BACKEND (frontend without backend)"
+    excluded = changed("frontends", 0, flags=["nat-exclude"])
+    assert verdict(PACKET, excluded) == "delivered to this host, 10.10.0.1:30080"
+    outside = walk.Packet("10.10.0.100", 4000, "203.0.113.5", 30080, "tcp")
+    away = changed("frontends", 0, flags=["nat-exclude"], addr="203.0.113.5")
+    assert verdict(outside, away) == "routed to 203.0.113.5:30080 by the host"
+    assert "another node" in verdict(
+        walk.Packet("10.10.0.100", 0, "10.10.0.2", 22, "tcp"),
+        tables(routes=[{"cidr": "10.10.0.2/32", "flags": ["host"], "next_hop": "0.0.0.0"}]),
+    )
+
+
+@pytest.mark.parametrize(
+    ("members", "wanted"),
+    [
+        ({}, "source becomes 10.10.0.1:30080, sent to 10.10.0.100:4000"),
+        ({"tun_ip": "10.10.0.2"}, "source becomes 10.10.0.1:30080, tunnelled back to node 10.10.0.2"),
+        (
+            {"tun_ip": "10.10.0.2", "flags": ["np-fwd"]},
+            "source becomes 10.10.0.1:30080, sent to 10.10.0.100:4000",
+        ),
+    ],
+)
+def test_the_reply_of_a_connection_with_nat(members: dict[str, Any], wanted: str) -> None:
+    reply = walk.Packet("10.65.0.2", 8080, "10.10.0.100", 4000, "tcp")
+    assert verdict(reply, tables(conntrack=[entry("nat-rev", "10.65.0.2", **members)])) == wanted
+
+
+def test_tracked_requests_and_expiry() -> None:
+    late = {"age_ns": 21 * 10**9}
+    both = [entry("nat-fwd", "10.65.0.2"), entry("nat-rev", "10.65.0.2", **late)]
+    assert found_by("conntrack", tables(conntrack=both)) == [
+        ("conntrack", "nat-fwd to 10.65.0.2:8080, ESTABLISHED, expired")
+    ]
+    lost = walk.walk(PACKET, tables(conntrack=both, frontends=[]))
+    assert kinds(lost) == [walk.DISAGREE]
+    assert "no frontend" in lost[-2].found
+    inside = walk.Packet("10.10.0.100", 4000, "10.65.0.2", 8080, "tcp")
+    opened_by_a = entry("normal", "10.65.0.2", **{"from": "a"})
+    assert verdict(inside, tables(conntrack=[opened_by_a])) == "delivered to 10.65.0.2:8080 by cali1"
+    tunnelled = [entry("nat-fwd", "10.65.1.2"), entry("nat-rev", "10.65.1.2", tun_ip="10.10.0.7")]
+    assert verdict(PACKET, tables(conntrack=tunnelled)).startswith("forwarded in Calico's VXLAN to node 10.10.0.7")
+
+
+def test_ipv6() -> None:
+    front = {"addr": walk._ANY_NODE[6], "port": 80, "proto": "udp", "id": 1, "count": 1, "local": 1, "affinity_s": 0,
+             "flags": [], "drop": False, "source": None}  # fmt: skip
+    found = walk.Tables(
+        frontends=[front],
+        backends=[{"id": 1, "ordinal": 0, "addr": "fd00:65::2", "port": 8080}],
+        routes=[
+            {"cidr": "fd00::1/128", "flags": ["local", "host"], "next_hop": "::"},
+            {"cidr": "fd00:65::2/128", "flags": ["local", "workload"], "ifindex": 3, "interface": "cali1"},
+        ],
+        interfaces=[{"ifindex": 3, "name": "cali1", "flags": ["workload", "v6Ready"]}],
+    )
+    packet = walk.Packet("fd00::100", 0, "fd00::1", 80, "udp")
+    assert verdict(packet, found) == "delivered to [fd00:65::2]:8080 by cali1"
+    v4 = [{"ifindex": 3, "name": "cali1", "flags": ["workload", "v4Ready"]}]
+    assert verdict(packet, walk.Tables(**{**vars(found), "interfaces": v4})) == (
+        "dropped until Felix has attached its programs to cali1 (no ifstate)"
+    )
 
 
 def test_services_differ_by_backends_not_by_ids() -> None:

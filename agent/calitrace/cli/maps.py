@@ -62,6 +62,7 @@ class Source:
     now_ns: int = 0
     node: str = ""
     sysctls: dict[str, int] = field(default_factory=dict)
+    programs: dict[str, dict[int, int]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     felix_config: Path | None = None
     broken: Malformed | None = None
@@ -140,7 +141,24 @@ def _live(bpffs: Path | None, netns: str | None, pid: int | None, policy_dir: Pa
     )
     source.rules = _rules(policy_dir, source)
     source.differing = _compare(zip(found, map(maps.read, found), strict=True))
+    source.programs = _programs(source, found)
     return source
+
+
+def _programs(source: Source, found: Iterable[Found]) -> dict[str, dict[int, int]]:
+    """Of the jump maps, by base name: the policy programs at the indices that ifstate has."""
+    from calitrace.calico import maptables
+    from calitrace.calico.maps import identify
+    from calitrace.kernel import maps
+
+    wanted: set[int] = set()
+    for raw in (each for each in source.maps if identify(each.name)[0] == "cali_iface"):
+        with suppress(LayoutMismatch):
+            for entry in maptables.iter_entries(raw, maptables.resolve(raw)):
+                wanted |= {v for name, v in entry.items() if name.startswith(("ingress_v", "egress_v")) and v >= 0}
+    names = {"cali_jump", "cali_jump_ing", "cali_jump_egr"}
+    newest = {identify(each.name)[0]: each for each in found if identify(each.name)[0] in names}
+    return {base: maps.programs_at(each, wanted) for base, each in newest.items()}
 
 
 def _compare(maps: Iterable[tuple[Found, RawMap]]) -> dict[str, str]:
@@ -202,6 +220,7 @@ def _journal(path: Path) -> Source:
         header.get("mono_ns", 0),
         header.get("node", ""),
         header.get("sysctls", {}),
+        {base: {int(i): p for i, p in slots.items()} for base, slots in header.get("programs", {}).items()},
         broken=found.broken,
     )
     for raw in found.maps:
@@ -659,6 +678,7 @@ def save(source: Source, path: Path) -> None:
             "version": __version__, "node": source.node, "sysctls": source.sysctls, "boot_id": discover.boot_id(),
             "kernel": os.uname().release, "mono_ns": source.now_ns, "wall_ns": time.time_ns(),
             "interfaces": source.interfaces, "rules": source.rules, "in_use": sorted(source.in_use),
+            "programs": source.programs,
         })  # fmt: skip
         for raw in source.maps:
             for body in journal.map_bodies(raw, _blocks(raw)):
@@ -685,22 +705,34 @@ def _endpoint(text: str, *, port: bool) -> tuple[str, int]:
     return _address(address.strip("[]")), int(number or 0)
 
 
-def _tables(source: Source, *, ipv6: bool) -> Any:
+def _tables(source: Source, *, ipv6: bool, ends: frozenset[str] = frozenset()) -> Any:
+    """The maps that walk and diff look into; of conntrack what has one of the *ends*, and its NAT partners."""
     from calitrace.correlate.walk import Tables
 
     def of(base: str) -> list[dict[str, Any]]:
         return list(_objects(source, source.pick((base,), ipv6=ipv6)))
 
+    def connections() -> Iterator[dict[str, Any]]:
+        return _objects(source, source.pick(("ct",), ipv6=ipv6))
+
+    def key(entry: dict[str, Any], prefix: str = "") -> tuple[Any, ...]:
+        return (entry["proto"], *(entry[f"{prefix}{name}"] for name in ("addr_a", "port_a", "addr_b", "port_b")))
+
+    tracked = [e for e in connections() if {e["addr_a"], e["addr_b"]} & ends] if ends else []
+    lost = {key(e, "rev_") for e in tracked if e["type"] == "nat-fwd"} - {key(e) for e in tracked}
+    tracked += [e for e in connections() if key(e) in lost] if lost else []
     known = bool(source.pick(("iface",)))
     return Tables(
-        of("ct"), of("nat_fe"), of("nat_be"), of("nat_aff"), of("routes"), of("iface") if known else None, of("fsafes")
-    )
+        tracked, of("nat_fe"), of("nat_be"), of("nat_aff"), of("routes"), of("iface") if known else None, of("fsafes"),
+        of("mglv"), of("sprefix"), source.programs, source.now_ns,
+    )  # fmt: skip
 
 
 @command.command("walk")
 @click.argument("source_end", metavar="SRC[:PORT]")
 @click.argument("target", metavar="DST:PORT/PROTO")
 @click.option("--ingress", default="", help="The interface at which the packet arrives.")
+@_FELIX_CONFIG
 def _walk(source_end: str, target: str, ingress: str, **options: Any) -> int:
     """Do Calico's lookups for a packet, in Calico's order, and say where the chain breaks.
 
@@ -717,19 +749,22 @@ def _walk(source_end: str, target: str, ingress: str, **options: Any) -> int:
     if (":" in src) is not (":" in dst):
         raise UsageError("source and destination are of different families")
     source = _source(options)
-    steps = walk.walk(walk.Packet(src, sport, dst, dport, proto, ingress), _tables(source, ipv6=":" in dst))
-    broken = [step for step in steps if step.broken]
+    known = set(source.context().interfaces.values())
+    if ingress and known and ingress not in known:
+        source.note(f"no interface {ingress} is here")
+    tables = _tables(source, ipv6=":" in dst, ends=frozenset({src, dst} if sport else ()))
+    steps = walk.walk(walk.Packet(src, sport, dst, dport, proto, ingress), tables)
     for step in steps:
         if options["as_json"] or options["output"] == "json":
             click.echo(json.dumps(asdict(step)))
+        elif step.lookup == "verdict":
+            click.echo(f"{step.key}: {step.found}")
         else:
-            click.echo(f"{'BROKEN' if step.broken else 'ok':7} {step.lookup:13} {step.found}")
+            click.echo(f"{'BROKEN' if step.broken else 'ok':7} {step.lookup:13} {step.key}: {step.found}")
             if step.broken:
                 click.echo(f"{'':7} {'':13} {step.broken}: {step.suffers}")
-    if not broken and options["output"] == "table" and not options["as_json"]:
-        click.echo("the chain is whole")
     _finish(source)
-    return int(Exit.FINDINGS if broken else Exit.DONE)
+    return int(Exit.FINDINGS if any(step.broken for step in steps) else Exit.DONE)
 
 
 @command.command("diff")

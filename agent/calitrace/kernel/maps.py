@@ -226,6 +226,16 @@ def readable(found: Found) -> bool:
     return found.info.type not in _NOT_READABLE
 
 
+def programs_at(found: Found, indices: Iterable[int]) -> dict[int, int]:
+    """The ids of the programs in a program array at these indices, without those that are empty."""
+    descriptor = open_map(found)
+    try:
+        slots = {each: syscall.map_lookup(descriptor, each.to_bytes(4, "little"), 4) for each in sorted(indices)}
+        return {index: int.from_bytes(value, "little") for index, value in slots.items() if value is not None}
+    finally:
+        os.close(descriptor)
+
+
 def read(found: Found) -> RawMap:
     """A map whose entries are read from the kernel as they are asked for.
 

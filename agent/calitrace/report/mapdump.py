@@ -191,6 +191,12 @@ def _failsafe(layout: Layout, key: bytes, value: bytes, context: Context) -> dic
     return {**found, "cidr": f"{entry['addr']}/{entry['prefixlen'] - 32}"} if "addr" in entry else found
 
 
+def _spoofing(layout: Layout, key: bytes, value: bytes, context: Context) -> dict[str, Any]:
+    entry = layout.decode(key, value)
+    found = {"ifindex": entry["ifindex"], "interface": context.interface(entry["ifindex"])}
+    return {**found, "cidr": f"{entry['addr']}/{max(entry['prefixlen'] - 32, 0)}"}
+
+
 def _interface(layout: Layout, key: bytes, value: bytes, context: Context) -> dict[str, Any]:
     entry = layout.decode(key, value)
     entry["flags"] = names(entry["flags"], _IFACE_FLAGS_2 if layout.version == 2 else IFACE_FLAGS)
@@ -221,6 +227,7 @@ def _profile(layout: Layout, key: bytes, value: bytes, context: Context) -> dict
 _EXPLAIN: dict[str, Callable[[Layout, bytes, bytes, Context], dict[str, Any]]] = {
     "ct": _conntrack, "nat_fe": _frontend, "routes": _route, "ip_sets": _ip_set, "fsafes": _failsafe,
     "iface": _interface, "counters": _counters, "rule_ctrs": _rule, "profiling": _profile,
+    "sprefix": _spoofing,
 }  # fmt: skip
 
 
