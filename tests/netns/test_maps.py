@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import struct
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 
 from calitrace.kernel import netns, syscall
 from calitrace.lab.topology import Lab
-from tests.netns.conftest import LOST_S, calitrace, on, tcp
+from tests.netns.conftest import COMMAND, LOST_S, calitrace, on, tcp
 
 pytestmark = pytest.mark.root
 TARGET = ("10.10.0.1", 30080)
@@ -317,6 +318,17 @@ def test_conntrack_remove_needs_permission_and_takes_only_what_it_names(lab: Lab
         assert len(tracked(lab, "node-a", sport)) == 2
         assert calitrace(*words, "--allow-system-changes").returncode == 0
         assert [e["type"] for e in tracked(lab, "node-a", sport)] == ["nat-rev"]
+
+
+def test_counters_as_rates(lab: Lab) -> None:
+    words = (*COMMAND, "maps", "counters", "dump", "--iface", "ens192", "--interval", "2", "-j")
+    with subprocess.Popen((*words, "--bpffs", str(lab.pins / "node-a")), stdout=subprocess.PIPE, text=True) as running:
+        while running.poll() is None:
+            with tcp(lab, "client", *TARGET):
+                pass
+        assert running.stdout is not None
+        rows = [json.loads(line) for line in running.stdout]
+    assert {row["hook"]: row["per_second"]["UNKNOWN"] > 0 for row in rows}["tc ingress"]
 
 
 def test_policy_rules_with_their_hits(lab: Lab) -> None:

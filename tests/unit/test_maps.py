@@ -336,11 +336,39 @@ def test_counters() -> None:
     key = struct.pack("<II", 2, 0)
     entries = objects(made("cali_counters6", (key, value), (struct.pack("<II", 9, 1), value)))
     lines = list(mapdump.iter_counters(entries, "eth0"))
-    assert lines[0] == "dumped eth0 counters."
-    assert [line.split() for line in lines if line.startswith("RT_UNKNOWN")] == [["RT_UNKNOWN", "12"]]
-    assert list(mapdump.iter_counters(entries))[-len(lines)] == "dumped ifindex 9 counters."
-    (pinned,) = objects(made("cali_counters", (bytes(4), bytes(112))))
-    assert next(iter(mapdump.iter_counters([pinned]))) == "dumped (this pin) counters."
+    assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[1:6:2]] == [
+        ["CATEGORY", "TYPE", "INGRESS", "EGRESS", "XDP"],
+        ["Accepted", "by another program", "3", "N/A", "N/A"],
+        ["", "by policy", "2", "N/A", "N/A"],
+    ]
+    assert [line.split("|")[3].strip() for line in lines if "packets with unknown route" in line] == ["12"]
+    assert {len(line) for line in lines[:-2]} == {len(lines[0])}
+    assert lines[-2:] == ["dumped eth0 counters.", ""]
+    assert "| Other    | RESERVED1 " in "\n".join(lines)
+    assert list(mapdump.iter_counters(entries))[-2] == "dumped ifindex 9 counters."
+    quiet = only("cali_counters6", key, bytes(27 * 8))
+    assert "RESERVED1" not in "\n".join(mapdump.iter_counters([quiet]))
+    old = made("cali_counters", (bytes(4), bytes(112)))
+    (pinned,) = objects(RawMap(**{**vars(old), "pin": "tc/eth0_egr/cali_counters"}))
+    assert (pinned["interface"], pinned["hook"]) == ("eth0", "tc egress")
+    (lost,) = objects(old)
+    shown = list(mapdump.iter_counters([lost]))
+    assert shown[1].split("|")[-2].strip() == "TC"
+    assert shown[-2] == "dumped (no pin) counters."
+
+
+def test_counters_a_second() -> None:
+    key = struct.pack("<II", 2, 0)
+    before, after = (objects(made("cali_counters6", (key, struct.pack("<27Q", *cells)))) for cells in (
+        (10, 5, *([0] * 25)), (14, 2, *([0] * 25))))  # fmt: skip
+    named = [[{"map": "cali_counters6", **each} for each in found] for found in (before, after)]
+    (rates,) = mapdump.per_second(named[0], named[1], 2)
+    assert (rates["per_second"]["UNKNOWN"], rates["per_second"]["ACCEPTED_BY_FAILSAFE"]) == (2, 1)
+    (fresh,) = mapdump.per_second([], named[1], 2)
+    assert fresh["per_second"]["UNKNOWN"] == 7
+    lines = list(mapdump.iter_counters([rates]))
+    assert [line.split("|")[3].strip() for line in lines if "| Total" in line] == ["2.0"]
+    assert lines[-2] == "dumped eth0 counters in packets per second."
 
 
 @pytest.mark.parametrize(

@@ -399,6 +399,8 @@ def _dump(name: str, **options: Any) -> int:
     source = _source(options)
     maps = _chosen(source, name, options)
     objects = _objects(source, maps)
+    if options.get("interval") is not None:
+        objects = _rates(source, maps, options)
     wanted = options.get("words") or ()
     if wanted:
         objects = (entry for entry in objects if _matches(entry, wanted))
@@ -425,6 +427,18 @@ def _dump(name: str, **options: Any) -> int:
     if name == "ifstate":
         _missing_interfaces(source, maps)
     return _finish(source)
+
+
+def _rates(source: Source, maps: list[RawMap], options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Counters with what they gained within the interval."""
+    from calitrace.report import mapdump
+
+    if options["path"] is not None or options["bpftool"] is not None:
+        raise UsageError("--interval needs a live node", "compare two snapshots with `calitrace maps diff A B`")
+    before, start = list(_objects(source, maps)), time.monotonic()
+    time.sleep(options["interval"])
+    after, end = list(_objects(source, maps)), time.monotonic()
+    return mapdump.per_second(before, after, end - start)
 
 
 def _policy(words: tuple[str, ...], **options: Any) -> int:
@@ -595,7 +609,12 @@ def _subject(name: str) -> click.Group:
             click.option("--raw", is_flag=True, help="All members, NAT forward entries too."),
         )
     if name == "counters":
-        extra = (click.option("--iface", help="Only this interface."),)
+        extra = (
+            click.option("--iface", help="Only this interface."),
+            click.option(
+                "--interval", type=click.FloatRange(min=0.1, max=3600), help="Packets per second over so many seconds."
+            ),
+        )
     words = click.argument("words", nargs=-1, metavar="[KEY]...")
 
     def add(verb: str, function: Callable[..., int], text: str, options: tuple[Callable[[Any], Any], ...]) -> None:

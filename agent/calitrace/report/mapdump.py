@@ -104,8 +104,19 @@ def iter_objects(raw: RawMap, context: Context) -> Iterator[dict[str, Any]]:
     """The entries of a map, in words. Raises LayoutMismatch for a map of no known version."""
     layout = maptables.resolve(raw)
     explain = _EXPLAIN.get(_kind(layout), _plain)
+    about = {"map": raw.name, **_place(raw.pin)}
     for key, value in raw.entries:
-        yield {"map": raw.name, **explain(layout, key, maptables.summed(raw, value), context)}
+        yield {**about, **explain(layout, key, maptables.summed(raw, value), context)}
+
+
+def _place(pin: str) -> dict[str, str]:
+    """Interface and hook of a map that is pinned for these alone, as counters were before v3.26."""
+    directory = pin.rpartition("/")[0].rpartition("/")[2]
+    interface, _, hook = directory.rpartition("_")
+    return {"interface": interface, "hook": _PIN_HOOKS[hook]} if interface and hook in _PIN_HOOKS else {}
+
+
+_PIN_HOOKS = {"igr": "tc ingress", "egr": "tc egress", "xdp": "xdp"}
 
 
 def _kind(layout: Layout) -> str:
@@ -480,20 +491,68 @@ def iter_ip_sets(entries: Iterable[dict[str, Any]]) -> Iterator[str]:
         yield "No IP sets found."
 
 
+def per_second(
+    before: Iterable[dict[str, Any]], after: Iterable[dict[str, Any]], seconds: float
+) -> Iterator[dict[str, Any]]:
+    """The counters of *after* with their rates since *before*. What went down was reset: its new value counts."""
+    old = {(e["map"], e.get("interface"), e.get("hook")): e["counters"] for e in before}
+    for entry in after:
+        past = old.get((entry["map"], entry.get("interface"), entry.get("hook")), {})
+        moved = {name: count - past.get(name, 0) for name, count in entry["counters"].items()}
+        rates = {name: (change if change >= 0 else entry["counters"][name]) / seconds for name, change in moved.items()}
+        yield {**entry, "per_second": rates}
+
+
+_COLUMNS = ("INGRESS", "EGRESS", "XDP")
+
+
 def iter_counters(entries: Iterable[dict[str, Any]], interface: str | None = None) -> Iterator[str]:
-    """One table for each interface: reason by hook."""
-    tables: dict[str, dict[str, dict[str, int]]] = {}
+    """One table for each interface, with Calico's categories, types and columns; of rates where entries have them."""
+    tables: dict[str, dict[str, dict[str, Any]]] = {}
     for entry in entries:
-        tables.setdefault(entry.get("interface", "(this pin)"), {})[entry.get("hook", "tc")] = entry["counters"]
+        hook = entry.get("hook", "tc").removeprefix("tc ").upper()
+        tables.setdefault(entry.get("interface", "(no pin)"), {})[hook] = entry
     for name, hooks in sorted(tables.items()):
         if interface not in (None, name):
             continue
-        columns = [hook for hook in (*HOOKS.values(), "tc") if hook in hooks]
-        yield f"dumped {name} counters."
-        yield f"{'TYPE':24}" + "".join(f"{hook.removeprefix('tc ').upper():>14}" for hook in columns)
-        for reason in hooks[columns[0]]:
-            yield f"{reason:24}" + "".join(f"{hooks[hook].get(reason, 0):>14}" for hook in columns)
+        known = max((entry["counters"] for entry in hooks.values()), key=len)
+        columns = [*_COLUMNS, *(hook for hook in hooks if hook not in _COLUMNS)]
+        rows = [
+            (*_caption(reason), *(_cell(hooks.get(hook), reason) for hook in columns))
+            for reason in sorted(known, key=_caption)
+            if reason in reasons.CAPTIONS or any(entry["counters"].get(reason) for entry in hooks.values())
+        ]
+        yield from _bordered(("CATEGORY", "TYPE", *columns), rows)
+        rates = any("per_second" in entry for entry in hooks.values())
+        yield f"dumped {name} counters{' in packets per second' if rates else ''}."
         yield ""
+
+
+def _caption(reason: str) -> tuple[str, str]:
+    return reasons.CAPTIONS.get(reason, ("Other", reason))
+
+
+def _cell(entry: dict[str, Any] | None, reason: str) -> str:
+    if entry is None or reason not in entry["counters"]:
+        return "N/A"
+    return f"{entry['per_second'][reason]:.1f}" if "per_second" in entry else str(entry["counters"][reason])
+
+
+def _bordered(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """A table as Calico's; a category is named once. Numbers stand to the right."""
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    line = "+" + "+".join("-" * (width + 2) for width in widths) + "+"
+    yield line
+    yield "| " + " | ".join(f"{each:^{width}}" for each, width in zip(header, widths, strict=True)) + " |"
+    yield line
+    last = ""
+    for category, *rest in rows:
+        words = ["" if category == last else category, rest[0]]
+        cells = [f"{each:<{width}}" for each, width in zip(words, widths, strict=False)]
+        cells += [f"{each:>{width}}" for each, width in zip(rest[1:], widths[2:], strict=True)]
+        yield "| " + " | ".join(cells) + " |"
+        last = category
+    yield line
 
 
 # --- Conntrack in bulk -------------------------------------------------------------------------------------------
