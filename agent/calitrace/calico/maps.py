@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from calitrace.calico.maptables import Layout
+
 _NAME = re.compile(r"(?P<base>(?:xdp_)?cali_?\w*?)(?P<version>\d*)(?P<old>_old)?")
 
 
@@ -21,7 +23,7 @@ class RawMap:
     """A map as the kernel has it. *entries*: (key, value) pairs, which may be iterated more than once.
 
     *value_size*: of one CPU's value; a per-CPU map's entries hold *cpus* of them, each padded to 8 bytes.
-    *pin*: path below the bpffs, "" when it is not pinned.
+    *pin*: path below the bpffs, "" when it is not pinned. *described*: the layout that BTF gave, where it counts.
     """
 
     name: str
@@ -34,6 +36,7 @@ class RawMap:
     entries: Iterable[tuple[bytes, bytes]]
     complete: bool = True
     notes: tuple[str, ...] = ()
+    described: Layout | None = None
 
 
 def identify(name: str) -> tuple[str, int, bool]:

@@ -131,7 +131,7 @@ def _live(bpffs: Path | None, netns: str | None, pid: int | None, policy_dir: Pa
 
     found = maps.find(maps.root(bpffs, netns, pid))
     source = Source(
-        [maps.read(each) for each in found if maps.readable(each)],
+        [],
         {each.pin for each in found if each.in_use},
         # Maps from elsewhere with ifindices of elsewhere: ours would give them wrong names.
         {} if bpffs is not None and netns is None and pid is None else maps.interfaces(netns, pid),
@@ -139,8 +139,8 @@ def _live(bpffs: Path | None, netns: str | None, pid: int | None, policy_dir: Pa
         node=socket.gethostname(),
         sysctls=maps.sysctls(SYSCTLS.values(), netns, pid),
     )
+    _describe(source, found)
     source.rules = _rules(policy_dir, source)
-    source.differing = _compare(zip(found, map(maps.read, found), strict=True))
     source.programs = _programs(source, found)
     return source
 
@@ -161,30 +161,52 @@ def _programs(source: Source, found: Iterable[Found]) -> dict[str, dict[int, int
     return {base: maps.programs_at(each, wanted) for base, each in newest.items()}
 
 
-def _compare(maps: Iterable[tuple[Found, RawMap]]) -> dict[str, str]:
-    """Pin to what a map's own BTF says against our table."""
+def _describe(source: Source, found: Iterable[Found]) -> None:
+    """Hold the maps' BTF, or that of the programs that use them, against our tables, and take it where none fits."""
     from calitrace.btf import Btf
-    from calitrace.calico import maptables
-    from calitrace.kernel.maps import types
+    from calitrace.calico import mapbtf, maptables
+    from calitrace.calico.maps import identify
+    from calitrace.kernel import maps
 
-    known: dict[int, Btf] = {}
-    differing = {}
-    for found, raw in maps:
+    known: dict[int, Btf | None] = {}
+
+    def types(identifier: int) -> Btf | None:
+        if identifier not in known:
+            blob = maps.types(identifier)
+            known[identifier] = None if blob is None else Btf(blob)
+        return known[identifier]
+
+    bases = {each.base for each in maptables.layouts()}
+    described: list[RawMap] = []
+    for each in found:
+        if not maps.readable(each):
+            continue
+        raw, info = maps.read(each), each.info
+        described.append(raw)
+        if identify(raw.name)[0] not in bases:
+            continue
+        ids: tuple[int, int] | None = (info.btf_key_type_id, info.btf_value_type_id)
+        btf, whose = types(info.btf_id) if all(ids or ()) else None, "its BTF"
+        if btf is None:
+            btf, whose = types(each.program_btf), "the BTF of the programs that use it"
+            ids = None if btf is None else mapbtf.declared(btf, raw.name)
+        if btf is None or ids is None:
+            continue
+        layout = mapbtf.describe(raw, btf, *ids)
         try:
-            layout = maptables.resolve(raw)
-        except LayoutMismatch:
-            continue  # refused when it is asked for
-        info = found.info
-        if info.btf_id not in known:
-            blob = types(found)
-            if blob is None:
-                continue
-            known[info.btf_id] = Btf(blob)
-        for table, type_id in ((layout.key, info.btf_key_type_id), (layout.value, info.btf_value_type_id)):
-            said = maptables.disagreement(table, known[info.btf_id], type_id) if type_id else ""
-            if said:
-                differing[found.pin] = said
-    return differing
+            table = maptables.resolve(raw)
+        except LayoutMismatch as unknown:
+            if layout is not None:
+                described[-1] = replace(raw, described=layout)
+                source.note(f"map {raw.name} is of no version that we know ({unknown.actual}): decoded by {whose}")
+            continue
+        said = [maptables.disagreement(t, btf, i) for t, i in zip((table.key, table.value), ids, strict=True)]
+        if any(said) and layout is not None and layout.origin == "btf":
+            described[-1] = replace(raw, described=layout)
+            source.note(f"map {raw.name} differs from our table ({'; '.join(filter(None, said))}): decoded by {whose}")
+        elif any(said):
+            source.differing[raw.pin] = f"{whose} differs from our table: {'; '.join(filter(None, said))}"
+    source.maps = described
 
 
 def _rules(directory: Path, source: Source) -> dict[int, str]:
@@ -201,6 +223,7 @@ def _rules(directory: Path, source: Source) -> dict[int, str]:
 
 def _journal(path: Path) -> Source:
     from calitrace import journal
+    from calitrace.calico import mapbtf
 
     try:
         with path.open("rb") as stream:
@@ -212,8 +235,12 @@ def _journal(path: Path) -> Source:
     if not found.maps and found.broken is None:
         raise UsageError(f"{path} holds no maps", "write some with `calitrace maps snapshot -w FILE`")
     header = found.header
+    layouts = header.get("layouts", {})
     source = Source(
-        found.maps,
+        [
+            replace(raw, described=mapbtf.from_plain(raw, layouts[raw.pin])) if raw.pin in layouts else raw
+            for raw in found.maps
+        ],
         set(header.get("in_use", ())),
         {int(index): name for index, name in header.get("interfaces", {}).items()},
         header.get("rules", {}),
@@ -346,11 +373,20 @@ def _refused(wrong: LayoutMismatch) -> Error:
                  _NEVER_GUESS)  # fmt: skip
 
 
-def _objects(source: Source, maps: Iterable[RawMap]) -> Iterator[dict[str, Any]]:
+def _only_members(raw: RawMap) -> bool:
+    """Whether we know of a map no more than the names that its BTF has."""
+    return raw.described is not None and raw.described.origin == "members"
+
+
+def _objects(source: Source, maps: Iterable[RawMap], *, understood: bool = False) -> Iterator[dict[str, Any]]:
+    """The maps' entries in words. *understood*: refuse those that we know by their BTF's names only."""
     from calitrace.report import mapdump
 
     context = source.context()
     for raw in maps:
+        if understood and _only_members(raw):
+            raise Error(f"map {raw.name} is of no version that we know, and its BTF lacks members that we need",
+                        _NEVER_GUESS)  # fmt: skip
         try:
             yield from mapdump.iter_objects(raw, context)
         except LayoutMismatch as wrong:
@@ -421,6 +457,8 @@ def _dump(name: str, **options: Any) -> int:
                 if name != "counters" or options.get("iface") in (None, entry.get("interface")):
                     click.echo(json.dumps(entry))
     else:
+        if any(map(_only_members, maps)):
+            name = ""
         for line in _text(name, _watched(source, objects) if name == "conntrack" else objects, options):
             sys.stdout.write(line + "\n")
         sys.stdout.flush()
@@ -483,7 +521,9 @@ def _policy(words: tuple[str, ...], **options: Any) -> int:
 
 def _missing_interfaces(source: Source, maps: list[RawMap]) -> None:
     """Workload interfaces of the node that Calico's map does not have: their packets are dropped."""
-    known = {entry["ifindex"] for entry in _objects(source, maps)}
+    known = {entry["ifindex"] for entry in _objects(source, maps) if "ifindex" in entry}
+    if any(map(_only_members, maps)):
+        return
     for index, name in sorted(source.interfaces.items()):
         if name.startswith("cali") and index not in known:
             source.note(f"interface {name} (ifindex {index}) is not in ifstate: its packets are dropped")
@@ -523,7 +563,7 @@ def _get(name: str, words: tuple[str, ...], **options: Any) -> int:
         raise UsageError("get needs a key", f"such as `calitrace maps {name} get 10.0.0.1`")
     words = tuple(_address(word) if any(c in word for c in ".:") and "/" not in word else word for word in words)
     source = _source(options)
-    if name == "conntrack":
+    if name == "conntrack" and not any(map(_only_members, source.pick(("ct",), ipv6=options["ipv6"]))):
         return _connections(source, words, options)
     found = [e for e in _objects(source, _chosen(source, name, options)) if _matches(e, words)]
     if all(_base(entry["map"]) == "nat_be" for entry in found):
@@ -532,6 +572,7 @@ def _get(name: str, words: tuple[str, ...], **options: Any) -> int:
         for entry in found:
             click.echo(json.dumps(entry))
     else:
+        name = "" if any(entry.get("layout") == "members" for entry in found) else name
         for line in _text(name, iter(found), {**options, "raw": True}) if found else ():
             click.echo(line)
     status = _finish(source)
@@ -645,7 +686,8 @@ def _versions(**options: Any) -> int:
     for raw in source.maps:
         base, version, old = identify(raw.name)
         try:
-            layout = f"v{maptables.resolve(raw).version}"
+            known = maptables.resolve(raw)
+            layout = f"v{known.version}{' BTF' if known.origin else ''}"
         except LayoutMismatch:
             layout = "unknown" if any(each.base == base for each in maptables.layouts()) else "not shown"
         about = {
@@ -684,6 +726,7 @@ _snapshot.params += click.command()(_with(_WHERE, lambda: None)).params
 def save(source: Source, path: Path) -> None:
     """Write a snapshot. Raises UsageError when the file exists or cannot be written."""
     from calitrace import __version__, journal
+    from calitrace.calico import mapbtf
     from calitrace.kernel import discover
 
     try:
@@ -698,6 +741,7 @@ def save(source: Source, path: Path) -> None:
             "kernel": os.uname().release, "mono_ns": source.now_ns, "wall_ns": time.time_ns(),
             "interfaces": source.interfaces, "rules": source.rules, "in_use": sorted(source.in_use),
             "programs": source.programs,
+            "layouts": {raw.pin: mapbtf.to_plain(raw.described) for raw in source.maps if raw.described is not None},
         })  # fmt: skip
         for raw in source.maps:
             for body in journal.map_bodies(raw, _blocks(raw)):
@@ -729,10 +773,10 @@ def _tables(source: Source, *, ipv6: bool, ends: frozenset[str] = frozenset()) -
     from calitrace.correlate.walk import Tables
 
     def of(base: str) -> list[dict[str, Any]]:
-        return list(_objects(source, source.pick((base,), ipv6=ipv6)))
+        return list(_objects(source, source.pick((base,), ipv6=ipv6), understood=True))
 
     def connections() -> Iterator[dict[str, Any]]:
-        return _objects(source, source.pick(("ct",), ipv6=ipv6))
+        return _objects(source, source.pick(("ct",), ipv6=ipv6), understood=True)
 
     def key(entry: dict[str, Any], prefix: str = "") -> tuple[Any, ...]:
         return (entry["proto"], *(entry[f"{prefix}{name}"] for name in ("addr_a", "port_a", "addr_b", "port_b")))
@@ -821,7 +865,7 @@ def _diff(files: tuple[Path, ...], wait: float | None, check: bool, **options: A
 def _view(source: Source, ipv6: bool) -> dict[str, Any]:
     """All that diff compares, read now."""
     bases = ("routes", "iface", "arp", "fsafes", "ip_sets", "nat_aff", "ct", "qos", "counters")
-    found = {base: list(_objects(source, source.pick((base,), ipv6=ipv6))) for base in bases}
+    found = {base: list(_objects(source, source.pick((base,), ipv6=ipv6), understood=True)) for base in bases}
     return {**found, "tables": _tables(source, ipv6=ipv6)}
 
 

@@ -53,7 +53,7 @@ _S = 1_000_000_000
 _FORWARD4 = "0 u32 rev_proto;4 ip4 rev_addr_a;8 ip4 rev_addr_b;12 u16 rev_port_a;14 u16 rev_port_b;16 u16 nat_sport"
 _FORWARD6 = "0 u32 rev_proto;4 ip6 rev_addr_a;20 ip6 rev_addr_b;36 u16 rev_port_a;38 u16 rev_port_b;40 u16 nat_sport"
 _FORWARD = {False: Table(_FORWARD4, 20), True: Table(_FORWARD6, 44)}
-_TYPE_AT, _FORWARD_AT = 16, 24
+_TYPE_AT = 16
 _LEG = ("bytes", "packets", "seqno", "ifindex")
 _ORIGINAL = ("orig_dst", "orig_dport", "orig_sport", "orig_src", "tun_ip")
 
@@ -103,8 +103,10 @@ def state(proto: int, flags: int, ab_bits: int, ba_bits: int) -> str:
 def iter_objects(raw: RawMap, context: Context) -> Iterator[dict[str, Any]]:
     """The entries of a map, in words. Raises LayoutMismatch for a map of no known version."""
     layout = maptables.resolve(raw)
-    explain = _EXPLAIN.get(_kind(layout), _plain)
+    explain = _EXPLAIN.get(_kind(layout), _plain) if layout.origin != "members" else _members
     about = {"map": raw.name, **_place(raw.pin)}
+    if layout.origin:
+        about["layout"] = layout.origin
     for key, value in raw.entries:
         yield {**about, **explain(layout, key, maptables.summed(raw, value), context)}
 
@@ -131,6 +133,10 @@ def _plain(layout: Layout, key: bytes, value: bytes, context: Context) -> dict[s
     return found
 
 
+def _members(layout: Layout, key: bytes, value: bytes, context: Context) -> dict[str, Any]:
+    return {"key": layout.key.decode(key), "value": layout.value.decode(value)}
+
+
 def _conntrack(layout: Layout, key: bytes, value: bytes, context: Context) -> dict[str, Any]:
     entry = layout.decode(key, value)
     proto, kind = entry["proto"], entry["type"]
@@ -147,7 +153,7 @@ def _conntrack(layout: Layout, key: bytes, value: bytes, context: Context) -> di
     found["age_ns"] = max(context.now_ns - entry["last_seen_ns"], 0) if context.now_ns else None
     if kind == NAT_FWD:
         table = _FORWARD[layout.ipv6]
-        forward = table.decode(value[_FORWARD_AT : _FORWARD_AT + table.size])
+        forward = table.decode(value[layout.forward_at : layout.forward_at + table.size])
         reverse = {name: forward[name] for name in forward if name != "rev_proto"}
         # Calico leaves its flags empty: the client is the end that the reverse entry's key has too.
         client = "b" if found["addr_b"] in (reverse["rev_addr_a"], reverse["rev_addr_b"]) else "a"
@@ -244,6 +250,9 @@ _EXPLAIN: dict[str, Callable[[Layout, bytes, bytes, Context], dict[str, Any]]] =
 
 def text(kind: str, entry: dict[str, Any], *, raw: bool = False) -> str:
     """One entry as one line. *kind*: the map's base name without ``cali_v4_``."""
+    if entry.get("layout") == "members":
+        parts = (f"{name} {value}" for part in ("key", "value") for name, value in entry[part].items())
+        return "  ".join(parts)
     if kind == "ct":
         return _raw_conntrack(entry) if raw else _conntrack_line(entry)
     if kind == "routes":
@@ -371,9 +380,9 @@ def partner_keys(layout: Layout, key: bytes, value: bytes) -> tuple[bytes, ...]:
     A forward entry holds its reverse entry's key. A reverse entry holds the service's address and, where Calico
     changed it, the client's port: both orders of the ends are given.
     """
-    kind, size = value[_TYPE_AT], layout.key.size
+    kind, size = _member(layout, value, "type", 1)[0], layout.key.size
     if kind == NAT_FWD:
-        return (value[_FORWARD_AT : _FORWARD_AT + size],)
+        return (value[layout.forward_at : layout.forward_at + size],)
     if kind != NAT_REV:
         return ()
     entry = layout.decode(key, value)
@@ -561,6 +570,9 @@ def _bordered(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[
 def iter_json_blocks(raw: RawMap, context: Context) -> Iterator[str]:
     """Conntrack entries as JSON lines, thousands at once; the same lines that :func:`iter_objects` gives."""
     layout = maptables.resolve(raw)
+    if layout.origin:
+        yield from (json.dumps(each) + "\n" for each in iter_objects(raw, context))
+        return
     for _, keys, values in maptables.blocks(raw):
         types = values[_TYPE_AT :: layout.value.size]
         for kind in sorted(set(types)):
@@ -664,6 +676,6 @@ def conntrack_summary(raw: RawMap) -> dict[str, int]:
 def summary(raw: RawMap) -> dict[str, Any]:
     """How full a map is; for conntrack what is in it."""
     layout = maptables.resolve(raw)
-    if _kind(layout) == "ct":
+    if _kind(layout) == "ct" and layout.origin != "members":
         return {"map": raw.name, **conntrack_summary(raw)}
     return {"map": raw.name, "entries": sum(n for n, _, _ in maptables.blocks(raw)), "max_entries": raw.max_entries}
