@@ -308,6 +308,46 @@ def test_diff_finds_the_service_that_differs(lab: Lab, edit: Edit, tmp_path: Pat
     assert done.stdout.endswith("1 services differ\n")
 
 
+def test_diff_of_two_nodes_tells_services_alone(lab: Lab, edit: Edit, tmp_path: Path) -> None:
+    def snapshot(node: str, name: str) -> str:
+        file = str(tmp_path / name)
+        assert calitrace("maps", "snapshot", "-w", file, "--bpffs", str(lab.pins / node)).returncode == 0
+        return file
+
+    there = snapshot("node-b", "b")
+    whole = calitrace("maps", "diff", snapshot("node-a", "a"), there, "--check")
+    assert (whole.returncode, whole.stdout.splitlines()[0]) == (0, "0 services differ")
+    assert "two nodes, a is 10.10.0.1, b is 10.10.0.2" in whole.stdout
+    edit.entry("cali_v4_nat_fe3", FRONTEND, None)
+    edit.entry("cali_v4_nat_be", struct.pack("<II", 2, 0), None)
+    done = calitrace("maps", "diff", snapshot("node-a", "a2"), there, "--check")
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[:3] == [
+        "service    255.255.255.255:30081/tcp: backends [missing] -> [10.65.0.2:8080]",
+        "service    this node:30080/tcp: only in b",
+        "service    this node:30081/tcp: backends [missing] -> [10.65.0.2:8080]",
+    ]
+
+
+def between(lab: Lab, *words: str) -> str:
+    """What a command says that reads node-a's maps twice, with a connection between the readings."""
+    command = (*COMMAND, *words, "--bpffs", str(lab.pins / "node-a"))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        assert running.stderr is not None
+        assert running.stderr.readline().startswith("read once")
+        with tcp(lab, "client", *TARGET) as connection:
+            connection.sendall(b"x")
+            assert connection.recv(1) == b"x"
+        return running.stdout.read()
+
+
+def test_diff_now_and_later(lab: Lab) -> None:
+    lines = between(lab, "maps", "diff", "--wait", "2")
+    assert "conntrack  tcp " in lines
+    assert "counter    ens192 tc ingress UNKNOWN: " in lines
+
+
 def test_conntrack_remove_needs_permission_and_takes_only_what_it_names(lab: Lab) -> None:
     with tcp(lab, "client", *TARGET) as connection:
         sport = connection.getsockname()[1]
@@ -321,13 +361,8 @@ def test_conntrack_remove_needs_permission_and_takes_only_what_it_names(lab: Lab
 
 
 def test_counters_as_rates(lab: Lab) -> None:
-    words = (*COMMAND, "maps", "counters", "dump", "--iface", "ens192", "--interval", "2", "-j")
-    with subprocess.Popen((*words, "--bpffs", str(lab.pins / "node-a")), stdout=subprocess.PIPE, text=True) as running:
-        while running.poll() is None:
-            with tcp(lab, "client", *TARGET):
-                pass
-        assert running.stdout is not None
-        rows = [json.loads(line) for line in running.stdout]
+    lines = between(lab, "maps", "counters", "dump", "--iface", "ens192", "--interval", "2", "-j")
+    rows = [json.loads(line) for line in lines.splitlines()]
     assert {row["hook"]: row["per_second"]["UNKNOWN"] > 0 for row in rows}["tc ingress"]
 
 

@@ -678,14 +678,33 @@ def test_services_differ_by_backends_not_by_ids() -> None:
     )
     ranged = mapdiff.services(changed("frontends", 0, drop=True, source="10.0.0.0/8"))
     assert ranged == {
-        "255.255.255.255:30080/tcp from 10.0.0.0/8": {"backends": [], "flags": [], "drop": True},
+        "255.255.255.255:30080/tcp from 10.0.0.0/8": {"backends": [], "flags": [], "affinity_s": 0, "drop": True},
     }
+
+
+def test_a_nodeport_of_each_node_is_one_service() -> None:
+    sides = []
+    for address, backends in (("10.10.0.1", 2), ("10.10.0.2", 1)):
+        local = [
+            {"cidr": cidr, "flags": ["local", "host"]} for cidr in ("127.0.0.0/8", "127.0.0.1/32", f"{address}/32")
+        ]
+        (front,) = tables().frontends
+        fronts = [{**front, "addr": address, "count": backends}, {**front, "addr": "10.96.0.10"}]
+        found = tables(frontends=fronts, routes=[*local, {"cidr": "10.65.0.0/26", "flags": ["workload"]}])
+        own = mapdiff.own_addresses(found)
+        assert own == {address}
+        sides.append(mapdiff.services(found, own))
+    (differs,) = mapdiff.differences("service", *sides)
+    assert (differs["key"], len(differs["a"]["backends"]), len(differs["b"]["backends"])) == (
+        *("this node:30080/tcp", 2, 1),
+    )
 
 
 def test_entries_and_rates() -> None:
     rows = mapdiff.entries("routes", tables().routes)
-    assert mapdiff.compared("routes")
-    assert not mapdiff.compared("counters")
+    bases = ("routes", "counters", "fsafes")
+    assert [mapdiff.compared(base, nodes=False) for base in bases] == [True, False, True]
+    assert [mapdiff.compared(base, nodes=True) for base in bases] == [False, False, True]
     del rows["10.10.0.1/32"]
     (gone,) = mapdiff.differences("routes", mapdiff.entries("routes", tables().routes), rows)
     assert (gone["key"], gone["b"]) == ("10.10.0.1/32", None)

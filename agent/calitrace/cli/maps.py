@@ -474,9 +474,14 @@ def _rates(source: Source, maps: list[RawMap], options: dict[str, Any]) -> Itera
     if options["path"] is not None or options["bpftool"] is not None:
         raise UsageError("--interval needs a live node", "compare two snapshots with `calitrace maps diff A B`")
     before, start = list(_objects(source, maps)), time.monotonic()
-    time.sleep(options["interval"])
+    _wait(options["interval"])
     after, end = list(_objects(source, maps)), time.monotonic()
     return mapdump.per_second(before, after, end - start)
+
+
+def _wait(seconds: float) -> None:
+    click.echo(f"read once; again in {seconds:g} s ...", err=True)
+    time.sleep(seconds)
 
 
 def _policy(words: tuple[str, ...], **options: Any) -> int:
@@ -837,8 +842,11 @@ def _walk(source_end: str, target: str, ingress: str, **options: Any) -> int:
 def _diff(files: tuple[Path, ...], wait: float | None, check: bool, **options: Any) -> int:
     """Compare two snapshots, of two nodes or of one node at two times, or now and --wait seconds later.
 
-    Services are compared by address and backends, not by the ids that each node gives them.
+    Services are compared by address and backends, not by the ids that each node gives them. Of two nodes services and
+    failsafe ports are compared; a NodePort on a node's own address is one of "this node".
     """
+    from calitrace.correlate import mapdiff
+
     if (len(files), wait is None) not in ((2, True), (0, False)):
         raise UsageError("diff needs two snapshots, or --wait SECONDS", "calitrace maps snapshot -w A")
     if wait is None:
@@ -847,18 +855,23 @@ def _diff(files: tuple[Path, ...], wait: float | None, check: bool, **options: A
     else:
         sides = [_source(options)]
         views = [_view(sides[0], options["ipv6"])]
-        time.sleep(wait)
+        _wait(wait)
         sides.append(_source(options))
         views.append(_view(sides[1], options["ipv6"]))
     as_json = options["as_json"] or options["output"] == "json"
+    own = [mapdiff.own_addresses(view["tables"]) for view in views]
+    nodes = bool(own[0] and own[1] and not own[0] & own[1])
     count = 0
-    for each in _differences(views[0], views[1], (sides[1].now_ns - sides[0].now_ns) / 1e9):
+    for each in _differences(views, (sides[1].now_ns - sides[0].now_ns) / 1e9, own if nodes else None):
         count += each["what"] == "service"
         click.echo(json.dumps(each) if as_json else _difference(each))
     for side in sides:
         _finish(side)
     if not as_json:
         click.echo(f"{count} services differ")
+        if nodes:
+            names = [", ".join(sorted(each)) for each in own]
+            click.echo(f"two nodes, a is {names[0]}, b is {names[1]}: services and failsafe ports were compared")
     return int(Exit.FINDINGS if check and count else Exit.DONE)
 
 
@@ -869,14 +882,20 @@ def _view(source: Source, ipv6: bool) -> dict[str, Any]:
     return {**found, "tables": _tables(source, ipv6=ipv6)}
 
 
-def _differences(a: dict[str, Any], b: dict[str, Any], seconds: float) -> Iterator[dict[str, Any]]:
+def _differences(
+    views: list[dict[str, Any]], seconds: float, own: list[frozenset[str]] | None
+) -> Iterator[dict[str, Any]]:
+    """All that differs, services first. *own*: the addresses of each of two nodes, None for one at two times."""
     from calitrace.correlate import mapdiff
 
-    yield from mapdiff.differences("service", mapdiff.services(a["tables"]), mapdiff.services(b["tables"]))
+    a, b = views
+    found = [mapdiff.services(view["tables"], here) for view, here in zip(views, own or [frozenset()] * 2, strict=True)]
+    yield from mapdiff.differences("service", found[0], found[1])
     for base in a:
-        if mapdiff.compared(base):
+        if mapdiff.compared(base, nodes=own is not None):
             yield from mapdiff.differences(base, mapdiff.entries(base, a[base]), mapdiff.entries(base, b[base]))
-    yield from mapdiff.rates(a["counters"], b["counters"], seconds)
+    if own is None:
+        yield from mapdiff.rates(a["counters"], b["counters"], seconds)
 
 
 _TITLES = {"ct": "conntrack", "iface": "ifstate", "fsafes": "failsafe", "ip_sets": "ipset", "nat_aff": "affinity"}
