@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 import os
 import struct
 import subprocess
@@ -15,12 +16,15 @@ import pytest
 
 from calitrace import journal
 from calitrace.calico import maptables
+from calitrace.cli.maps import command
 from calitrace.errors import EnvironmentUnfit, NotCalico, UsageError
 from calitrace.kernel import maps, mounts, syscall
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from calitrace.calico.maps import RawMap
 
 pytestmark = pytest.mark.root
 HASH, ARRAY, PERCPU_HASH, PERCPU_ARRAY, LRU_HASH, LPM_TRIE = 1, 2, 5, 6, 9, 11
@@ -178,6 +182,45 @@ def test_a_map_that_has_gone(bpffs: Path) -> None:
         list(raw.entries)
 
 
+@pytest.mark.parametrize("words", [("dump",), ("dump", "-j"), ("summary",), ("get", "1")])
+def test_a_map_that_goes_while_it_is_read_is_one_error(
+    bpffs: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    found = pin(bpffs, "cali_v4_ct4", LRU_HASH, (16, 88), 10)
+    write(found, connections(3))
+    read = maps.read
+
+    def read_and_go(each: maps.Found) -> RawMap:
+        (bpffs / found.pin).unlink(missing_ok=True)
+        return read(each)
+
+    monkeypatch.setattr(maps, "read", read_and_go)
+    with pytest.raises(EnvironmentUnfit, match="cali_v4_ct4 has gone") as gone:
+        command.main(["conntrack", *words, "--bpffs", str(bpffs)], standalone_mode=False)
+    assert gone.value.hint
+
+
+def test_values_that_are_nonsense(bpffs: Path) -> None:
+    """Counts and prefix lengths that no Felix writes end neither in a traceback nor never."""
+    front = pin(bpffs, "cali_v4_nat_fe3", HASH, (16, 20), 10)
+    key = struct.pack("<I4sHB4sx", 56 + 77, bytes([10, 0, 0, 1]), 80, 6, bytes([10, 0, 0, 0]))
+    write(front, {struct.pack("<I4sHB5x", 56, bytes([10, 0, 0, 1]), 80, 6): struct.pack("<5I", 1, 0xFFFFFFF0, 9, 0, 0),
+                  key: struct.pack("<5I", 2, 1, 0, 0, 0)})  # fmt: skip
+    write(pin(bpffs, "cali_v4_nat_be", HASH, (8, 8), 10), {bytes(8): bytes(8)})
+    write(pin(bpffs, "cali_v4_routes", HASH, (8, 8), 10), {struct.pack("<I4s", 99, bytes(4)): b"\xff" * 8})
+    write(pin(bpffs, "cali_v4_ct4", LRU_HASH, (16, 88), 10), {b"\xff" * 16: b"\xff" * 88, bytes(16): bytes(88)})
+    where = ("--bpffs", str(bpffs))
+    dump = calitrace("nat", "dump", *where)
+    assert "... and 4294957280 more: is that count right?" in dump.stdout
+    assert "type-255" in calitrace("conntrack", "dump", "-j", *where).stdout
+    walked = calitrace("walk", "10.0.0.9:1", "10.0.0.1:80/tcp", *where)
+    assert walked.returncode == 1
+    assert "1:0 and 9999 others: missing" in walked.stdout
+    for words in (("conntrack", "dump"), ("conntrack", "get", "65535"), ("routes", "dump"), ("diff", "--wait", "0.1")):
+        done = calitrace(*words, *where)
+        assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
+
+
 def test_maps_of_each_interface_are_one_node(bpffs: Path) -> None:
     for place in ("tc/eth0_igr", "tc/eth0_egr", "tc/cali1_igr"):
         pin(bpffs, "cali_counters", PERCPU_ARRAY, (4, 112), 1, place)
@@ -318,3 +361,32 @@ def test_changes_only_with_permission(bpffs: Path) -> None:
         assert calitrace(*words, "--bpffs", str(bpffs), "--allow-system-changes").returncode == 0
     assert dict(maps.read(counters).entries)[key] == bytes(216 * syscall.possible_cpus())
     assert calitrace("conntrack", "dump", "--bpffs", str(bpffs)).stdout == ""
+
+
+def test_a_dry_run_shows_what_goes_and_a_journal_keeps_it(bpffs: Path, tmp_path: Path) -> None:
+    write(pin(bpffs, "cali_v4_ct4", LRU_HASH, (16, 88), 10), connections(3))
+    write(pin(bpffs, "cali_v6_ct4", LRU_HASH, (40, 128), 10), {bytes(39) + b"\1": bytes(128)})
+    counters = pin(bpffs, "cali_counters6", PERCPU_HASH, (8, 216), 10)
+    write(counters, {struct.pack("<II", 1, hook): b"\1" * 216 * syscall.possible_cpus() for hook in (0, 1)})
+    where = ("--bpffs", str(bpffs))
+    assert len(calitrace("conntrack", "clean", "--dry-run", *where).stdout.splitlines()) == 4
+    shown = calitrace("counters", "flush", "--dry-run", *where).stdout.splitlines()
+    assert sorted(line.partition(": ")[0].split(" ", 2)[-1] for line in shown)[0].endswith("egress")
+    assert all("dropped by policy " in line for line in shown)
+    for words in (("conntrack", "clean"), ("counters", "flush")):
+        file = str(tmp_path / words[0])
+        dump = (words[0], "dump", "-j")
+        before = calitrace(*dump, *where)
+        assert calitrace(*words, "--dry-run", "-w", file, *where).returncode == 2
+        done = calitrace(*words, "--allow-system-changes", "-w", file, *where)
+        assert done.returncode == 0, done.stderr
+        kept = calitrace(*dump, "-r", file)
+        strip = [{k: v for k, v in json.loads(line).items() if k not in ("age_ns", "interface", "ab", "ba")}
+                 for text in (before.stdout, kept.stdout) for line in sorted(text.splitlines())]  # fmt: skip
+        half = len(strip) // 2
+        assert half == {"conntrack": 3, "counters": 2}[words[0]]
+        assert strip[:half] == strip[half:]
+        write(counters, {struct.pack("<II", 1, 0): b"\1" * 216 * syscall.possible_cpus()})
+        again = calitrace(*words, "--allow-system-changes", "-w", file, *where)
+        assert (again.returncode, "exists already" in again.stderr) == (2, True)
+    assert dict(maps.read(counters).entries)[struct.pack("<II", 1, 0)] == b"\1" * 216 * syscall.possible_cpus()

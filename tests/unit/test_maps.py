@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calitrace.calico import bpftool, maptables
+from calitrace.calico import bpftool, maptables, reasons
 from calitrace.calico.maps import RawMap, identify
 from calitrace.correlate import mapdiff, walk
 from calitrace.errors import LayoutMismatch, Malformed
@@ -357,6 +357,11 @@ def test_counters() -> None:
     assert shown[-2] == "dumped (no pin) counters."
 
 
+def test_captions() -> None:
+    names = ("UNKNOWN", "SHORT", "RESERVED1")
+    assert [reasons.caption(name) for name in names] == ["total packets", "dropped too short packets", "RESERVED1"]
+
+
 def test_counters_a_second() -> None:
     key = struct.pack("<II", 2, 0)
     before, after = (objects(made("cali_counters6", (key, struct.pack("<27Q", *cells)))) for cells in (
@@ -480,7 +485,7 @@ def test_a_whole_chain() -> None:
         (changed("frontends", 0, count=0), [walk.NO_BACKEND]),
         (changed("frontends", 0, local=0, flags=["external-local"]), [walk.NO_BACKEND]),
         (changed("frontends", 0, drop=True), [walk.BAD_SOURCE]),
-        (tables(backends=[]), [walk.NO_BACKEND, walk.NO_BACKEND]),
+        (tables(backends=[]), [walk.NO_BACKEND]),
         (changed("frontends", 0, count=3), [walk.NO_BACKEND]),
         (changed("backends", 0, addr="10.77.0.9"), [walk.NO_ROUTE]),
         (changed("backends", 0, addr="10.96.0.9"), [walk.BLACKHOLE]),
@@ -491,6 +496,24 @@ def test_a_whole_chain() -> None:
 )
 def test_each_breakage(changes: walk.Tables, broken: list[str]) -> None:
     assert kinds(walk.walk(PACKET, changes)) == broken
+
+
+def test_missing_backends_count_among_new_connections() -> None:
+    steps = walk.walk(PACKET, changed("frontends", 0, count=5))
+    (lost,) = [step for step in steps if step.broken]
+    assert (lost.key, lost.found) == ("1:2 and 2 others", "missing")
+    assert "3 of 5 new connections: refused with an ICMP error (frontend without backend)" in steps[-1].found
+    nonsense = changed("frontends", 0, count=0xFFFFFFF0)
+    assert len(walk.walk(PACKET, nonsense)) < 20
+    assert len(mapdiff.services(nonsense)["255.255.255.255:30080/tcp"]["backends"]) == 10_000
+    (front,) = [{**front, "count": 10_002, "local": 0} for front in tables().frontends]
+    assert list(mapdump.iter_nat([front], []))[-1] == "\t... and 2 more: is that count right?"
+
+
+def test_networks_that_are_none() -> None:
+    routes = [{"cidr": "10.0.0.0/99", "flags": ["local", "host"], "next_hop": "0.0.0.0"}]
+    assert mapdiff.own_addresses(tables(routes=routes)) == frozenset()
+    assert kinds(walk.walk(PACKET, tables(routes=routes, frontends=[]))) == [walk.NO_FRONTEND]
 
 
 def entry(kind: str, backend: str, **members: Any) -> dict[str, Any]:

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 _NAME = re.compile(r"(?P<base>(?:xdp_)?cali_?\w*?)(?P<version>\d*)(?P<old>_old)?")
 
 
+# Of a frontend whose count is nonsense not more backends than these are looked for.
+MOST_BACKENDS = 10_000
+
+
 @dataclass(frozen=True)
 class RawMap:
     """A map as the kernel has it. *entries*: (key, value) pairs, which may be iterated more than once.

@@ -116,6 +116,12 @@ MEANING = {
 }
 
 
+def caption(name: str) -> str:
+    """A counter in Calico's words: ``dropped by policy``, ``total packets``; its name when Calico shows none."""
+    category, kind = CAPTIONS.get(name, ("", name))
+    return f"{category.lower()} {kind}".strip()
+
+
 def name(code: int, counters: int) -> str:
     """The name of a reason. *counters*: number of counters in the map, 0 when unknown.
 

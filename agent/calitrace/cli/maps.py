@@ -922,6 +922,8 @@ def _shown(value: object) -> str:
 def _may_change(options: dict[str, Any]) -> bool:
     """Whether to do it. Raises UsageError when neither that nor a dry run was asked for."""
     if options["dry_run"]:
+        if options.get("kept") is not None:
+            raise UsageError("a dry run removes nothing to keep", "--write goes with --allow-system-changes")
         return False
     if not options["allowed"]:
         raise UsageError("this changes the node", "see what would go with --dry-run, do it with --allow-system-changes")
@@ -941,22 +943,35 @@ def _live_maps(options: dict[str, Any], base: str) -> list[tuple[Any, RawMap]]:
     return chosen
 
 
+def _keep(options: dict[str, Any], maps: list[RawMap]) -> None:
+    """Write what is about to go into the journal of --write. Raises UsageError."""
+    if options["kept"] is not None:
+        source = Source(maps, {raw.pin for raw in maps}, now_ns=time.monotonic_ns(), node=socket.gethostname())
+        save(source, options["kept"])
+
+
 def _remove_connections(options: dict[str, Any], wanted: Callable[[dict[str, Any]], bool]) -> int:
     from calitrace.kernel import maps
     from calitrace.report import mapdump
 
     change = _may_change(options)
+    going: list[tuple[Found, RawMap]] = []
     for found, raw in _live_maps(options, "ct"):
         try:
             entries = list(raw.entries)  # read once: what is shown is what goes
             objects = mapdump.iter_objects(replace(raw, entries=entries), mapdump.Context(time.monotonic_ns()))
-            pairs = [(key, entry) for (key, _), entry in zip(entries, objects, strict=True) if wanted(entry)]
+            chosen = [(pair, entry) for pair, entry in zip(entries, objects, strict=True) if wanted(entry)]
         except LayoutMismatch as wrong:
             raise _refused(wrong) from wrong
-        for _, entry in pairs:
+        for _, entry in chosen:
             if not change:
                 click.echo(mapdump.text("ct", entry, raw=True))
-        gone = maps.delete(found, [key for key, _ in pairs]) if change else len(pairs)
+        going.append((found, replace(raw, entries=[pair for pair, _ in chosen])))
+    if change:
+        _keep(options, [raw for _, raw in going])
+    for found, raw in going:
+        keys = [key for key, _ in raw.entries]
+        gone = maps.delete(found, keys) if change else len(keys)
         click.echo(f"{found.name}: {gone} entries {'removed' if change else 'would be removed'}", err=True)
     return int(Exit.DONE)
 
@@ -980,7 +995,7 @@ def _remove_conntrack(proto: str, ip1: str, ip2: str, **options: Any) -> int:
 
 def _flush_counters(iface: str | None, **options: Any) -> int:
     """Set counters back to zero."""
-    from calitrace.calico import maptables
+    from calitrace.calico import reasons
     from calitrace.kernel import maps
 
     change = _may_change(options)
@@ -988,16 +1003,22 @@ def _flush_counters(iface: str | None, **options: Any) -> int:
     known = source.context().interfaces
     if iface is not None and iface not in known.values():
         raise UsageError(f"no interface {iface}", "list them with `calitrace maps counters dump`")
+    going: list[tuple[Found, RawMap]] = []
     for found, raw in _live_maps(options, "counters"):
-        try:
-            layout = maptables.resolve(raw)
-        except LayoutMismatch as wrong:
-            raise _refused(wrong) from wrong
-        keys = []
-        for key, _ in raw.entries:
-            name = known.get(layout.key.decode(key).get("ifindex", 0), found.directory)
-            if iface is None or name == iface or name.rsplit("/", 1)[-1].startswith(f"{iface}_"):
-                keys.append(key)
+        pairs = list(raw.entries)  # read once: what is shown is what goes
+        chosen = []
+        for pair, entry in zip(pairs, _objects(source, [replace(raw, entries=pairs)], understood=True), strict=True):
+            if iface in (None, entry.get("interface")):
+                chosen.append(pair)
+                if not change:
+                    counts = (f"{reasons.caption(name)} {count}" for name, count in entry["counters"].items() if count)
+                    place = f"{entry.get('interface', found.directory)} {entry.get('hook', '')}"
+                    click.echo(f"{place}: {', '.join(counts) or 'all zero'}")
+        going.append((found, replace(raw, entries=chosen)))
+    if change:
+        _keep(options, [raw for _, raw in going])
+    for found, raw in going:
+        keys = [key for key, _ in raw.entries]
         if change:
             maps.clear(found, keys)
         click.echo(f"{found.name}: {len(keys)} rows {'set to zero' if change else 'would be set to zero'}", err=True)
@@ -1036,9 +1057,12 @@ _policy_group = command.commands["policy"]
 assert isinstance(_policy_group, click.Group)
 _policy_words = click.argument("words", nargs=-1, metavar="[IFACE HOOK]")
 _policy_group.add_command(click.command("dump")(_with((_policy_words, *_READ), _policy)))
-_add("conntrack clean", _clean_conntrack)
-_add("conntrack remove", _remove_conntrack, *(click.argument(each) for each in ("proto", "ip1", "ip2")))
-_add("counters flush", _flush_counters, click.option("--iface", help="Only this interface."))
+_kept = click.option(
+    "-w", "--write", "kept", type=click.Path(path_type=Path), help="Keep what goes in this journal, for -r."
+)
+_add("conntrack clean", _clean_conntrack, _kept)
+_add("conntrack remove", _remove_conntrack, *(click.argument(each) for each in ("proto", "ip1", "ip2")), _kept)
+_add("counters flush", _flush_counters, click.option("--iface", help="Only this interface."), _kept)
 _add("connect-time clean", _clean_connect_time)
 for _with_reading in (_walk, _diff):
     _with_reading.params += click.command()(_with(_READ, lambda: None)).params

@@ -7,8 +7,10 @@ and connections of its own.
 
 from __future__ import annotations
 
-from ipaddress import ip_network
 from typing import TYPE_CHECKING, Any
+
+from calitrace.calico.maps import MOST_BACKENDS
+from calitrace.correlate.walk import network
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -30,8 +32,12 @@ OWN = "this node"
 
 def own_addresses(tables: Tables) -> frozenset[str]:
     """The node's own addresses, which its routes say; loopback is everybody's."""
-    hosts = (ip_network(r["cidr"]) for r in tables.routes if {"local", "host"} <= set(r["flags"]))
-    return frozenset(str(each.network_address) for each in hosts if each.num_addresses == 1 and not each.is_loopback)
+    hosts = (network(r["cidr"]) for r in tables.routes if {"local", "host"} <= set(r["flags"]))
+    return frozenset(
+        str(each.network_address)
+        for each in hosts
+        if each is not None and each.num_addresses == 1 and not each.is_loopback
+    )
 
 
 def services(tables: Tables, own: frozenset[str] = frozenset()) -> dict[str, dict[str, Any]]:
@@ -40,7 +46,7 @@ def services(tables: Tables, own: frozenset[str] = frozenset()) -> dict[str, dic
     found = {}
     for front in tables.frontends:
         source = f" from {front['source']}" if front["source"] else ""
-        count = 0 if front["drop"] else front["count"]
+        count = 0 if front["drop"] else min(front["count"], MOST_BACKENDS)
         place = OWN if front["addr"] in own else front["addr"]
         found[f"{place}:{front['port']}/{front['proto']}{source}"] = {
             "backends": sorted(known.get((front["id"], ordinal), "missing") for ordinal in range(count)),

@@ -10,8 +10,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from ipaddress import ip_address, ip_network
+from functools import lru_cache
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from typing import Any
+
+from calitrace.calico.maps import MOST_BACKENDS
 
 _ANY_NODE = {4: "255.255.255.255", 6: "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff"}
 NO_FRONTEND, NO_BACKEND, NO_ROUTE, NO_INTERFACE = "no frontend", "frontend without backend", "no route", "no ifstate"
@@ -113,10 +116,10 @@ class _Walk:
     def _ok(self, lookup: str, key: str, found: str) -> None:
         self.steps.append(Step(lookup, key, found))
 
-    def _break(self, lookup: str, key: str, found: str, broken: str, suffers: str) -> None:
-        """A breakage, which ends this way of the packet."""
+    def _break(self, lookup: str, key: str, found: str, broken: str, suffers: str, ways: int = 1) -> None:
+        """A breakage, which ends this way of the packet, or so many of its ways."""
         self.steps.append(Step(lookup, key, found, broken, suffers))
-        self.ends.append(f"{suffers} ({broken})")
+        self.ends += [f"{suffers} ({broken})"] * ways
 
     def verdict(self) -> str:
         """What becomes of the packet: one sentence, or one for each kind of end with its share."""
@@ -355,14 +358,17 @@ class _Walk:
                 self._forward(addr, port, backend=True)
             return
         known = {(b["id"], b["ordinal"]): (b["addr"], b["port"]) for b in self.tables.backends}
-        for ordinal in range(count):
+        missing = []
+        for ordinal in range(min(count, MOST_BACKENDS)):
             backend = known.get((front["id"], ordinal))
-            key = f"{front['id']}:{ordinal}"
             if backend is None:
-                self._break("NAT backend", key, "missing", NO_BACKEND, "refused with an ICMP error")
-            else:
-                self._ok("NAT backend", key, _end(*backend))
-                self._forward(*backend, backend=True)
+                missing.append(ordinal)
+                continue
+            self._ok("NAT backend", f"{front['id']}:{ordinal}", _end(*backend))
+            self._forward(*backend, backend=True)
+        if missing:
+            key = f"{front['id']}:{missing[0]}" + (f" and {len(missing) - 1} others" if len(missing) > 1 else "")
+            self._break("NAT backend", key, "missing", NO_BACKEND, "refused with an ICMP error", len(missing))
 
     def _local_only(self) -> str:
         """The flag that keeps this packet to local backends; sources that are hosts or pods have one of their own."""
@@ -430,9 +436,21 @@ def _shown(route: dict[str, Any] | None) -> str:
     return f"{route['cidr']} {' '.join(route['flags'])}{where}"
 
 
+@lru_cache(maxsize=1 << 18)
+def network(cidr: str) -> IPv4Network | IPv6Network | None:
+    """A network as text; None for a prefix length that no network has, which a map may hold all the same."""
+    try:
+        return ip_network(cidr, strict=False)
+    except ValueError:
+        return None
+
+
 def _length(cidr: str) -> int:
-    return ip_network(cidr, strict=False).prefixlen
+    return int(cidr.rpartition("/")[2])
 
 
 def _inside(address: str, cidr: str | None) -> bool:
-    return cidr is None or ip_address(address) in ip_network(cidr, strict=False)
+    if cidr is None:
+        return True
+    found = network(cidr)
+    return found is not None and ip_address(address) in found

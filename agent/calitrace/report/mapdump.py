@@ -13,6 +13,7 @@ from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 from calitrace.calico import maptables, reasons
+from calitrace.calico.maps import MOST_BACKENDS
 from calitrace.calico.maptables import Layout, Table
 from calitrace.calico.timeouts import Timeouts
 
@@ -481,9 +482,11 @@ def iter_nat(
             f"{front['addr']} port {front['port']} proto {number} id {front['id']} count {count} "
             f"local {front['local']}{flags}{source}"
         )
-        for ordinal in range(max(count, 0)):
+        for ordinal in range(max(min(count, MOST_BACKENDS), 0)):
             place = known.get((front["id"], ordinal), " is missing" if both else " (backends were not read)")
             yield f"\t{front['id']}:{ordinal}\t {place}"
+        if count > MOST_BACKENDS:
+            yield f"\t... and {count - MOST_BACKENDS} more: is that count right?"
 
 
 def iter_ip_sets(entries: Iterable[dict[str, Any]]) -> Iterator[str]:
