@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import threading
+from ipaddress import IPv6Address
 from typing import TYPE_CHECKING
 
 import pytest
@@ -219,6 +220,51 @@ def test_values_that_are_nonsense(bpffs: Path) -> None:
     for words in (("conntrack", "dump"), ("conntrack", "get", "65535"), ("routes", "dump"), ("diff", "--wait", "0.1")):
         done = calitrace(*words, *where)
         assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
+
+
+def test_walk_over_ipv6_maps(bpffs: Path) -> None:
+    """A NodePort of any node, its remote and its local backend, a connection, and each of its breakages."""
+    node, pod, remote, client = (IPv6Address(each).packed for each in ("fd00::1", "fd65::2", "fd65:1::2", "fd99::9"))
+    front = struct.pack("<I16sHB17x", 152, b"\xff" * 16, 30080, 6)
+    write(pin(bpffs, "cali_v6_nat_fe3", LPM_TRIE, (40, 20), 10), {front: struct.pack("<5I", 1, 2, 1, 0, 0)})
+    backends = pin(bpffs, "cali_v6_nat_be", HASH, (8, 20), 10)
+    write(backends, {struct.pack("<II", 1, n): struct.pack("<16sHxx", a, 8080) for n, a in enumerate((pod, remote))})
+    routes = pin(bpffs, "cali_v6_routes", LPM_TRIE, (20, 20), 10)
+    write(routes, {
+        struct.pack("<I16s", 128, node): struct.pack("<I16x", 0x18),
+        struct.pack("<I16s", 128, pod): struct.pack("<II12x", 0xC, 3),
+        struct.pack("<I16s", 64, remote[:8] + bytes(8)): struct.pack("<I16s", 4, IPv6Address("fd00::2").packed),
+    })  # fmt: skip
+    state = pin(bpffs, "cali_iface4", HASH, (4, 52), 10)
+    write(state, {struct.pack("<I", 3): struct.pack("<I16s32x", 5, b"cali6")})
+    tracked = pin(bpffs, "cali_v6_ct4", LRU_HASH, (40, 128), 10)
+    where = ("--bpffs", str(bpffs))
+
+    def verdict(source: str = "fd99::9") -> str:
+        done = calitrace("walk", source, "[fd00::1]:30080/tcp", *where)
+        assert done.stdout, done.stderr
+        return done.stdout.splitlines()[-1].partition("]:30080: ")[2]
+
+    assert verdict() == (
+        "1 of 2 new connections: delivered to [fd65::2]:8080 by cali6; 1 of 2 new connections: "
+        "forwarded in Calico's VXLAN to node fd00::2, for [fd65:1::2]:8080"
+    )
+    forward = struct.pack("<I16s16sHH", 6, node, client, 30080, 4000)
+    reverse = struct.pack("<I16s16sHH", 6, pod, client, 8080, 4000)
+    write(tracked, {forward: struct.pack("<16xB7x40sH62x", 1, reverse, 0)})
+    assert verdict("[fd99::9]:4000").endswith("(stale conntrack)")
+    write(tracked, {reverse: struct.pack("<16xB6xB48x16s16sHH20x", 2, 1, bytes(16), node, 30080, 0)})
+    assert verdict("[fd99::9]:4000") == "delivered to [fd65::2]:8080 by cali6"
+    got = calitrace("conntrack", "get", "fd65::2", "-6", "-j", *where).stdout.splitlines()
+    pairs = [(each["type"], [other["type"] for other in each["pair"]]) for each in map(json.loads, got)]
+    assert pairs == [("nat-rev", ["nat-fwd"]), ("nat-fwd", ["nat-rev"])]
+    for each, key, broken in (
+        (state, struct.pack("<I", 3), "no ifstate"),
+        (routes, struct.pack("<I16s", 128, pod), "no route"),
+        (backends, struct.pack("<II", 1, 0), "frontend without backend"),
+    ):
+        assert maps.delete(each, [key]) == 1
+        assert f"({broken})" in verdict()
 
 
 def test_maps_of_each_interface_are_one_node(bpffs: Path) -> None:
