@@ -42,7 +42,7 @@ _NAMES = {
     },
     "routes": {"prefixlen": "prefixlen", "addr": "addr", "flags": "flags", "next_hop": "next_hop"},
     "iface": {
-        "": "ifindex", "flags": "flags", "name": "name", "tc_filter_ingress": "filter_in",
+        "": "ifindex", "ifindex": "ifindex", "flags": "flags", "name": "name", "tc_filter_ingress": "filter_in",
         "tc_filter_egress": "filter_eg",
         **{f"{where}_policy_{family}": f"{where}_{family}" for where in ("xdp", "ingress", "egress")
            for family in ("v4", "v6")},
