@@ -291,6 +291,8 @@ def test_nat_and_its_backends() -> None:
     assert lines[lines.index("10.10.0.1 port 30080 proto 6 id 1 count 1 local 0") + 1] == "\t1:0\t 10.65.1.2:8080"
     assert "\t1:0\t  is missing" in list(mapdump.iter_nat(fronts, []))
     assert "\t1:0\t  (backends were not read)" in list(mapdump.iter_nat(fronts, [], both=False))
+    sticky = [{**fronts[0], "affinity_s": 10800, "source": "10.0.0.0/8", "count": 0}]
+    assert next(iter(mapdump.iter_nat(sticky, []))).endswith(" src 10.0.0.0/8 affinity 10800s")
     old = only("cali_v4_nat_fe", struct.pack("<4sHBx", bytes([10, 96, 0, 1]), 443, 6), struct.pack("<4I", 1, 0, 0, 0))
     assert (old["source"], old["flags"]) == (None, [])
 

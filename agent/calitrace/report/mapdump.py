@@ -478,6 +478,7 @@ def iter_nat(
         count = -1 if front["drop"] else front["count"]
         flags = f" flags {', '.join(front['flags'])}" if front["flags"] else ""
         source = f" src {front['source']}" if front["source"] else ""
+        source += f" affinity {front['affinity_s']}s" if front["affinity_s"] else ""
         yield (
             f"{front['addr']} port {front['port']} proto {number} id {front['id']} count {count} "
             f"local {front['local']}{flags}{source}"
