@@ -222,6 +222,28 @@ def test_values_that_are_nonsense(bpffs: Path) -> None:
         assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
 
 
+def test_calico_s_own_names_of_commands(bpffs: Path) -> None:
+    where = ("--bpffs", str(bpffs))
+    write(pin(bpffs, "cali_v4_ct4", LRU_HASH, (16, 88), 10), connections(3))
+    service, backend = bytes([10, 0, 0, 1]), struct.pack("<4sHxx", bytes([10, 65, 0, 2]), 8080)
+    sticky = {struct.pack("<4sHBx4s4x", service, 80, 6, bytes([10, 0, 0, 9])): backend + struct.pack("<Q", 5)}
+    write(pin(bpffs, "cali_v4_nat_aff", LRU_HASH, (16, 16), 10), sticky)
+    write(pin(bpffs, "cali_v4_mglv2", HASH, (8, 8), 10), {struct.pack("<II", 1, 9): backend})
+    profile = struct.pack("<QQ", 100, 4) + bytes(16 * (syscall.possible_cpus() - 1))
+    write(pin(bpffs, "cali_profiling2", PERCPU_HASH, (8, 16), 10), {struct.pack("<II", 3, 0): profile})
+    for words, line in (
+        (("conntrack", "stats"), "TCP Syn-sent: 3"),
+        (("nat", "aff"), "client 10.0.0.9 svc proto 6 10.0.0.1:80 -> 10.65.0.2:8080 ts 5"),
+        (("nat", "maglev"), "svc 1 ordinal 9 -> 10.65.0.2:8080"),
+        (("affinity", "get", "10.65.0.2:8080"), "client 10.0.0.9 svc proto 6 10.0.0.1:80 -> 10.65.0.2:8080 ts 5"),
+    ):
+        assert calitrace(*words, *where).stdout.splitlines()[-1] == line
+    latency = calitrace("profiling", "e2e", *where).stdout.splitlines()
+    assert "25.000 ns" in latency[3]
+    assert json.loads(calitrace("conntrack", "stats", "-j", *where).stdout)["entries"] == 3
+    assert json.loads(calitrace("profiling", "e2e", "-j", *where).stdout)["samples"] == 4
+
+
 def test_walk_over_ipv6_maps(bpffs: Path) -> None:
     """A NodePort of any node, its remote and its local backend, a connection, and each of its breakages."""
     node, pod, remote, client = (IPv6Address(each).packed for each in ("fd00::1", "fd65::2", "fd65:1::2", "fd99::9"))

@@ -359,6 +359,30 @@ def test_counters() -> None:
     assert shown[-2] == "dumped (no pin) counters."
 
 
+def test_stats_and_latency_as_calico_prints_them() -> None:
+    found = mapdump.summary(real("a", "cali_v4_ct4"))
+    assert list(mapdump.iter_stats({**found, "max_entries": 512000})) == [
+        *("Conntrack map size: 512000", "Total connections: 1", "Total entries: 2", "NAT connections: 1", ""),
+        *("TCP : 1", "UDP : 0", "Others : 0", "", "TCP Established: 0", "TCP Closed: 1", "TCP Reset: 0"),
+        "TCP Syn-sent: 0",
+    ]
+    key, other = struct.pack("<II", 3, 0), struct.pack("<II", 3, 2)
+    raw = made("cali_profiling2", (key, struct.pack("<QQ", 100, 3)), (other, bytes(16)))
+    lines = list(mapdump.iter_latency(objects(raw)))
+    assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in (lines[1], lines[3])] == [
+        ["IFACE", "INGRESS new", "#", "INGRESS est", "#", "EGRESS new", "#", "EGRESS est", "#"],
+        ["cali1", "33.333 ns", "3", "---", "---", "---", "0", "---", "---"],
+    ]
+
+
+def test_a_pod_s_packet_enters_by_its_own_interface() -> None:
+    packet = walk.Packet("10.65.0.2", 0, "10.65.1.2", 80, "tcp")
+    assert [step.key for step in walk.walk(packet, tables()) if step.lookup in ("ifstate", "RPF")] == [
+        *("cali1", "10.65.0.2 at cali1"),
+    ]
+    assert kinds(walk.walk(packet, changed("interfaces", 1, ifindex=9, name="other"))) == [walk.NO_INTERFACE]
+
+
 def test_captions() -> None:
     names = ("UNKNOWN", "SHORT", "RESERVED1")
     assert [reasons.caption(name) for name in names] == ["total packets", "dropped too short packets", "RESERVED1"]

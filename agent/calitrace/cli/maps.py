@@ -563,10 +563,21 @@ def _address(text: str) -> str:
         raise UsageError(f"{text!r} is no IP address", "such as 10.96.0.10 or fd00::1") from None
 
 
+def _key_parts(word: str) -> Iterator[str]:
+    """A word of a key as entries have it; ``1.2.3.4:80`` is two."""
+    if "/" in word or not any(c in word for c in ".:") or word.count(":") == 5:  # a network, a name, a MAC address
+        yield word
+        return
+    address, port = _endpoint(word, port=False)
+    yield address
+    if port:
+        yield str(port)
+
+
 def _get(name: str, words: tuple[str, ...], **options: Any) -> int:
     if not words:
         raise UsageError("get needs a key", f"such as `calitrace maps {name} get 10.0.0.1`")
-    words = tuple(_address(word) if any(c in word for c in ".:") and "/" not in word else word for word in words)
+    words = tuple(part for word in words for part in _key_parts(word))
     source = _source(options)
     if name == "conntrack" and not any(map(_only_members, source.pick(("ct",), ipv6=options["ipv6"]))):
         return _connections(source, words, options)
@@ -644,6 +655,35 @@ def _summary(name: str, **options: Any) -> int:
     return _finish(source)
 
 
+def _stats(name: str, **options: Any) -> int:
+    from calitrace.report import mapdump
+
+    if options["as_json"] or options["output"] == "json":
+        return _summary(name, **options)
+    source = _source(options)
+    for raw in _chosen(source, name, options):
+        if _only_members(raw):
+            raise Error(f"map {raw.name} is of no version that we know", "see what is in it with dump")
+        try:
+            lines = mapdump.iter_stats(mapdump.summary(raw))
+        except LayoutMismatch as wrong:
+            raise _refused(wrong) from wrong
+        for line in lines:
+            click.echo(line)
+    return _finish(source)
+
+
+def _latency(name: str, **options: Any) -> int:
+    from calitrace.report import mapdump
+
+    if options["as_json"] or options["output"] == "json":
+        return _dump(name, **options)
+    source = _source(options)
+    for line in mapdump.iter_latency(_objects(source, _chosen(source, name, options), understood=True)):
+        click.echo(line)
+    return _finish(source)
+
+
 def _subject(name: str) -> click.Group:
     about = SUBJECTS[name][0]
     group = click.Group(name, help=about)
@@ -663,9 +703,11 @@ def _subject(name: str) -> click.Group:
         )
     words = click.argument("words", nargs=-1, metavar="[KEY]...")
 
-    def add(verb: str, function: Callable[..., int], text: str, options: tuple[Callable[[Any], Any], ...]) -> None:
+    def add(
+        verb: str, function: Callable[..., int], text: str, options: tuple[Callable[[Any], Any], ...], of: str = name
+    ) -> None:
         def run(**given: Any) -> int:
-            return function(name, **given)
+            return function(of, **given)
 
         run.__doc__ = text
         group.add_command(click.command(verb)(_with((*options, *_READ), run)))
@@ -674,6 +716,13 @@ def _subject(name: str) -> click.Group:
     add("dump", _dump, "Print all entries.", (*dump_words, *extra))
     add("get", _get, "Print the entries that have these addresses, ports or names.",
         (words, *((_FELIX_CONFIG,) if name == "conntrack" else ())))  # fmt: skip
+    if name == "conntrack":
+        add("stats", _stats, "The summary in the words of calico-node -bpf.", extra[1:2])
+    elif name == "profiling":
+        add("e2e", _latency, "Print the mean time of each interface's programs; nothing is reset.", ())
+    elif name == "nat":
+        add("aff", _dump, "The same as `maps affinity dump`.", (), "affinity")
+        add("maglev", _dump, "The same as `maps maglev dump`.", (), "maglev")
     add("summary", _summary, "Say how full the map is" + (", and what is in it." if name == "conntrack" else "."), ())
     return group
 

@@ -109,7 +109,10 @@ class _Walk:
         self.steps: list[Step] = []
         self.ends: list[str] = []
         self.source = self._route(packet.src)
-        self.entry = self._entered()
+        self.ingress = packet.ingress
+        if not self.ingress and self.source is not None and "ifindex" in self.source:
+            self.ingress = self._name(self.source)  # a pod of this node sends it
+        self.entry = next((i for i in tables.interfaces or () if i["name"] == self.ingress), None)
 
     # --- What is said ---
 
@@ -133,7 +136,7 @@ class _Walk:
     def run(self) -> None:
         """Do the lookups up to the first that ends the packet."""
         packet = self.packet
-        if packet.ingress and not self._interface(packet.ingress, self.entry, _INGRESS, policy=False):
+        if self.ingress and not self._interface(self.ingress, self.entry, _INGRESS, policy=False):
             return
         self._failsafe()
         tracked = self._tracked()
@@ -143,7 +146,7 @@ class _Walk:
             return
         if not self._reverse_path():
             return
-        if packet.ingress and not self._policy(packet.ingress, self.entry, _INGRESS):
+        if self.ingress and not self._policy(self.ingress, self.entry, _INGRESS):
             return
         if front is None:
             self._without_frontend()
@@ -152,8 +155,13 @@ class _Walk:
         else:
             self._backends(front)
 
-    def _entered(self) -> dict[str, Any] | None:
-        return next((i for i in self.tables.interfaces or () if i["name"] == self.packet.ingress), None)
+    def _name(self, route: dict[str, Any]) -> str:
+        """The interface of a local pod's route, by the name that ifstate has."""
+        row = self._row(route)
+        return str(row["name"] if row else route["interface"])
+
+    def _row(self, route: dict[str, Any]) -> dict[str, Any] | None:
+        return next((i for i in self.tables.interfaces or () if i["ifindex"] == route["ifindex"]), None)
 
     def _interface(self, name: str, row: dict[str, Any] | None, hook: str, *, policy: bool = True) -> bool:
         """Whether an interface of Calico's lets packets through."""
@@ -206,7 +214,8 @@ class _Walk:
             there = {(entry["addr_a"], entry["port_a"]), (entry["addr_b"], entry["port_b"])}
             if entry["proto"] == packet.proto and there == ends:
                 return entry
-        self._ok("conntrack", self._flow(), "none: a new connection")
+        rest = ", which another TCP packet than a SYN cannot begin" if packet.sport and packet.proto == "tcp" else ""
+        self._ok("conntrack", self._flow(), f"none: a new connection{rest}")
         return None
 
     def _flow(self) -> str:
@@ -308,7 +317,7 @@ class _Walk:
             return False
         if row is None:
             return True
-        key = f"{packet.src} at {packet.ingress}"
+        key = f"{packet.src} at {self.ingress}"
         if "workload" not in row["flags"]:
             self._ok("RPF", key, "left to the kernel's routes (bpfEnforceRPF)")
             return True
@@ -413,9 +422,8 @@ class _Walk:
         if route is None:
             self.ends.append(f"routed to {target} by the host")
         elif "ifindex" in route:
-            row = next((i for i in self.tables.interfaces or () if i["ifindex"] == route["ifindex"]), None)
-            name = row["name"] if row else route["interface"]
-            if self._interface(name, row, _EGRESS):
+            name = self._name(route)
+            if self._interface(name, self._row(route), _EGRESS):
                 self.ends.append(f"delivered to {target} by {name}")
         elif not {"local", "host"} - set(route["flags"]):
             self.ends.append(f"delivered to this host, {target}")

@@ -677,6 +677,36 @@ def conntrack_summary(raw: RawMap) -> dict[str, int]:
     return found
 
 
+def iter_stats(found: dict[str, Any]) -> Iterator[str]:
+    """A conntrack summary as ``calico-node -bpf conntrack stats`` prints it: NAT connections are forward entries."""
+    forwards = found["entries"] - found["connections"]
+    yield f"Conntrack map size: {found['max_entries']}"
+    yield f"Total connections: {found['connections']}"
+    yield f"Total entries: {found['entries']}"
+    yield f"NAT connections: {forwards}"
+    yield ""
+    yield from (f"{title} : {found[title.lower()]}" for title in ("TCP", "UDP", "Others"))
+    yield ""
+    for title in ("Established", "Closed", "Reset", "Syn-sent"):
+        yield f"TCP {title}: {found[title.lower().replace('-', '_')]}"
+
+
+def iter_latency(entries: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """Mean time of Calico's programs for each interface, as ``calico-node -bpf profiling e2e`` prints it."""
+    rows: dict[str, dict[str, tuple[str, str]]] = {}
+    for entry in entries:
+        mean = "---" if entry["mean_ns"] is None else f"{entry['mean_ns']:.3f} ns"
+        rows.setdefault(entry["interface"], {})[entry["kind"]] = (mean, str(entry["samples"]))
+    kinds = _KINDS.values()
+    titles = (kind.replace("ingress", "INGRESS").replace("egress", "EGRESS") for kind in kinds)
+    header = ["IFACE", *(cell for title in titles for cell in (title, "#"))]
+    cells = [
+        [name, *(cell for kind in kinds for cell in found.get(kind, ("---", "---")))]
+        for name, found in sorted(rows.items())
+    ]
+    yield from _bordered(header, cells)
+
+
 def summary(raw: RawMap) -> dict[str, Any]:
     """How full a map is; for conntrack what is in it."""
     layout = maptables.resolve(raw)
