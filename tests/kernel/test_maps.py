@@ -17,6 +17,7 @@ import pytest
 
 from calitrace import journal
 from calitrace.calico import maptables
+from calitrace.calico.maps import RawMap
 from calitrace.cli.maps import command
 from calitrace.errors import EnvironmentUnfit, NotCalico, UsageError
 from calitrace.kernel import maps, mounts, syscall
@@ -24,8 +25,6 @@ from calitrace.kernel import maps, mounts, syscall
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
-
-    from calitrace.calico.maps import RawMap
 
 pytestmark = pytest.mark.root
 HASH, ARRAY, PERCPU_HASH, PERCPU_ARRAY, LRU_HASH, LPM_TRIE = 1, 2, 5, 6, 9, 11
@@ -388,6 +387,34 @@ def test_a_snapshot_cut_short_is_shown_and_then_told(bpffs: Path, tmp_path: Path
         assert len(done.stdout.splitlines()) == 100
         assert done.returncode == 2
         assert "error: the snapshot is incomplete" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"interfaces": {"x": 1}}, {"programs": {"cali_jump": 1}}, {"mono_ns": "now"}, {"sysctls": [1]}, {"rules": 7},
+     {"layouts": {"tc/globals/cali_v4_ct4": {"key": "1"}}}, {"in_use": 1}],
+    ids=str,
+)  # fmt: skip
+def test_a_broken_header_is_one_error(tmp_path: Path, wrong: dict[str, object]) -> None:
+    raw = RawMap("cali_v4_ct4", "tc/globals/cali_v4_ct4", 1, 16, 88, 1, 1, [])
+    with (tmp_path / "a").open("wb") as stream:
+        writer = journal.Writer(stream, wrong)
+        for body in journal.map_bodies(raw, []):
+            writer.write(journal.MAPS, body)
+        writer.write(journal.END, {})
+    done = calitrace("conntrack", "dump", "-r", str(tmp_path / "a"))
+    assert (done.returncode, done.stderr.partition(": ")[0]) == (2, "error")
+    assert "its header is broken" in done.stderr
+
+
+def test_walk_wants_the_maps_of_its_family(bpffs: Path, tmp_path: Path) -> None:
+    pin(bpffs, "cali_v4_nat_fe3", LPM_TRIE, (16, 20), 10)
+    lost = calitrace("walk", "fd00::9", "[fd00::1]:80/tcp", "--bpffs", str(bpffs))
+    assert (lost.returncode, "Calico does not handle IPv6 here" in lost.stderr) == (4, True)
+    (tmp_path / "one").write_text("[]")
+    one = ("--bpftool", str(tmp_path / "one"), "--map", "cali_v4_ct4")
+    assert calitrace("walk", "10.0.0.9", "10.0.0.1:80/tcp", *one).returncode == 2
+    assert calitrace("diff", "--wait", "0.1", *one).returncode == 2
 
 
 def test_a_closed_pipe_is_no_error(bpffs: Path) -> None:

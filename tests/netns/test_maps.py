@@ -289,11 +289,15 @@ def test_walk_policy_program(lab: Lab, edit: Edit) -> None:
 def test_live_and_offline_say_the_same(lab: Lab, tmp_path: Path) -> None:
     file = str(tmp_path / "a.calitrace")
     where = ("--bpffs", str(lab.pins / "node-a"))
+    with tcp(lab, "client", *TARGET):  # its reply comes through the tunnel, and leaves a neighbour
+        pass
     assert calitrace("maps", "snapshot", "-w", file, *where).returncode == 0
     for subject in ("nat", "routes", "ifstate", "arp", "policy"):
         live, offline = calitrace("maps", subject, "dump", *where), calitrace("maps", subject, "dump", "-r", file)
         assert (offline.returncode, offline.stdout, offline.stderr) == (0, live.stdout, live.stderr)
         assert live.stdout or subject == "policy"
+    packet = ("maps", "walk", "10.10.0.100", "10.10.0.1:30081/tcp", "--ingress", "ens192")
+    assert calitrace(*packet, *where).stdout == calitrace(*packet, "-r", file).stdout
 
 
 def test_diff_finds_the_service_that_differs(lab: Lab, edit: Edit, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from calitrace.calico.maps import RawMap
     from calitrace.calico.timeouts import Timeouts
+    from calitrace.journal import Journal
     from calitrace.kernel.maps import Found
     from calitrace.report.mapdump import Context
 
@@ -223,7 +224,6 @@ def _rules(directory: Path, source: Source) -> dict[int, str]:
 
 def _journal(path: Path) -> Source:
     from calitrace import journal
-    from calitrace.calico import mapbtf
 
     try:
         with path.open("rb") as stream:
@@ -234,28 +234,38 @@ def _journal(path: Path) -> Source:
         raise UsageError(f"{path}: {wrong.cause}", "is it a file that `maps snapshot -w` wrote?") from wrong
     if not found.maps and found.broken is None:
         raise UsageError(f"{path} holds no maps", "write some with `calitrace maps snapshot -w FILE`")
-    header = found.header
-    layouts = header.get("layouts", {})
-    source = Source(
-        [
-            replace(raw, described=mapbtf.from_plain(raw, layouts[raw.pin])) if raw.pin in layouts else raw
-            for raw in found.maps
-        ],
-        set(header.get("in_use", ())),
-        {int(index): name for index, name in header.get("interfaces", {}).items()},
-        header.get("rules", {}),
-        header.get("mono_ns", 0),
-        header.get("node", ""),
-        header.get("sysctls", {}),
-        {base: {int(i): p for i, p in slots.items()} for base, slots in header.get("programs", {}).items()},
-        broken=found.broken,
-    )
+    try:
+        source = _stored(found)
+    except (AttributeError, TypeError, ValueError, Malformed) as wrong:
+        raise UsageError(f"{path}: its header is broken: {wrong}", "write it again with `maps snapshot -w`") from wrong
     for raw in found.maps:
         for each in raw.notes:
             source.note(f"{raw.name}: {each}")
     if found.cut_at is not None and found.broken is None:
         source.broken = Malformed(found.cut_at, "an end frame", "the end of the file", "snapshot")
     return source
+
+
+def _stored(found: Journal) -> Source:
+    """The maps of a journal, and what its header says about them."""
+    from calitrace.calico import mapbtf
+
+    header = found.header
+    layouts = header.get("layouts", {})
+    return Source(
+        [
+            replace(raw, described=mapbtf.from_plain(raw, layouts[raw.pin])) if raw.pin in layouts else raw
+            for raw in found.maps
+        ],
+        set(header.get("in_use", ())),
+        {int(index): str(name) for index, name in header.get("interfaces", {}).items()},
+        dict(header.get("rules", {})),
+        int(header.get("mono_ns", 0)),
+        str(header.get("node", "")),
+        {name: int(number) for name, number in header.get("sysctls", {}).items()},
+        {base: {int(i): int(p) for i, p in slots.items()} for base, slots in header.get("programs", {}).items()},
+        broken=found.broken,
+    )
 
 
 def _bpftool(path: Path, name: str) -> Source:
@@ -276,6 +286,13 @@ def _source(options: dict[str, Any]) -> Source:
     source = _maps_of(options)
     source.felix_config = options.get("felix_config")
     return source
+
+
+def _whole_source(options: dict[str, Any]) -> Source:
+    """The same, for questions that one map alone does not answer."""
+    if options["bpftool"] is not None:
+        raise UsageError("this needs several maps, and --bpftool has one", "give a snapshot with -r, or none of both")
+    return _source(options)
 
 
 def _maps_of(options: dict[str, Any]) -> Source:
@@ -865,7 +882,11 @@ def _walk(source_end: str, target: str, ingress: str, **options: Any) -> int:
     (src, sport), (dst, dport) = _endpoint(source_end, port=False), _endpoint(place, port=True)
     if (":" in src) is not (":" in dst):
         raise UsageError("source and destination are of different families")
-    source = _source(options)
+    source = _whole_source(options)
+    if not source.pick(("nat_fe",), ipv6=":" in dst) and source.broken is None:
+        family = 6 if ":" in dst else 4
+        raise NotCalico(f"no cali_v{family}_nat_fe map: Calico does not handle IPv{family} here",
+                        "`calitrace maps versions dump` lists the maps that are here")  # fmt: skip
     known = set(source.context().interfaces.values())
     if ingress and known and ingress not in known:
         source.note(f"no interface {ingress} is here")
@@ -902,7 +923,7 @@ def _diff(files: tuple[Path, ...], wait: float | None, check: bool, **options: A
         sides = [_journal(path) for path in files]
         views = [_view(side, options["ipv6"]) for side in sides]
     else:
-        sides = [_source(options)]
+        sides = [_whole_source(options)]
         views = [_view(sides[0], options["ipv6"])]
         _wait(wait)
         sides.append(_source(options))
