@@ -222,6 +222,11 @@ def test_walk_ends_with_what_becomes_of_the_packet(lab: Lab, edit: Edit) -> None
     assert verdict(lab, "10.10.0.100", "10.10.0.1:30087/tcp") == "dropped, RT_UNKNOWN (no route)"
     edit.entry("cali_v4_nat_fe3", FRONTEND, struct.pack("<5I", 1, 0xFFFFFFFF, 0, 0, 0))
     assert verdict(lab, "10.10.0.100", "10.10.0.1:30080/tcp").endswith("(source not allowed)")
+    edit.entry("cali_v4_nat_fe3", FRONTEND, struct.pack("<5I", 1, 1, 0, 0, 1))
+    done = calitrace("maps", "walk", "10.10.0.100", "10.10.0.1:30080/tcp", "--bpffs", str(lab.pins / "node-a"))
+    assert "service 1: none on this node (external-local)" in done.stdout
+    inside = ("10.65.0.2", "10.10.0.1:30080/tcp")
+    assert verdict(lab, *inside) == "forwarded by the host's routes, for 10.65.1.2:8080"
 
 
 def test_walk_spoofed_source(lab: Lab) -> None:

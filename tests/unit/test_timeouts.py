@@ -41,7 +41,10 @@ def test_others(proto: int, wanted: tuple[int, str]) -> None:
 
 
 def test_fins_seen_without_the_sysctl_is_felix_s_older_default() -> None:
-    assert timeouts.defaults({}).limit(4, 6, 0, 7, 7, 0) == (30, "tcpFinsSeen")
+    other = {"nf_conntrack_icmp_timeout": 30}
+    assert timeouts.defaults(other).limit(4, 6, 0, 7, 7, 0) == (30, "tcpFinsSeen")
+    assert timeouts.defaults(other).set_by == "Felix's default"
+    assert timeouts.defaults({}).set_by == "Felix's default; the node's sysctls are not known"
 
 
 @pytest.mark.parametrize(

@@ -105,4 +105,6 @@ def configured(spec: Mapping[str, Any], sysctls: Mapping[str, int], set_by: str)
 def defaults(sysctls: Mapping[str, int]) -> Timeouts:
     """Felix's own time-outs on a node with these sysctls."""
     fins = sysctls.get(SYSCTLS["tcpFinsSeen"])
-    return Timeouts(auto_fins_s=fins)
+    return (
+        Timeouts(auto_fins_s=fins) if sysctls else Timeouts(set_by="Felix's default; the node's sysctls are not known")
+    )
