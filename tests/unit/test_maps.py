@@ -601,6 +601,7 @@ def test_source_ranges_affinity_and_failsafes() -> None:
     safe = {"proto": "tcp", "port": 30080, "direction": "inbound"}
     found = walk.walk(PACKET, tables(failsafes=[{**safe, "cidr": "192.0.2.0/24"}, {**safe, "cidr": "0.0.0.0/0"}]))
     assert "it is one: no host policy applies" in [step.found for step in found]
+    assert found_by("failsafe", tables(failsafes=None)) == [("failsafe", "their map is not here")]
 
 
 @pytest.mark.parametrize(

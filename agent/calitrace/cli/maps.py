@@ -630,12 +630,13 @@ def _connections(source: Source, words: tuple[str, ...], options: dict[str, Any]
         def words_of(entries: Iterable[tuple[bytes, bytes]], raw: RawMap = raw) -> Iterator[dict[str, Any]]:
             return mapdump.iter_objects(replace(raw, entries=entries), context)
 
-        pairs = list(raw.entries)
+        near = [ip_address(word).packed for word in words if ("." in word or ":" in word) and "/" not in word]
+        pairs = [(key, value) for key, value in raw.entries if all(each in key or each in value for each in near)]
         matched = {key: e for (key, _), e in zip(pairs, words_of(pairs), strict=True) if _matches(e, words)}
         values = {key: value for key, value in pairs if key in matched}
         partners = {key: set(mapdump.partner_keys(layout, key, value)) for key, value in values.items()}
         wanted = set().union(*partners.values())
-        others = [(key, value) for key, value in pairs if key in wanted]
+        others = [(key, value) for key, value in raw.entries if key in wanted] if wanted else []
         known = dict(zip((key for key, _ in others), words_of(others), strict=True))
         told: set[bytes] = set()
         for key, entry in sorted(matched.items(), key=lambda each: each[1]["type"] == "nat-fwd"):
@@ -846,20 +847,31 @@ def _tables(source: Source, *, ipv6: bool, ends: frozenset[str] = frozenset()) -
     def of(base: str) -> list[dict[str, Any]]:
         return list(_objects(source, source.pick((base,), ipv6=ipv6), understood=True))
 
-    def connections() -> Iterator[dict[str, Any]]:
-        return _objects(source, source.pick(("ct",), ipv6=ipv6), understood=True)
+    def there(base: str) -> list[dict[str, Any]] | None:
+        return of(base) if source.pick((base,), ipv6=ipv6) else None
 
-    def key(entry: dict[str, Any], prefix: str = "") -> tuple[Any, ...]:
-        return (entry["proto"], *(entry[f"{prefix}{name}"] for name in ("addr_a", "port_a", "addr_b", "port_b")))
-
-    tracked = [e for e in connections() if {e["addr_a"], e["addr_b"]} & ends] if ends else []
-    lost = {key(e, "rev_") for e in tracked if e["type"] == "nat-fwd"} - {key(e) for e in tracked}
-    tracked += [e for e in connections() if key(e) in lost] if lost else []
-    known = bool(source.pick(("iface",)))
     return Tables(
-        tracked, of("nat_fe"), of("nat_be"), of("nat_aff"), of("routes"), of("iface") if known else None, of("fsafes"),
-        of("mglv"), of("sprefix"), source.programs, source.now_ns,
+        list(_flows(source, ipv6, ends)) if ends else [], of("nat_fe"), of("nat_be"), of("nat_aff"), of("routes"),
+        there("iface"), there("fsafes"), of("mglv"), of("sprefix"), source.programs, source.now_ns,
     )  # fmt: skip
+
+
+def _flows(source: Source, ipv6: bool, ends: frozenset[str]) -> Iterator[dict[str, Any]]:
+    """Conntrack entries with one of these addresses, and what their forward entries lead to."""
+    from calitrace.calico import maptables
+    from calitrace.report import mapdump
+
+    packed = [ip_address(each).packed for each in ends]
+    for raw in source.pick(("ct",), ipv6=ipv6):
+        near = [(key, value) for key, value in raw.entries if any(each in key for each in packed)]
+        if near and not _only_members(raw):
+            with suppress(LayoutMismatch):  # which is refused below
+                layout = maptables.resolve(raw)
+                found = [mapdump.partner_keys(layout, key, value) for key, value in near]
+                # A forward entry has one partner, whose source may have been translated.
+                wanted = {each[0] for each in found if len(each) == 1} - {key for key, _ in near}
+                near += [(key, value) for key, value in raw.entries if key in wanted] if wanted else []
+        yield from _objects(source, [replace(raw, entries=near)], understood=True)
 
 
 @command.command("walk")

@@ -62,7 +62,7 @@ class Tables:
     affinity: list[dict[str, Any]] = field(default_factory=list)
     routes: list[dict[str, Any]] = field(default_factory=list)
     interfaces: list[dict[str, Any]] | None = None
-    failsafes: list[dict[str, Any]] = field(default_factory=list)
+    failsafes: list[dict[str, Any]] | None = field(default_factory=list)
     maglev: list[dict[str, Any]] = field(default_factory=list)
     spoofing: list[dict[str, Any]] = field(default_factory=list)
     programs: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
@@ -199,6 +199,9 @@ class _Walk:
     def _failsafe(self) -> None:
         packet = self.packet
         key = f"{packet.proto} {packet.dport} from {packet.src}"
+        if self.tables.failsafes is None:
+            self._ok("failsafe", key, "their map is not here")
+            return
         for row in self.tables.failsafes:
             wanted = (packet.proto, packet.dport, "inbound")
             if (row["proto"], row["port"], row["direction"]) == wanted and _inside(packet.src, row.get("cidr")):
