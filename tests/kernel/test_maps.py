@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 import os
 import struct
 import subprocess
 import sys
 import threading
+from ipaddress import IPv6Address
 from typing import TYPE_CHECKING
 
 import pytest
 
 from calitrace import journal
 from calitrace.calico import maptables
+from calitrace.calico.maps import RawMap
+from calitrace.cli.maps import command
 from calitrace.errors import EnvironmentUnfit, NotCalico, UsageError
 from calitrace.kernel import maps, mounts, syscall
 
@@ -178,6 +182,112 @@ def test_a_map_that_has_gone(bpffs: Path) -> None:
         list(raw.entries)
 
 
+@pytest.mark.parametrize("words", [("dump",), ("dump", "-j"), ("summary",), ("get", "1")])
+def test_a_map_that_goes_while_it_is_read_is_one_error(
+    bpffs: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    found = pin(bpffs, "cali_v4_ct4", LRU_HASH, (16, 88), 10)
+    write(found, connections(3))
+    read = maps.read
+
+    def read_and_go(each: maps.Found) -> RawMap:
+        (bpffs / found.pin).unlink(missing_ok=True)
+        return read(each)
+
+    monkeypatch.setattr(maps, "read", read_and_go)
+    with pytest.raises(EnvironmentUnfit, match="cali_v4_ct4 has gone") as gone:
+        command.main(["conntrack", *words, "--bpffs", str(bpffs)], standalone_mode=False)
+    assert gone.value.hint
+
+
+def test_values_that_are_nonsense(bpffs: Path) -> None:
+    """Counts and prefix lengths that no Felix writes end neither in a traceback nor never."""
+    front = pin(bpffs, "cali_v4_nat_fe3", HASH, (16, 20), 10)
+    key = struct.pack("<I4sHB4sx", 56 + 77, bytes([10, 0, 0, 1]), 80, 6, bytes([10, 0, 0, 0]))
+    write(front, {struct.pack("<I4sHB5x", 56, bytes([10, 0, 0, 1]), 80, 6): struct.pack("<5I", 1, 0xFFFFFFF0, 9, 0, 0),
+                  key: struct.pack("<5I", 2, 1, 0, 0, 0)})  # fmt: skip
+    write(pin(bpffs, "cali_v4_nat_be", HASH, (8, 8), 10), {bytes(8): bytes(8)})
+    write(pin(bpffs, "cali_v4_routes", HASH, (8, 8), 10), {struct.pack("<I4s", 99, bytes(4)): b"\xff" * 8})
+    write(pin(bpffs, "cali_v4_ct4", LRU_HASH, (16, 88), 10), {b"\xff" * 16: b"\xff" * 88, bytes(16): bytes(88)})
+    where = ("--bpffs", str(bpffs))
+    dump = calitrace("nat", "dump", *where)
+    assert "... and 4294957280 more: is that count right?" in dump.stdout
+    assert "type-255" in calitrace("conntrack", "dump", "-j", *where).stdout
+    walked = calitrace("walk", "10.0.0.9:1", "10.0.0.1:80/tcp", *where)
+    assert walked.returncode == 1
+    assert "1:0 and 9999 others: missing" in walked.stdout
+    for words in (("conntrack", "dump"), ("conntrack", "get", "65535"), ("routes", "dump"), ("diff", "--wait", "0.1")):
+        done = calitrace(*words, *where)
+        assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
+
+
+def test_calico_s_own_names_of_commands(bpffs: Path) -> None:
+    where = ("--bpffs", str(bpffs))
+    write(pin(bpffs, "cali_v4_ct4", LRU_HASH, (16, 88), 10), connections(3))
+    service, backend = bytes([10, 0, 0, 1]), struct.pack("<4sHxx", bytes([10, 65, 0, 2]), 8080)
+    sticky = {struct.pack("<4sHBx4s4x", service, 80, 6, bytes([10, 0, 0, 9])): backend + struct.pack("<Q", 5)}
+    write(pin(bpffs, "cali_v4_nat_aff", LRU_HASH, (16, 16), 10), sticky)
+    write(pin(bpffs, "cali_v4_mglv2", HASH, (8, 8), 10), {struct.pack("<II", 1, 9): backend})
+    profile = struct.pack("<QQ", 100, 4) + bytes(16 * (syscall.possible_cpus() - 1))
+    write(pin(bpffs, "cali_profiling2", PERCPU_HASH, (8, 16), 10), {struct.pack("<II", 3, 0): profile})
+    for words, line in (
+        (("conntrack", "stats"), "TCP Syn-sent: 3"),
+        (("nat", "aff"), "client 10.0.0.9 svc proto 6 10.0.0.1:80 -> 10.65.0.2:8080 ts 5"),
+        (("nat", "maglev"), "svc 1 ordinal 9 -> 10.65.0.2:8080"),
+        (("affinity", "get", "10.65.0.2:8080"), "client 10.0.0.9 svc proto 6 10.0.0.1:80 -> 10.65.0.2:8080 ts 5"),
+    ):
+        assert calitrace(*words, *where).stdout.splitlines()[-1] == line
+    latency = calitrace("profiling", "e2e", *where).stdout.splitlines()
+    assert "25.000 ns" in latency[3]
+    assert json.loads(calitrace("conntrack", "stats", "-j", *where).stdout)["entries"] == 3
+    assert json.loads(calitrace("profiling", "e2e", "-j", *where).stdout)["samples"] == 4
+
+
+def test_walk_over_ipv6_maps(bpffs: Path) -> None:
+    """A NodePort of any node, its remote and its local backend, a connection, and each of its breakages."""
+    node, pod, remote, client = (IPv6Address(each).packed for each in ("fd00::1", "fd65::2", "fd65:1::2", "fd99::9"))
+    front = struct.pack("<I16sHB17x", 152, b"\xff" * 16, 30080, 6)
+    write(pin(bpffs, "cali_v6_nat_fe3", LPM_TRIE, (40, 20), 10), {front: struct.pack("<5I", 1, 2, 1, 0, 0)})
+    backends = pin(bpffs, "cali_v6_nat_be", HASH, (8, 20), 10)
+    write(backends, {struct.pack("<II", 1, n): struct.pack("<16sHxx", a, 8080) for n, a in enumerate((pod, remote))})
+    routes = pin(bpffs, "cali_v6_routes", LPM_TRIE, (20, 20), 10)
+    write(routes, {
+        struct.pack("<I16s", 128, node): struct.pack("<I16x", 0x18),
+        struct.pack("<I16s", 128, pod): struct.pack("<II12x", 0xC, 3),
+        struct.pack("<I16s", 64, remote[:8] + bytes(8)): struct.pack("<I16s", 4, IPv6Address("fd00::2").packed),
+    })  # fmt: skip
+    state = pin(bpffs, "cali_iface4", HASH, (4, 52), 10)
+    write(state, {struct.pack("<I", 3): struct.pack("<I16s32x", 5, b"cali6")})
+    tracked = pin(bpffs, "cali_v6_ct4", LRU_HASH, (40, 128), 10)
+    where = ("--bpffs", str(bpffs))
+
+    def verdict(source: str = "fd99::9") -> str:
+        done = calitrace("walk", source, "[fd00::1]:30080/tcp", *where)
+        assert done.stdout, done.stderr
+        return done.stdout.splitlines()[-1].partition("]:30080: ")[2]
+
+    assert verdict() == (
+        "1 of 2 new connections: delivered to [fd65::2]:8080 by cali6; 1 of 2 new connections: "
+        "forwarded in Calico's VXLAN to node fd00::2, for [fd65:1::2]:8080"
+    )
+    forward = struct.pack("<I16s16sHH", 6, node, client, 30080, 4000)
+    reverse = struct.pack("<I16s16sHH", 6, pod, client, 8080, 4000)
+    write(tracked, {forward: struct.pack("<16xB7x40sH62x", 1, reverse, 0)})
+    assert verdict("[fd99::9]:4000").endswith("(stale conntrack)")
+    write(tracked, {reverse: struct.pack("<16xB6xB48x16s16sHH20x", 2, 1, bytes(16), node, 30080, 0)})
+    assert verdict("[fd99::9]:4000") == "delivered to [fd65::2]:8080 by cali6"
+    got = calitrace("conntrack", "get", "fd65::2", "-6", "-j", *where).stdout.splitlines()
+    pairs = [(each["type"], [other["type"] for other in each["pair"]]) for each in map(json.loads, got)]
+    assert pairs == [("nat-rev", ["nat-fwd"]), ("nat-fwd", ["nat-rev"])]
+    for each, key, broken in (
+        (state, struct.pack("<I", 3), "no ifstate"),
+        (routes, struct.pack("<I16s", 128, pod), "no route"),
+        (backends, struct.pack("<II", 1, 0), "frontend without backend"),
+    ):
+        assert maps.delete(each, [key]) == 1
+        assert f"({broken})" in verdict()
+
+
 def test_maps_of_each_interface_are_one_node(bpffs: Path) -> None:
     for place in ("tc/eth0_igr", "tc/eth0_egr", "tc/cali1_igr"):
         pin(bpffs, "cali_counters", PERCPU_ARRAY, (4, 112), 1, place)
@@ -279,6 +389,34 @@ def test_a_snapshot_cut_short_is_shown_and_then_told(bpffs: Path, tmp_path: Path
         assert "error: the snapshot is incomplete" in done.stderr
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"interfaces": {"x": 1}}, {"programs": {"cali_jump": 1}}, {"mono_ns": "now"}, {"sysctls": [1]}, {"rules": 7},
+     {"layouts": {"tc/globals/cali_v4_ct4": {"key": "1"}}}, {"in_use": 1}],
+    ids=str,
+)  # fmt: skip
+def test_a_broken_header_is_one_error(tmp_path: Path, wrong: dict[str, object]) -> None:
+    raw = RawMap("cali_v4_ct4", "tc/globals/cali_v4_ct4", 1, 16, 88, 1, 1, [])
+    with (tmp_path / "a").open("wb") as stream:
+        writer = journal.Writer(stream, wrong)
+        for body in journal.map_bodies(raw, []):
+            writer.write(journal.MAPS, body)
+        writer.write(journal.END, {})
+    done = calitrace("conntrack", "dump", "-r", str(tmp_path / "a"))
+    assert (done.returncode, done.stderr.partition(": ")[0]) == (2, "error")
+    assert "its header is broken" in done.stderr
+
+
+def test_walk_wants_the_maps_of_its_family(bpffs: Path, tmp_path: Path) -> None:
+    pin(bpffs, "cali_v4_nat_fe3", LPM_TRIE, (16, 20), 10)
+    lost = calitrace("walk", "fd00::9", "[fd00::1]:80/tcp", "--bpffs", str(bpffs))
+    assert (lost.returncode, "Calico does not handle IPv6 here" in lost.stderr) == (4, True)
+    (tmp_path / "one").write_text("[]")
+    one = ("--bpftool", str(tmp_path / "one"), "--map", "cali_v4_ct4")
+    assert calitrace("walk", "10.0.0.9", "10.0.0.1:80/tcp", *one).returncode == 2
+    assert calitrace("diff", "--wait", "0.1", *one).returncode == 2
+
+
 def test_a_closed_pipe_is_no_error(bpffs: Path) -> None:
     write(pin(bpffs, "cali_v4_ct4", LRU_HASH, (16, 88), 50_000), connections(20_000))
     for output in ("json", "table"):
@@ -318,3 +456,32 @@ def test_changes_only_with_permission(bpffs: Path) -> None:
         assert calitrace(*words, "--bpffs", str(bpffs), "--allow-system-changes").returncode == 0
     assert dict(maps.read(counters).entries)[key] == bytes(216 * syscall.possible_cpus())
     assert calitrace("conntrack", "dump", "--bpffs", str(bpffs)).stdout == ""
+
+
+def test_a_dry_run_shows_what_goes_and_a_journal_keeps_it(bpffs: Path, tmp_path: Path) -> None:
+    write(pin(bpffs, "cali_v4_ct4", LRU_HASH, (16, 88), 10), connections(3))
+    write(pin(bpffs, "cali_v6_ct4", LRU_HASH, (40, 128), 10), {bytes(39) + b"\1": bytes(128)})
+    counters = pin(bpffs, "cali_counters6", PERCPU_HASH, (8, 216), 10)
+    write(counters, {struct.pack("<II", 1, hook): b"\1" * 216 * syscall.possible_cpus() for hook in (0, 1)})
+    where = ("--bpffs", str(bpffs))
+    assert len(calitrace("conntrack", "clean", "--dry-run", *where).stdout.splitlines()) == 4
+    shown = calitrace("counters", "flush", "--dry-run", *where).stdout.splitlines()
+    assert sorted(line.partition(": ")[0].split(" ", 2)[-1] for line in shown)[0].endswith("egress")
+    assert all("dropped by policy " in line for line in shown)
+    for words in (("conntrack", "clean"), ("counters", "flush")):
+        file = str(tmp_path / words[0])
+        dump = (words[0], "dump", "-j")
+        before = calitrace(*dump, *where)
+        assert calitrace(*words, "--dry-run", "-w", file, *where).returncode == 2
+        done = calitrace(*words, "--allow-system-changes", "-w", file, *where)
+        assert done.returncode == 0, done.stderr
+        kept = calitrace(*dump, "-r", file)
+        strip = [{k: v for k, v in json.loads(line).items() if k not in ("age_ns", "interface", "ab", "ba")}
+                 for text in (before.stdout, kept.stdout) for line in sorted(text.splitlines())]  # fmt: skip
+        half = len(strip) // 2
+        assert half == {"conntrack": 3, "counters": 2}[words[0]]
+        assert strip[:half] == strip[half:]
+        write(counters, {struct.pack("<II", 1, 0): b"\1" * 216 * syscall.possible_cpus()})
+        again = calitrace(*words, "--allow-system-changes", "-w", file, *where)
+        assert (again.returncode, "exists already" in again.stderr) == (2, True)
+    assert dict(maps.read(counters).entries)[struct.pack("<II", 1, 0)] == b"\1" * 216 * syscall.possible_cpus()

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calitrace.calico import bpftool, maptables
+from calitrace.calico import bpftool, maptables, reasons
 from calitrace.calico.maps import RawMap, identify
 from calitrace.correlate import mapdiff, walk
 from calitrace.errors import LayoutMismatch, Malformed
@@ -92,7 +92,9 @@ def conntrack(version: int, **members: int | bytes) -> bytes:
     legs = {1: (24, 32), 2: (24, 36), 3: (24, 48), 4: (24, 48)}[version]
     bits = {1: 4, 2: 4, 3: 16, 4: 16}[version]
     raw = bytearray(size)
-    struct.pack_into("<QQBB", raw, 0, 1, 9_000_000_000, int(members.get("type", 0)), int(members.get("flags", 0)))
+    struct.pack_into(
+        "<QQBB", raw, 0, version < 4, 9_000_000_000, int(members.get("type", 0)), int(members.get("flags", 0))
+    )
     for leg, name in zip(legs, ("ab", "ba"), strict=True):
         struct.pack_into("<I", raw, leg + bits, int(members.get(name, 0)))
     if version > 2:
@@ -146,7 +148,7 @@ def test_forward_and_reverse_of_one_block_and_expiry() -> None:
     assert "A2B:{Bytes:0 Packets:0 Seqno:0 SynSeen:false" in mapdump.text("ct", reverse, raw=True)
     assert mapdump.text("ct", reverse) == (
         "TCP 10.0.0.2:4000 -> 10.9.0.1:443 -> 10.0.0.1:80, service forwarded from 10.9.9.9"
-        "  source port changed from 55  Active ago 1000.000s SYN-SENT  expired"
+        "  source port changed from 55  Active ago 1000.000s SYN-SENT  expired: Felix removes it at its next sweep"
     )
     lines = "".join(mapdump.iter_json_blocks(raw, mapdump.Context())).splitlines()
     assert [json.loads(line)["age_ns"] for line in lines] == [None, None]
@@ -192,6 +194,94 @@ def test_what_a_real_connection_left() -> None:
     assert mapdump.text("iface", first).endswith("IngressFilter: -1, EgressFilter: -1, name: ens192}")
 
 
+def in_words(raw: RawMap, context: mapdump.Context = NOW) -> dict[bytes, dict[str, Any]]:
+    """Key to entry in words."""
+    keys = [key for key, _ in raw.entries]
+    return dict(zip(keys, mapdump.iter_objects(raw, context), strict=True))
+
+
+@pytest.mark.parametrize("node", ["a", "b"])
+def test_the_entries_of_a_nat_pair_find_each_other(node: str) -> None:
+    raw = real(node, "cali_v4_ct4")
+    layout = maptables.resolve(raw)
+    partners = {key: mapdump.partner_keys(layout, key, value) for key, value in raw.entries}
+    known = in_words(raw)
+    nat = {key: [each for each in partners[key] if each in known] for key in known if known[key]["type"] != "normal"}
+    assert len(nat) == 2
+    for key, (other,) in nat.items():
+        assert nat[other] == [key]
+        assert known[key]["type"] != known[other]["type"]
+    assert [known[key]["from"] for key in nat] == ["b", "b"]
+
+
+def test_partners_without_nat_with_a_changed_port_and_ipv6() -> None:
+    layout = maptables.resolve(made("cali_v4_ct4", (KEY, conntrack(4))))
+    assert mapdump.partner_keys(layout, KEY, conntrack(4)) == ()
+    value = bytearray(conntrack(4, ab=0x20, type=2))
+    struct.pack_into("<4s4sHH4s", value, 72, bytes(4), bytes([10, 9, 0, 1]), 443, 55, bytes(4))
+    client, service = (bytes([10, 0, 0, 1]), 55), (bytes([10, 9, 0, 1]), 443)
+    forward = [struct.pack("<I4s4sHH", 6, a[0], b[0], a[1], b[1]) for a, b in ((client, service), (service, client))]
+    assert mapdump.partner_keys(layout, KEY, bytes(value)) == tuple(forward)
+    old = maptables.resolve(made("cali_v4_ct", (KEY, conntrack(1))))
+    assert mapdump.partner_keys(old, KEY, conntrack(1, type=2, ba=0x20))[0][8:12] == bytes(4)
+    key6 = struct.pack("<I16s16sHH", 6, b"\x0a" * 16, b"\x0b" * 16, 80, 4000)
+    six = maptables.resolve(made("cali_v6_ct4", (key6, bytes(128))))
+    value6 = bytearray(128)
+    struct.pack_into("<B6xB", value6, 16, 2, 1)
+    struct.pack_into("<16s16sHH16s", value6, 72, bytes(16), b"\x0c" * 16, 443, 0, bytes(16))
+    first, _ = mapdump.partner_keys(six, key6, bytes(value6))
+    assert first == struct.pack("<I16s16sHH", 6, b"\x0b" * 16, b"\x0c" * 16, 4000, 443)
+
+
+def test_a_connection_at_length() -> None:
+    raw = real("a", "cali_v4_ct4")
+    context = mapdump.Context(interfaces={2: "ens192"})
+    forward, reverse = sorted(in_words(raw, context).values(), key=lambda e: e["type"])
+    assert list(mapdump.iter_connection(reverse, [forward], context.timeouts)) == [
+        "TCP 10.10.0.100:40001 -> 10.10.0.1:30080 -> 10.65.1.2:8080 external client, "
+        "service forwarded to 10.10.0.2 CLOSED",
+        "  time-out   30 s (tcpFinsSeen, Felix's default)",
+        "  flags      np-fwd B-A cluster-external",
+        "  request    from 10.10.0.100:40001 by ens192, 6 packets, 406 bytes, syn ack fin approved opener",
+        "  reply      from 10.65.1.2:8080 by ens192, 5 packets, 345 bytes, syn ack fin approved",
+        "  pair       nat-fwd: 10.10.0.100:40001 -> 10.10.0.1:30080",
+    ]
+    lone = list(mapdump.iter_connection(forward, [], context.timeouts))
+    assert lone[-2:] == [
+        "  flags      none",
+        "  pair       its reverse entry is missing: Felix removes this one at its next sweep",
+    ]
+    assert "its forward entry is missing" in list(mapdump.iter_connection(reverse, [], context.timeouts))[-1]
+    assert list(mapdump.iter_connection(forward, [reverse], context.timeouts))[-1].endswith(":8080, CLOSED")
+    fresh = only("cali_v4_ct", KEY, conntrack(1, ab=0x20))
+    assert list(mapdump.iter_connection(fresh, [], mapdump.Context().timeouts))[3:] == [
+        "  request    from 10.0.0.1:80, opener",
+        "  reply      from 10.0.0.2:4000, nothing seen",
+    ]
+    assert mapdump.text("ct", only("cali_v4_ct4", KEY, conntrack(4, ab=3, ba=3))).endswith("expires in 60 min")
+
+
+def test_pairing_names_what_stays_alone() -> None:
+    forward, reverse = sorted(in_words(real("a", "cali_v4_ct4")).values(), key=lambda e: e["type"])
+    others = [{**reverse, "type": "normal"}, {**reverse, "type": "type-9"}]
+
+    def notes(*entries: dict[str, Any], now_ns: int = 0) -> list[str]:
+        pairing = mapdump.Pairing(mapdump.Context(now_ns))
+        for each in (*others, *entries):
+            pairing.feed(each)
+        return list(pairing.iter_notes())
+
+    assert notes(forward, reverse) == notes(reverse, forward) == []
+    assert notes(forward) == [
+        "1 nat-fwd entries without their reverse entry: Felix removes them at its next sweep: "
+        "10.10.0.100:40001 -> 10.10.0.1:30080"
+    ]
+    assert notes(forward, now_ns=1) == []
+    (several,) = notes(*({**reverse, "port_a": port} for port in range(4)))
+    assert several.startswith("4 nat-rev entries without their forward entry")
+    assert several.endswith("; ...")
+
+
 def test_nat_and_its_backends() -> None:
     fronts = list(mapdump.iter_objects(real("a", "cali_v4_nat_fe3"), NOW))
     backs = list(mapdump.iter_objects(real("a", "cali_v4_nat_be"), NOW))
@@ -201,6 +291,8 @@ def test_nat_and_its_backends() -> None:
     assert lines[lines.index("10.10.0.1 port 30080 proto 6 id 1 count 1 local 0") + 1] == "\t1:0\t 10.65.1.2:8080"
     assert "\t1:0\t  is missing" in list(mapdump.iter_nat(fronts, []))
     assert "\t1:0\t  (backends were not read)" in list(mapdump.iter_nat(fronts, [], both=False))
+    sticky = [{**fronts[0], "affinity_s": 10800, "source": "10.0.0.0/8", "count": 0}]
+    assert next(iter(mapdump.iter_nat(sticky, []))).endswith(" src 10.0.0.0/8 affinity 10800s")
     old = only("cali_v4_nat_fe", struct.pack("<4sHBx", bytes([10, 96, 0, 1]), 443, 6), struct.pack("<4I", 1, 0, 0, 0))
     assert (old["source"], old["flags"]) == (None, [])
 
@@ -232,6 +324,8 @@ def test_the_other_maps() -> None:
         "cookie 5  addr 10.65.0.2  port 8080  proto tcp  orig_dst 10.96.0.1  orig_dport 80"
     )
     assert mapdump.text("qos", {"map": "m", "flags": ["a", "b"], "none": None}) == "flags a,b"
+    spoof = only("cali_v4_sprefix", struct.pack("<II4s", 56, 3, bytes([10, 1, 2, 0])), bytes(4))
+    assert spoof == {"ifindex": 3, "interface": "cali1", "cidr": "10.1.2.0/24"}
     v6 = only(
         "cali_v6_routes", struct.pack("<I", 64) + bytes.fromhex("fd" + "00" * 15), struct.pack("<I", 0x400) + bytes(16)
     )
@@ -244,11 +338,68 @@ def test_counters() -> None:
     key = struct.pack("<II", 2, 0)
     entries = objects(made("cali_counters6", (key, value), (struct.pack("<II", 9, 1), value)))
     lines = list(mapdump.iter_counters(entries, "eth0"))
-    assert lines[0] == "dumped eth0 counters."
-    assert [line.split() for line in lines if line.startswith("RT_UNKNOWN")] == [["RT_UNKNOWN", "12"]]
-    assert list(mapdump.iter_counters(entries))[-len(lines)] == "dumped ifindex 9 counters."
-    (pinned,) = objects(made("cali_counters", (bytes(4), bytes(112))))
-    assert next(iter(mapdump.iter_counters([pinned]))) == "dumped (this pin) counters."
+    assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[1:6:2]] == [
+        ["CATEGORY", "TYPE", "INGRESS", "EGRESS", "XDP"],
+        ["Accepted", "by another program", "3", "N/A", "N/A"],
+        ["", "by policy", "2", "N/A", "N/A"],
+    ]
+    assert [line.split("|")[3].strip() for line in lines if "packets with unknown route" in line] == ["12"]
+    assert {len(line) for line in lines[:-2]} == {len(lines[0])}
+    assert lines[-2:] == ["dumped eth0 counters.", ""]
+    assert "| Other    | RESERVED1 " in "\n".join(lines)
+    assert list(mapdump.iter_counters(entries))[-2] == "dumped ifindex 9 counters."
+    quiet = only("cali_counters6", key, bytes(27 * 8))
+    assert "RESERVED1" not in "\n".join(mapdump.iter_counters([quiet]))
+    old = made("cali_counters", (bytes(4), bytes(112)))
+    (pinned,) = objects(RawMap(**{**vars(old), "pin": "tc/eth0_egr/cali_counters"}))
+    assert (pinned["interface"], pinned["hook"]) == ("eth0", "tc egress")
+    (lost,) = objects(old)
+    shown = list(mapdump.iter_counters([lost]))
+    assert shown[1].split("|")[-2].strip() == "TC"
+    assert shown[-2] == "dumped (no pin) counters."
+
+
+def test_stats_and_latency_as_calico_prints_them() -> None:
+    found = mapdump.summary(real("a", "cali_v4_ct4"))
+    assert list(mapdump.iter_stats({**found, "max_entries": 512000})) == [
+        *("Conntrack map size: 512000", "Total connections: 1", "Total entries: 2", "NAT connections: 1", ""),
+        *("TCP : 1", "UDP : 0", "Others : 0", "", "TCP Established: 0", "TCP Closed: 1", "TCP Reset: 0"),
+        "TCP Syn-sent: 0",
+    ]
+    key, other = struct.pack("<II", 3, 0), struct.pack("<II", 3, 2)
+    raw = made("cali_profiling2", (key, struct.pack("<QQ", 100, 3)), (other, bytes(16)))
+    lines = list(mapdump.iter_latency(objects(raw)))
+    assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in (lines[1], lines[3])] == [
+        ["IFACE", "INGRESS new", "#", "INGRESS est", "#", "EGRESS new", "#", "EGRESS est", "#"],
+        ["cali1", "33.333 ns", "3", "---", "---", "---", "0", "---", "---"],
+    ]
+
+
+def test_a_pod_s_packet_enters_by_its_own_interface() -> None:
+    packet = walk.Packet("10.65.0.2", 0, "10.65.1.2", 80, "tcp")
+    assert [step.key for step in walk.walk(packet, tables()) if step.lookup in ("ifstate", "RPF")] == [
+        *("cali1", "10.65.0.2 at cali1"),
+    ]
+    assert kinds(walk.walk(packet, changed("interfaces", 1, ifindex=9, name="other"))) == [walk.NO_INTERFACE]
+
+
+def test_captions() -> None:
+    names = ("UNKNOWN", "SHORT", "RESERVED1")
+    assert [reasons.caption(name) for name in names] == ["total packets", "dropped too short packets", "RESERVED1"]
+
+
+def test_counters_a_second() -> None:
+    key = struct.pack("<II", 2, 0)
+    before, after = (objects(made("cali_counters6", (key, struct.pack("<27Q", *cells)))) for cells in (
+        (10, 5, *([0] * 25)), (14, 2, *([0] * 25))))  # fmt: skip
+    named = [[{"map": "cali_counters6", **each} for each in found] for found in (before, after)]
+    (rates,) = mapdump.per_second(named[0], named[1], 2)
+    assert (rates["per_second"]["UNKNOWN"], rates["per_second"]["ACCEPTED_BY_FAILSAFE"]) == (2, 1)
+    (fresh,) = mapdump.per_second([], named[1], 2)
+    assert fresh["per_second"]["UNKNOWN"] == 7
+    lines = list(mapdump.iter_counters([rates]))
+    assert [line.split("|")[3].strip() for line in lines if "| Total" in line] == ["2.0"]
+    assert lines[-2] == "dumped eth0 counters in packets per second."
 
 
 @pytest.mark.parametrize(
@@ -314,6 +465,18 @@ def tables(**changes: Any) -> walk.Tables:
 PACKET = walk.Packet("10.10.0.100", 4000, "10.10.0.1", 30080, "tcp", "eth0")
 
 
+def verdict(packet: walk.Packet, found: walk.Tables) -> str:
+    """What becomes of the packet."""
+    last = walk.walk(packet, found)[-1]
+    assert last.lookup == "verdict"
+    return last.found
+
+
+def found_by(lookup: str, found: walk.Tables) -> list[tuple[str, str]]:
+    """What this lookup found for PACKET."""
+    return [(step.lookup, step.found) for step in walk.walk(PACKET, found) if step.lookup == lookup]
+
+
 def kinds(steps: list[walk.Step]) -> list[str]:
     """The breakages."""
     return [step.broken for step in steps if step.broken]
@@ -330,9 +493,14 @@ def test_a_whole_chain() -> None:
     steps = walk.walk(PACKET, tables())
     assert kinds(steps) == []
     assert [step.lookup for step in steps] == [
-        *("ifstate", "failsafe", "conntrack", "NAT frontend"),
-        *("NAT backend", "route", "ifstate", "NAT backend", "route"),
+        *("ifstate", "failsafe", "conntrack", "NAT frontend", "NAT frontend", "RPF"),
+        *("NAT backend", "route", "ifstate", "NAT backend", "route", "verdict"),
     ]
+    assert (steps[-1].key, steps[-1].found) == (
+        "tcp 10.10.0.100:4000 -> 10.10.0.1:30080",
+        "1 of 2 new connections: delivered to 10.65.0.2:8080 by cali1; "
+        "1 of 2 new connections: forwarded in Calico's VXLAN to node 10.10.0.2, for 10.65.1.2:8080",
+    )
     assert [step.lookup for step in walk.walk(PACKET, tables(interfaces=None))].count("ifstate") == 0
 
 
@@ -343,7 +511,7 @@ def test_a_whole_chain() -> None:
         (changed("frontends", 0, count=0), [walk.NO_BACKEND]),
         (changed("frontends", 0, local=0, flags=["external-local"]), [walk.NO_BACKEND]),
         (changed("frontends", 0, drop=True), [walk.BAD_SOURCE]),
-        (tables(backends=[]), [walk.NO_BACKEND, walk.NO_BACKEND]),
+        (tables(backends=[]), [walk.NO_BACKEND]),
         (changed("frontends", 0, count=3), [walk.NO_BACKEND]),
         (changed("backends", 0, addr="10.77.0.9"), [walk.NO_ROUTE]),
         (changed("backends", 0, addr="10.96.0.9"), [walk.BLACKHOLE]),
@@ -356,12 +524,32 @@ def test_each_breakage(changes: walk.Tables, broken: list[str]) -> None:
     assert kinds(walk.walk(PACKET, changes)) == broken
 
 
+def test_missing_backends_count_among_new_connections() -> None:
+    steps = walk.walk(PACKET, changed("frontends", 0, count=5))
+    (lost,) = [step for step in steps if step.broken]
+    assert (lost.key, lost.found) == ("1:2 and 2 others", "missing")
+    assert "3 of 5 new connections: refused with an ICMP error (frontend without backend)" in steps[-1].found
+    nonsense = changed("frontends", 0, count=0xFFFFFFF0)
+    assert len(walk.walk(PACKET, nonsense)) < 20
+    assert len(mapdiff.services(nonsense)["255.255.255.255:30080/tcp"]["backends"]) == 10_000
+    (front,) = [{**front, "count": 10_002, "local": 0} for front in tables().frontends]
+    assert list(mapdump.iter_nat([front], []))[-1] == "\t... and 2 more: is that count right?"
+
+
+def test_networks_that_are_none() -> None:
+    routes = [{"cidr": "10.0.0.0/99", "flags": ["local", "host"], "next_hop": "0.0.0.0"}]
+    assert mapdiff.own_addresses(tables(routes=routes)) == frozenset()
+    assert kinds(walk.walk(PACKET, tables(routes=routes, frontends=[]))) == [walk.NO_FRONTEND]
+
+
 def entry(kind: str, backend: str, **members: Any) -> dict[str, Any]:
     """A forward or reverse conntrack entry of PACKET."""
     found = {"proto": "tcp", "type": kind, "addr_b": "10.10.0.100", "port_b": 4000, "state": "ESTABLISHED"}
     if kind == "nat-fwd":
         found |= {"addr_a": "10.10.0.1", "port_a": 30080, "rev_addr_a": backend, "rev_port_a": 8080}
         return found | {"rev_addr_b": "10.10.0.100", "rev_port_b": 4000}
+    found |= {"from": "b", "orig_dst": "10.10.0.1", "orig_dport": 30080, "tun_ip": "0.0.0.0", "flags": [],
+              "age_ns": None, "timeout_s": 20}  # fmt: skip
     return found | {"addr_a": backend, "port_a": 8080, **members}
 
 
@@ -392,8 +580,7 @@ def test_straight_to_a_pod_and_elsewhere() -> None:
         ("8.8.8.8", "routed by the host"),
         ("10.96.0.1", "BLACK_HOLE"),
     ):
-        (*_, last) = walk.walk(walk.Packet("10.10.0.100", 0, address, 1, "udp"), tables())
-        assert where in last.suffers
+        assert where in verdict(walk.Packet("10.10.0.100", 0, address, 1, "udp"), tables())
 
 
 def test_source_ranges_affinity_and_failsafes() -> None:
@@ -401,17 +588,20 @@ def test_source_ranges_affinity_and_failsafes() -> None:
     near = {**front, "addr": "10.10.0.1", "source": "10.10.0.0/24", "id": 2, "count": 1}
     far = {**front, "addr": "10.10.0.1", "source": "192.0.2.0/24"}
     sticky = {"addr": "10.10.0.1", "port": 30080, "proto": "tcp", "client": "10.10.0.100",
-              "backend": "10.65.0.2", "backend_port": 8080}  # fmt: skip
+              "backend": "10.65.0.2", "backend_port": 8080, "ts_ns": 1}  # fmt: skip
     wide = {**near, "source": None, "id": 1}
     steps = walk.walk(PACKET, tables(frontends=[wide, near, far]))
-    assert "10.10.0.1:30080 is service 2, 1 backends, 1 local" in [step.found for step in steps]
+    assert "service 2, for 10.10.0.0/24: count 1, local 1" in [step.found for step in steps]
     timed = tables(frontends=[{**near, "affinity_s": 60}], affinity=[{**sticky, "client": "10.9.9.9"}, sticky])
-    assert "10.10.0.100 sticks to 10.65.0.2:8080" in [step.found for step in walk.walk(PACKET, timed)]
+    assert found_by("affinity", timed) == [("affinity", "10.65.0.2:8080")]
+    late = walk.Tables(**{**vars(timed), "now_ns": 61 * 10**9})
+    assert found_by("affinity", late) == [("affinity", "10.65.0.2:8080, but older than 60 s: chosen anew")]
     fresh = tables(frontends=[{**near, "affinity_s": 60}])
-    assert "affinity" not in [step.lookup for step in walk.walk(PACKET, fresh)]
+    assert found_by("affinity", fresh) == [("affinity", "none: chosen anew")]
     safe = {"proto": "tcp", "port": 30080, "direction": "inbound"}
     found = walk.walk(PACKET, tables(failsafes=[{**safe, "cidr": "192.0.2.0/24"}, {**safe, "cidr": "0.0.0.0/0"}]))
-    assert "port 30080/tcp is one: no host policy applies" in [step.found for step in found]
+    assert "it is one: no host policy applies" in [step.found for step in found]
+    assert found_by("failsafe", tables(failsafes=None)) == [("failsafe", "their map is not here")]
 
 
 @pytest.mark.parametrize(
@@ -427,6 +617,105 @@ def test_local_only_depends_on_where_the_packet_is_from(flag: str, src: str, bro
     assert kinds(walk.walk(packet, changed("frontends", 0, local=0, flags=[flag]))) == broken
 
 
+def test_a_pod_may_send_from_its_own_addresses_only() -> None:
+    own = walk.Packet("10.65.0.2", 4000, "10.10.0.1", 30080, "tcp", "cali1")
+    assert kinds(walk.walk(own, tables())) == []
+    assert "forwarded by the host's routes, for 10.65.1.2:8080" in verdict(own, tables())
+    for source in ("10.65.1.2", "192.0.2.9"):
+        other = walk.Packet(source, 4000, "10.10.0.1", 30080, "tcp", "cali1")
+        assert verdict(other, tables()) == "dropped, and no counter tells it (not an address of this pod)"
+        allowed = tables(spoofing=[{"interface": "cali1", "cidr": "0.0.0.0/0"}])
+        assert kinds(walk.walk(other, allowed)) == []
+        elsewhere = tables(spoofing=[{"interface": "cali2", "cidr": "0.0.0.0/0"}])
+        assert kinds(walk.walk(other, elsewhere)) == [walk.SPOOFED]
+
+
+def test_policy_programs() -> None:
+    at = {"cali_jump_ing": {5: 77}, "cali_jump_egr": {6: 78}}
+    wanted = {"ingress_v4": -1, "egress_v4": 6}
+    whole = walk.Tables(**{**vars(changed("interfaces", 1, **wanted)), "programs": at})
+    assert found_by("policy", whole) == [
+        ("policy", "program 77 at 5 of cali_jump_ing decides"),
+        ("policy", "program 78 at 6 of cali_jump_egr decides"),
+    ]
+    for index, told in ((7, "cali_jump is empty at 7"), (-1, "none is set")):
+        rows = changed("interfaces", 1, egress_v4=index)
+        lost = walk.Tables(**{**vars(rows), "programs": {"cali_jump": {}}})
+        assert found_by("policy", lost) == [("policy", "none: everything is allowed"), ("policy", told)]
+        assert kinds(walk.walk(PACKET, lost)) == [walk.NO_POLICY]
+    out = walk.Packet("10.65.0.2", 4000, "10.10.0.1", 30080, "tcp", "cali1")
+    assert kinds(walk.walk(out, walk.Tables(**{**vars(tables()), "programs": at}))) == [walk.NO_POLICY]
+
+
+def test_maglev_and_excluded_services() -> None:
+    rows = [{"id": 1, "ordinal": n, "addr": "10.65.0.2", "port": 8080} for n in range(3)]
+    whole = walk.Tables(**{**vars(changed("frontends", 0, flags=["maglev"])), "maglev": rows})
+    assert verdict(PACKET, whole) == "delivered to 10.65.0.2:8080 by cali1"
+    empty = changed("frontends", 0, flags=["maglev"])
+    assert verdict(PACKET, empty) == "dropped, MAGLEV_NO_BACKEND (frontend without backend)"
+    excluded = changed("frontends", 0, flags=["nat-exclude"])
+    assert verdict(PACKET, excluded) == "delivered to this host, 10.10.0.1:30080"
+    outside = walk.Packet("10.10.0.100", 4000, "203.0.113.5", 30080, "tcp")
+    away = changed("frontends", 0, flags=["nat-exclude"], addr="203.0.113.5")
+    assert verdict(outside, away) == "routed to 203.0.113.5:30080 by the host"
+    assert "another node" in verdict(
+        walk.Packet("10.10.0.100", 0, "10.10.0.2", 22, "tcp"),
+        tables(routes=[{"cidr": "10.10.0.2/32", "flags": ["host"], "next_hop": "0.0.0.0"}]),
+    )
+
+
+@pytest.mark.parametrize(
+    ("members", "wanted"),
+    [
+        ({}, "source becomes 10.10.0.1:30080, sent to 10.10.0.100:4000"),
+        ({"tun_ip": "10.10.0.2"}, "source becomes 10.10.0.1:30080, tunnelled back to node 10.10.0.2"),
+        (
+            {"tun_ip": "10.10.0.2", "flags": ["np-fwd"]},
+            "source becomes 10.10.0.1:30080, sent to 10.10.0.100:4000",
+        ),
+    ],
+)
+def test_the_reply_of_a_connection_with_nat(members: dict[str, Any], wanted: str) -> None:
+    reply = walk.Packet("10.65.0.2", 8080, "10.10.0.100", 4000, "tcp")
+    assert verdict(reply, tables(conntrack=[entry("nat-rev", "10.65.0.2", **members)])) == wanted
+
+
+def test_tracked_requests_and_expiry() -> None:
+    late = {"age_ns": 21 * 10**9}
+    both = [entry("nat-fwd", "10.65.0.2"), entry("nat-rev", "10.65.0.2", **late)]
+    assert found_by("conntrack", tables(conntrack=both)) == [
+        ("conntrack", "nat-fwd to 10.65.0.2:8080, ESTABLISHED, expired")
+    ]
+    lost = walk.walk(PACKET, tables(conntrack=both, frontends=[]))
+    assert kinds(lost) == [walk.DISAGREE]
+    assert "no frontend" in lost[-2].found
+    inside = walk.Packet("10.10.0.100", 4000, "10.65.0.2", 8080, "tcp")
+    opened_by_a = entry("normal", "10.65.0.2", **{"from": "a"})
+    assert verdict(inside, tables(conntrack=[opened_by_a])) == "delivered to 10.65.0.2:8080 by cali1"
+    tunnelled = [entry("nat-fwd", "10.65.1.2"), entry("nat-rev", "10.65.1.2", tun_ip="10.10.0.7")]
+    assert verdict(PACKET, tables(conntrack=tunnelled)).startswith("forwarded in Calico's VXLAN to node 10.10.0.7")
+
+
+def test_ipv6() -> None:
+    front = {"addr": walk._ANY_NODE[6], "port": 80, "proto": "udp", "id": 1, "count": 1, "local": 1, "affinity_s": 0,
+             "flags": [], "drop": False, "source": None}  # fmt: skip
+    found = walk.Tables(
+        frontends=[front],
+        backends=[{"id": 1, "ordinal": 0, "addr": "fd00:65::2", "port": 8080}],
+        routes=[
+            {"cidr": "fd00::1/128", "flags": ["local", "host"], "next_hop": "::"},
+            {"cidr": "fd00:65::2/128", "flags": ["local", "workload"], "ifindex": 3, "interface": "cali1"},
+        ],
+        interfaces=[{"ifindex": 3, "name": "cali1", "flags": ["workload", "v6Ready"]}],
+    )
+    packet = walk.Packet("fd00::100", 0, "fd00::1", 80, "udp")
+    assert verdict(packet, found) == "delivered to [fd00:65::2]:8080 by cali1"
+    v4 = [{"ifindex": 3, "name": "cali1", "flags": ["workload", "v4Ready"]}]
+    assert verdict(packet, walk.Tables(**{**vars(found), "interfaces": v4})) == (
+        "dropped until Felix has attached its programs to cali1 (no ifstate)"
+    )
+
+
 def test_services_differ_by_backends_not_by_ids() -> None:
     here, there = tables(), changed("frontends", 0, id=2, count=1)
     same = tables(
@@ -439,14 +728,33 @@ def test_services_differ_by_backends_not_by_ids() -> None:
     )
     ranged = mapdiff.services(changed("frontends", 0, drop=True, source="10.0.0.0/8"))
     assert ranged == {
-        "255.255.255.255:30080/tcp from 10.0.0.0/8": {"backends": [], "flags": [], "drop": True},
+        "255.255.255.255:30080/tcp from 10.0.0.0/8": {"backends": [], "flags": [], "affinity_s": 0, "drop": True},
     }
+
+
+def test_a_nodeport_of_each_node_is_one_service() -> None:
+    sides = []
+    for address, backends in (("10.10.0.1", 2), ("10.10.0.2", 1)):
+        local = [
+            {"cidr": cidr, "flags": ["local", "host"]} for cidr in ("127.0.0.0/8", "127.0.0.1/32", f"{address}/32")
+        ]
+        (front,) = tables().frontends
+        fronts = [{**front, "addr": address, "count": backends}, {**front, "addr": "10.96.0.10"}]
+        found = tables(frontends=fronts, routes=[*local, {"cidr": "10.65.0.0/26", "flags": ["workload"]}])
+        own = mapdiff.own_addresses(found)
+        assert own == {address}
+        sides.append(mapdiff.services(found, own))
+    (differs,) = mapdiff.differences("service", *sides)
+    assert (differs["key"], len(differs["a"]["backends"]), len(differs["b"]["backends"])) == (
+        *("this node:30080/tcp", 2, 1),
+    )
 
 
 def test_entries_and_rates() -> None:
     rows = mapdiff.entries("routes", tables().routes)
-    assert mapdiff.compared("routes")
-    assert not mapdiff.compared("counters")
+    bases = ("routes", "counters", "fsafes")
+    assert [mapdiff.compared(base, nodes=False) for base in bases] == [True, False, True]
+    assert [mapdiff.compared(base, nodes=True) for base in bases] == [False, False, True]
     del rows["10.10.0.1/32"]
     (gone,) = mapdiff.differences("routes", mapdiff.entries("routes", tables().routes), rows)
     assert (gone["key"], gone["b"]) == ("10.10.0.1/32", None)

@@ -95,6 +95,7 @@ PARAMETERS = {
         _always("bpfExcludeCIDRsFromNAT", None, (3, 28)),
         _always("bpfMapSizeConntrack", 512000, (3, 23)),
         _always("bpfMapSizeIfState", 1000, (3, 24)),
+        _always("bpfConntrackTimeouts", None, (3, 30)),
         _always("bpfDisableGROForIfaces", "", (3, 27)),
         Parameter("ipipEnabled", bool, (((3, 13), False), ((3, 23), None)), env="FELIX_IPINIPENABLED"),
         Parameter("vxlanEnabled", bool, (((3, 13), False), ((3, 23), None))),

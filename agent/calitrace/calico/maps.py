@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from calitrace.calico.maptables import Layout
+
 _NAME = re.compile(r"(?P<base>(?:xdp_)?cali_?\w*?)(?P<version>\d*)(?P<old>_old)?")
+
+
+# Of a frontend whose count is nonsense not more backends than these are looked for.
+MOST_BACKENDS = 10_000
 
 
 @dataclass(frozen=True)
@@ -21,7 +27,7 @@ class RawMap:
     """A map as the kernel has it. *entries*: (key, value) pairs, which may be iterated more than once.
 
     *value_size*: of one CPU's value; a per-CPU map's entries hold *cpus* of them, each padded to 8 bytes.
-    *pin*: path below the bpffs, "" when it is not pinned.
+    *pin*: path below the bpffs, "" when it is not pinned. *described*: the layout that BTF gave, where it counts.
     """
 
     name: str
@@ -34,6 +40,7 @@ class RawMap:
     entries: Iterable[tuple[bytes, bytes]]
     complete: bool = True
     notes: tuple[str, ...] = ()
+    described: Layout | None = None
 
 
 def identify(name: str) -> tuple[str, int, bool]:

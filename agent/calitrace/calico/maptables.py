@@ -107,12 +107,18 @@ class Table:
 
 @dataclass(frozen=True)
 class Layout:
-    """One version of a map: its key's and its value's table."""
+    """One version of a map: its key's and its value's table.
+
+    *origin*: "" for a table of ours; "btf" when BTF gave it, with our names; "members" with the names that BTF has.
+    *forward_at*: where a conntrack value's key of the reverse entry begins.
+    """
 
     base: str
     version: int
     key: Table
     value: Table
+    origin: str = ""
+    forward_at: int = 24
 
     @property
     def ipv6(self) -> bool:
@@ -236,11 +242,13 @@ def layouts() -> tuple[Layout, ...]:
 
 
 def resolve(raw: RawMap) -> Layout:
-    """The layout of a map, by name, version and both sizes.
+    """The layout of a map: that which BTF gave where no table fits, else by name, version and both sizes.
 
     Raises LayoutMismatch that names the sizes seen and the versions known.
     """
     base, version, _ = identify(raw.name)
+    if raw.described is not None:
+        return raw.described
     known = [each for each in layouts() if each.base == base]
     for each in known:
         if each.version == version and (each.key.size, each.value.size) == (raw.key_size, raw.value_size):

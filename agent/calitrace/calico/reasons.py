@@ -63,6 +63,35 @@ OLD_REASONS = {
     0xFA: "FAILSAFE",
     0xDEAD: "RT_UNKNOWN",
 }
+# As `calico-node -bpf counters dump` shows them: category and type. Source: felix/bpf/counters/counters.go.
+CAPTIONS = {
+    "UNKNOWN": ("Total", "packets"),
+    "ACCEPTED_BY_FAILSAFE": ("Accepted", "by failsafe"),
+    "ACCEPTED_BY_POLICY": ("Accepted", "by policy"),
+    "BYPASS": ("Accepted", "by another program"),
+    "DROPPED_BY_POLICY": ("Dropped", "by policy"),
+    "SHORT": ("Dropped", "too short packets"),
+    "CSUM_FAIL": ("Dropped", "incorrect checksum"),
+    "IP_OPTIONS": ("Dropped", "packets with unsupported IP options"),
+    "IP_MALFORMED": ("Dropped", "malformed IP packets"),
+    "ENCAP_FAIL": ("Dropped", "failed encapsulation"),
+    "DECAP_FAIL": ("Dropped", "failed decapsulation"),
+    "UNAUTH_SOURCE": ("Dropped", "packets with unknown source"),
+    "RT_UNKNOWN": ("Dropped", "packets with unknown route"),
+    "BLACK_HOLE": ("Dropped", "packets hitting blackhole route"),
+    "SOURCE_COLLISION": ("Other", "packets hitting NAT source collision"),
+    "SOURCE_COLLISION_FAILED": ("Dropped", "NAT source collision resolution failed"),
+    "CT_CREATE_FAILED": ("Dropped", "failed to create conntrack"),
+    "REDIRECT": ("Redirect", "plain"),
+    "REDIRECT_NEIGH": ("Redirect", "neigh"),
+    "REDIRECT_PEER": ("Redirect", "peer"),
+    "FRAG_WAIT": ("Dropped", "fragment of yet incomplete packet"),
+    "FRAG_REORDER": ("Dropped", "fragment out of order within host"),
+    "FRAG_UNSUPPORTED": ("Dropped", "fragments not supported"),
+    "DROPPED_BY_QOS": ("Dropped", "QoS control limit"),
+    "MAGLEV_NO_BACKEND": ("Dropped", "Maglev lookup found no backends"),
+    "NO_HOST_IP": ("Dropped", "VXLAN encap when host IP unknown"),
+}
 # In words that a user understands.
 MEANING = {
     "DROPPED_BY_POLICY": "denied by policy",
@@ -85,6 +114,12 @@ MEANING = {
     "WEP_NOT_READY": "the pod's programs are not attached yet",
     "NATIFACE": "the path through bpfin.cali is broken",
 }
+
+
+def caption(name: str) -> str:
+    """A counter in Calico's words: ``dropped by policy``, ``total packets``; its name when Calico shows none."""
+    category, kind = CAPTIONS.get(name, ("", name))
+    return f"{category.lower()} {kind}".strip()
 
 
 def name(code: int, counters: int) -> str:

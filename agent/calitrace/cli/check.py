@@ -176,7 +176,7 @@ def _given(
             raise UsageError(f"{calico_version!r} is no release", "for example v3.31, or master")
         snapshot = replace(snapshot, calico_version=calico_version)
     if felix_config:
-        snapshot = replace(snapshot, felix_objects=_configurations(felix_config))
+        snapshot = replace(snapshot, felix_objects=felix_configurations(felix_config))
     if felix_log:
         snapshot = replace(snapshot, felix_lines=tuple(_text(felix_log).splitlines()))
     return snapshot
@@ -217,7 +217,8 @@ def _text(path: Path) -> str:
         raise UsageError(f"cannot read {path}: {failure.strerror}") from failure
 
 
-def _configurations(path: Path) -> tuple[dict[str, Any], ...]:
+def felix_configurations(path: Path) -> tuple[dict[str, Any], ...]:
+    """The FelixConfigurations in a file of YAML. Raises UsageError, EnvironmentUnfit."""
     try:
         import yaml
     except ImportError as missing:

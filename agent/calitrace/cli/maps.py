@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 import time
 from contextlib import suppress
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from calitrace.calico.maps import RawMap
+    from calitrace.calico.timeouts import Timeouts
+    from calitrace.journal import Journal
     from calitrace.kernel.maps import Found
     from calitrace.report.mapdump import Context
 
@@ -58,7 +61,11 @@ class Source:
     interfaces: dict[int, str] = field(default_factory=dict)
     rules: dict[int, str] = field(default_factory=dict)
     now_ns: int = 0
+    node: str = ""
+    sysctls: dict[str, int] = field(default_factory=dict)
+    programs: dict[str, dict[int, int]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    felix_config: Path | None = None
     broken: Malformed | None = None
     differing: dict[str, str] = field(default_factory=dict)
 
@@ -71,7 +78,24 @@ class Source:
         for raw in self.pick(("iface",)):
             with suppress(LayoutMismatch):
                 known.update({e["ifindex"]: e["name"] for e in maptables.iter_entries(raw, maptables.resolve(raw))})
-        return Context(self.now_ns, {**self.interfaces, **known}, self.rules)
+        return Context(self.now_ns, {**self.interfaces, **known}, self.rules, self._timeouts())
+
+    def _timeouts(self) -> Timeouts:
+        """Felix's conntrack time-outs: of --felix-config, or its defaults."""
+        from calitrace.calico import felix_config, timeouts
+
+        if self.felix_config is None:
+            return timeouts.defaults(self.sysctls)
+        from calitrace.cli.check import felix_configurations
+
+        settings = felix_config.resolve(felix_configurations(self.felix_config), {}, self.node, None)
+        setting = settings.get("bpfConntrackTimeouts")
+        if isinstance(setting, felix_config.Unset) or not isinstance(setting.value, dict):
+            return timeouts.defaults(self.sysctls)
+        found, wrong = timeouts.configured(setting.value, self.sysctls, setting.origin)
+        for each in wrong:
+            self.note(each)
+        return found
 
     def pick(self, bases: Iterable[str], *, ipv6: bool = False, version: int | None = None) -> list[RawMap]:
         """The live maps of these base names: of several versions the newest that loaded programs use."""
@@ -103,45 +127,87 @@ class Source:
 
 
 def _live(bpffs: Path | None, netns: str | None, pid: int | None, policy_dir: Path) -> Source:
+    from calitrace.calico.timeouts import SYSCTLS
     from calitrace.kernel import maps
 
     found = maps.find(maps.root(bpffs, netns, pid))
     source = Source(
-        [maps.read(each) for each in found if maps.readable(each)],
+        [],
         {each.pin for each in found if each.in_use},
         # Maps from elsewhere with ifindices of elsewhere: ours would give them wrong names.
         {} if bpffs is not None and netns is None and pid is None else maps.interfaces(netns, pid),
         now_ns=time.monotonic_ns(),
+        node=socket.gethostname(),
+        sysctls=maps.sysctls(SYSCTLS.values(), netns, pid),
     )
+    _describe(source, found)
     source.rules = _rules(policy_dir, source)
-    source.differing = _compare(zip(found, map(maps.read, found), strict=True))
+    source.programs = _programs(source, found)
     return source
 
 
-def _compare(maps: Iterable[tuple[Found, RawMap]]) -> dict[str, str]:
-    """Pin to what a map's own BTF says against our table."""
-    from calitrace.btf import Btf
+def _programs(source: Source, found: Iterable[Found]) -> dict[str, dict[int, int]]:
+    """Of the jump maps, by base name: the policy programs at the indices that ifstate has."""
     from calitrace.calico import maptables
-    from calitrace.kernel.maps import types
+    from calitrace.calico.maps import identify
+    from calitrace.kernel import maps
 
-    known: dict[int, Btf] = {}
-    differing = {}
-    for found, raw in maps:
+    wanted: set[int] = set()
+    for raw in (each for each in source.maps if identify(each.name)[0] == "cali_iface"):
+        with suppress(LayoutMismatch):
+            for entry in maptables.iter_entries(raw, maptables.resolve(raw)):
+                wanted |= {v for name, v in entry.items() if name.startswith(("ingress_v", "egress_v")) and v >= 0}
+    names = {"cali_jump", "cali_jump_ing", "cali_jump_egr"}
+    newest = {identify(each.name)[0]: each for each in found if identify(each.name)[0] in names}
+    return {base: maps.programs_at(each, wanted) for base, each in newest.items()}
+
+
+def _describe(source: Source, found: Iterable[Found]) -> None:
+    """Hold the maps' BTF, or that of the programs that use them, against our tables, and take it where none fits."""
+    from calitrace.btf import Btf
+    from calitrace.calico import mapbtf, maptables
+    from calitrace.calico.maps import identify
+    from calitrace.kernel import maps
+
+    known: dict[int, Btf | None] = {}
+
+    def types(identifier: int) -> Btf | None:
+        if identifier not in known:
+            blob = maps.types(identifier)
+            known[identifier] = None if blob is None else Btf(blob)
+        return known[identifier]
+
+    bases = {each.base for each in maptables.layouts()}
+    described: list[RawMap] = []
+    for each in found:
+        if not maps.readable(each):
+            continue
+        raw, info = maps.read(each), each.info
+        described.append(raw)
+        if identify(raw.name)[0] not in bases:
+            continue
+        ids: tuple[int, int] | None = (info.btf_key_type_id, info.btf_value_type_id)
+        btf, whose = types(info.btf_id) if all(ids or ()) else None, "its BTF"
+        if btf is None:
+            btf, whose = types(each.program_btf), "the BTF of the programs that use it"
+            ids = None if btf is None else mapbtf.declared(btf, raw.name)
+        if btf is None or ids is None:
+            continue
+        layout = mapbtf.describe(raw, btf, *ids)
         try:
-            layout = maptables.resolve(raw)
-        except LayoutMismatch:
-            continue  # refused when it is asked for
-        info = found.info
-        if info.btf_id not in known:
-            blob = types(found)
-            if blob is None:
-                continue
-            known[info.btf_id] = Btf(blob)
-        for table, type_id in ((layout.key, info.btf_key_type_id), (layout.value, info.btf_value_type_id)):
-            said = maptables.disagreement(table, known[info.btf_id], type_id) if type_id else ""
-            if said:
-                differing[found.pin] = said
-    return differing
+            table = maptables.resolve(raw)
+        except LayoutMismatch as unknown:
+            if layout is not None:
+                described[-1] = replace(raw, described=layout)
+                source.note(f"map {raw.name} is of no version that we know ({unknown.actual}): decoded by {whose}")
+            continue
+        said = [maptables.disagreement(t, btf, i) for t, i in zip((table.key, table.value), ids, strict=True)]
+        if any(said) and layout is not None and layout.origin == "btf":
+            described[-1] = replace(raw, described=layout)
+            source.note(f"map {raw.name} differs from our table ({'; '.join(filter(None, said))}): decoded by {whose}")
+        elif any(said):
+            source.differing[raw.pin] = f"{whose} differs from our table: {'; '.join(filter(None, said))}"
+    source.maps = described
 
 
 def _rules(directory: Path, source: Source) -> dict[int, str]:
@@ -168,21 +234,38 @@ def _journal(path: Path) -> Source:
         raise UsageError(f"{path}: {wrong.cause}", "is it a file that `maps snapshot -w` wrote?") from wrong
     if not found.maps and found.broken is None:
         raise UsageError(f"{path} holds no maps", "write some with `calitrace maps snapshot -w FILE`")
-    header = found.header
-    source = Source(
-        found.maps,
-        set(header.get("in_use", ())),
-        {int(index): name for index, name in header.get("interfaces", {}).items()},
-        header.get("rules", {}),
-        header.get("mono_ns", 0),
-        broken=found.broken,
-    )
+    try:
+        source = _stored(found)
+    except (AttributeError, TypeError, ValueError, Malformed) as wrong:
+        raise UsageError(f"{path}: its header is broken: {wrong}", "write it again with `maps snapshot -w`") from wrong
     for raw in found.maps:
         for each in raw.notes:
             source.note(f"{raw.name}: {each}")
     if found.cut_at is not None and found.broken is None:
         source.broken = Malformed(found.cut_at, "an end frame", "the end of the file", "snapshot")
     return source
+
+
+def _stored(found: Journal) -> Source:
+    """The maps of a journal, and what its header says about them."""
+    from calitrace.calico import mapbtf
+
+    header = found.header
+    layouts = header.get("layouts", {})
+    return Source(
+        [
+            replace(raw, described=mapbtf.from_plain(raw, layouts[raw.pin])) if raw.pin in layouts else raw
+            for raw in found.maps
+        ],
+        set(header.get("in_use", ())),
+        {int(index): str(name) for index, name in header.get("interfaces", {}).items()},
+        dict(header.get("rules", {})),
+        int(header.get("mono_ns", 0)),
+        str(header.get("node", "")),
+        {name: int(number) for name, number in header.get("sysctls", {}).items()},
+        {base: {int(i): int(p) for i, p in slots.items()} for base, slots in header.get("programs", {}).items()},
+        broken=found.broken,
+    )
 
 
 def _bpftool(path: Path, name: str) -> Source:
@@ -200,6 +283,19 @@ def _bpftool(path: Path, name: str) -> Source:
 
 def _source(options: dict[str, Any]) -> Source:
     """The maps that the options ask for."""
+    source = _maps_of(options)
+    source.felix_config = options.get("felix_config")
+    return source
+
+
+def _whole_source(options: dict[str, Any]) -> Source:
+    """The same, for questions that one map alone does not answer."""
+    if options["bpftool"] is not None:
+        raise UsageError("this needs several maps, and --bpftool has one", "give a snapshot with -r, or none of both")
+    return _source(options)
+
+
+def _maps_of(options: dict[str, Any]) -> Source:
     if options["path"] is not None:
         return _journal(options["path"])
     if options["bpftool"] is not None:
@@ -232,6 +328,12 @@ _CHANGE = (
     click.option("--allow-system-changes", "allowed", is_flag=True, help="Really do it."),
     click.option("--dry-run", is_flag=True, help="Only say what would go."),
 )
+
+
+_FELIX_CONFIG = click.option(
+    "--felix-config", type=click.Path(path_type=Path),
+    help="What calicoctl or kubectl printed, as YAML: for bpfConntrackTimeouts.",
+)  # fmt: skip
 
 
 def _with(options: tuple[Callable[[Any], Any], ...], function: Callable[..., Any]) -> Callable[..., Any]:
@@ -288,11 +390,20 @@ def _refused(wrong: LayoutMismatch) -> Error:
                  _NEVER_GUESS)  # fmt: skip
 
 
-def _objects(source: Source, maps: Iterable[RawMap]) -> Iterator[dict[str, Any]]:
+def _only_members(raw: RawMap) -> bool:
+    """Whether we know of a map no more than the names that its BTF has."""
+    return raw.described is not None and raw.described.origin == "members"
+
+
+def _objects(source: Source, maps: Iterable[RawMap], *, understood: bool = False) -> Iterator[dict[str, Any]]:
+    """The maps' entries in words. *understood*: refuse those that we know by their BTF's names only."""
     from calitrace.report import mapdump
 
     context = source.context()
     for raw in maps:
+        if understood and _only_members(raw):
+            raise Error(f"map {raw.name} is of no version that we know, and its BTF lacks members that we need",
+                        _NEVER_GUESS)  # fmt: skip
         try:
             yield from mapdump.iter_objects(raw, context)
         except LayoutMismatch as wrong:
@@ -325,10 +436,24 @@ def _text(name: str, objects: Iterable[dict[str, Any]], options: dict[str, Any])
                 yield mapdump.text(_base(entry["map"]), entry, raw=bool(options.get("raw")))
 
 
+def _watched(source: Source, objects: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Conntrack entries as they come; those without the other one of their pair are told at the end."""
+    from calitrace.report import mapdump
+
+    pairing = mapdump.Pairing(source.context())
+    for entry in objects:
+        pairing.feed(entry)
+        yield entry
+    for each in pairing.iter_notes():
+        source.note(each)
+
+
 def _dump(name: str, **options: Any) -> int:
     source = _source(options)
     maps = _chosen(source, name, options)
     objects = _objects(source, maps)
+    if options.get("interval") is not None:
+        objects = _rates(source, maps, options)
     wanted = options.get("words") or ()
     if wanted:
         objects = (entry for entry in objects if _matches(entry, wanted))
@@ -349,12 +474,31 @@ def _dump(name: str, **options: Any) -> int:
                 if name != "counters" or options.get("iface") in (None, entry.get("interface")):
                     click.echo(json.dumps(entry))
     else:
-        for line in _text(name, objects, options):
+        if any(map(_only_members, maps)):
+            name = ""
+        for line in _text(name, _watched(source, objects) if name == "conntrack" else objects, options):
             sys.stdout.write(line + "\n")
         sys.stdout.flush()
     if name == "ifstate":
         _missing_interfaces(source, maps)
     return _finish(source)
+
+
+def _rates(source: Source, maps: list[RawMap], options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Counters with what they gained within the interval."""
+    from calitrace.report import mapdump
+
+    if options["path"] is not None or options["bpftool"] is not None:
+        raise UsageError("--interval needs a live node", "compare two snapshots with `calitrace maps diff A B`")
+    before, start = list(_objects(source, maps)), time.monotonic()
+    _wait(options["interval"])
+    after, end = list(_objects(source, maps)), time.monotonic()
+    return mapdump.per_second(before, after, end - start)
+
+
+def _wait(seconds: float) -> None:
+    click.echo(f"read once; again in {seconds:g} s ...", err=True)
+    time.sleep(seconds)
 
 
 def _policy(words: tuple[str, ...], **options: Any) -> int:
@@ -399,7 +543,9 @@ def _policy(words: tuple[str, ...], **options: Any) -> int:
 
 def _missing_interfaces(source: Source, maps: list[RawMap]) -> None:
     """Workload interfaces of the node that Calico's map does not have: their packets are dropped."""
-    known = {entry["ifindex"] for entry in _objects(source, maps)}
+    known = {entry["ifindex"] for entry in _objects(source, maps) if "ifindex" in entry}
+    if any(map(_only_members, maps)):
+        return
     for index, name in sorted(source.interfaces.items()):
         if name.startswith("cali") and index not in known:
             source.note(f"interface {name} (ifindex {index}) is not in ifstate: its packets are dropped")
@@ -434,11 +580,24 @@ def _address(text: str) -> str:
         raise UsageError(f"{text!r} is no IP address", "such as 10.96.0.10 or fd00::1") from None
 
 
+def _key_parts(word: str) -> Iterator[str]:
+    """A word of a key as entries have it; ``1.2.3.4:80`` is two."""
+    if "/" in word or not any(c in word for c in ".:") or word.count(":") == 5:  # a network, a name, a MAC address
+        yield word
+        return
+    address, port = _endpoint(word, port=False)
+    yield address
+    if port:
+        yield str(port)
+
+
 def _get(name: str, words: tuple[str, ...], **options: Any) -> int:
     if not words:
         raise UsageError("get needs a key", f"such as `calitrace maps {name} get 10.0.0.1`")
-    words = tuple(_address(word) if any(c in word for c in ".:") and "/" not in word else word for word in words)
+    words = tuple(part for word in words for part in _key_parts(word))
     source = _source(options)
+    if name == "conntrack" and not any(map(_only_members, source.pick(("ct",), ipv6=options["ipv6"]))):
+        return _connections(source, words, options)
     found = [e for e in _objects(source, _chosen(source, name, options)) if _matches(e, words)]
     if all(_base(entry["map"]) == "nat_be" for entry in found):
         found = []
@@ -446,11 +605,52 @@ def _get(name: str, words: tuple[str, ...], **options: Any) -> int:
         for entry in found:
             click.echo(json.dumps(entry))
     else:
+        name = "" if any(entry.get("layout") == "members" for entry in found) else name
         for line in _text(name, iter(found), {**options, "raw": True}) if found else ():
             click.echo(line)
     status = _finish(source)
     if not found:
         click.echo(f"nothing in {name} has {' and '.join(words)}", err=True)
+        return int(Exit.FINDINGS)
+    return status
+
+
+def _connections(source: Source, words: tuple[str, ...], options: dict[str, Any]) -> int:
+    """Print the connections that have these addresses and ports, each with the other entry of its NAT pair."""
+    from calitrace.calico import maptables
+    from calitrace.report import mapdump
+
+    context, shown = source.context(), 0
+    for raw in _chosen(source, "conntrack", options):
+        try:
+            layout = maptables.resolve(raw)
+        except LayoutMismatch as wrong:
+            raise _refused(wrong) from wrong
+
+        def words_of(entries: Iterable[tuple[bytes, bytes]], raw: RawMap = raw) -> Iterator[dict[str, Any]]:
+            return mapdump.iter_objects(replace(raw, entries=entries), context)
+
+        near = [ip_address(word).packed for word in words if ("." in word or ":" in word) and "/" not in word]
+        pairs = [(key, value) for key, value in raw.entries if all(each in key or each in value for each in near)]
+        matched = {key: e for (key, _), e in zip(pairs, words_of(pairs), strict=True) if _matches(e, words)}
+        values = {key: value for key, value in pairs if key in matched}
+        partners = {key: set(mapdump.partner_keys(layout, key, value)) for key, value in values.items()}
+        wanted = set().union(*partners.values())
+        others = [(key, value) for key, value in raw.entries if key in wanted] if wanted else []
+        known = dict(zip((key for key, _ in others), words_of(others), strict=True))
+        told: set[bytes] = set()
+        for key, entry in sorted(matched.items(), key=lambda each: each[1]["type"] == "nat-fwd"):
+            mates = {each: known[each] for each in partners[key] if each in known}
+            told.add(key)
+            if options["as_json"] or options["output"] == "json":
+                click.echo(json.dumps({**entry, "pair": list(mates.values())}))
+            elif not (mates and entry["type"] == "nat-fwd" and told >= set(mates)):
+                for line in mapdump.iter_connection(entry, list(mates.values()), context.timeouts):
+                    click.echo(line)
+            shown += 1
+    status = _finish(source)
+    if not shown:
+        click.echo(f"nothing in conntrack has {' and '.join(words)}", err=True)
         return int(Exit.FINDINGS)
     return status
 
@@ -473,29 +673,74 @@ def _summary(name: str, **options: Any) -> int:
     return _finish(source)
 
 
+def _stats(name: str, **options: Any) -> int:
+    from calitrace.report import mapdump
+
+    if options["as_json"] or options["output"] == "json":
+        return _summary(name, **options)
+    source = _source(options)
+    for raw in _chosen(source, name, options):
+        if _only_members(raw):
+            raise Error(f"map {raw.name} is of no version that we know", "see what is in it with dump")
+        try:
+            lines = mapdump.iter_stats(mapdump.summary(raw))
+        except LayoutMismatch as wrong:
+            raise _refused(wrong) from wrong
+        for line in lines:
+            click.echo(line)
+    return _finish(source)
+
+
+def _latency(name: str, **options: Any) -> int:
+    from calitrace.report import mapdump
+
+    if options["as_json"] or options["output"] == "json":
+        return _dump(name, **options)
+    source = _source(options)
+    for line in mapdump.iter_latency(_objects(source, _chosen(source, name, options), understood=True)):
+        click.echo(line)
+    return _finish(source)
+
+
 def _subject(name: str) -> click.Group:
     about = SUBJECTS[name][0]
     group = click.Group(name, help=about)
     extra: tuple[Callable[[Any], Any], ...] = ()
     if name == "conntrack":
         extra = (
+            _FELIX_CONFIG,
             click.option("--ver", "version", type=int, help="The map of this version."),
             click.option("--raw", is_flag=True, help="All members, NAT forward entries too."),
         )
     if name == "counters":
-        extra = (click.option("--iface", help="Only this interface."),)
+        extra = (
+            click.option("--iface", help="Only this interface."),
+            click.option(
+                "--interval", type=click.FloatRange(min=0.1, max=3600), help="Packets per second over so many seconds."
+            ),
+        )
     words = click.argument("words", nargs=-1, metavar="[KEY]...")
 
-    def add(verb: str, function: Callable[..., int], text: str, options: tuple[Callable[[Any], Any], ...]) -> None:
+    def add(
+        verb: str, function: Callable[..., int], text: str, options: tuple[Callable[[Any], Any], ...], of: str = name
+    ) -> None:
         def run(**given: Any) -> int:
-            return function(name, **given)
+            return function(of, **given)
 
         run.__doc__ = text
         group.add_command(click.command(verb)(_with((*options, *_READ), run)))
 
     dump_words = (click.argument("words", nargs=-1, metavar="[IP PORT PROTO]"),) if name == "nat" else ()
     add("dump", _dump, "Print all entries.", (*dump_words, *extra))
-    add("get", _get, "Print the entries that have these addresses, ports or names.", (words,))
+    add("get", _get, "Print the entries that have these addresses, ports or names.",
+        (words, *((_FELIX_CONFIG,) if name == "conntrack" else ())))  # fmt: skip
+    if name == "conntrack":
+        add("stats", _stats, "The summary in the words of calico-node -bpf.", extra[1:2])
+    elif name == "profiling":
+        add("e2e", _latency, "Print the mean time of each interface's programs; nothing is reset.", ())
+    elif name == "nat":
+        add("aff", _dump, "The same as `maps affinity dump`.", (), "affinity")
+        add("maglev", _dump, "The same as `maps maglev dump`.", (), "maglev")
     add("summary", _summary, "Say how full the map is" + (", and what is in it." if name == "conntrack" else "."), ())
     return group
 
@@ -513,7 +758,8 @@ def _versions(**options: Any) -> int:
     for raw in source.maps:
         base, version, old = identify(raw.name)
         try:
-            layout = f"v{maptables.resolve(raw).version}"
+            known = maptables.resolve(raw)
+            layout = f"v{known.version}{' BTF' if known.origin else ''}"
         except LayoutMismatch:
             layout = "unknown" if any(each.base == base for each in maptables.layouts()) else "not shown"
         about = {
@@ -551,9 +797,8 @@ _snapshot.params += click.command()(_with(_WHERE, lambda: None)).params
 
 def save(source: Source, path: Path) -> None:
     """Write a snapshot. Raises UsageError when the file exists or cannot be written."""
-    import socket
-
     from calitrace import __version__, journal
+    from calitrace.calico import mapbtf
     from calitrace.kernel import discover
 
     try:
@@ -564,9 +809,11 @@ def save(source: Source, path: Path) -> None:
         raise UsageError(f"cannot write {path}: {failure.strerror}") from failure
     with stream:
         writer = journal.Writer(stream, {
-            "version": __version__, "node": socket.gethostname(), "boot_id": discover.boot_id(),
+            "version": __version__, "node": source.node, "sysctls": source.sysctls, "boot_id": discover.boot_id(),
             "kernel": os.uname().release, "mono_ns": source.now_ns, "wall_ns": time.time_ns(),
             "interfaces": source.interfaces, "rules": source.rules, "in_use": sorted(source.in_use),
+            "programs": source.programs,
+            "layouts": {raw.pin: mapbtf.to_plain(raw.described) for raw in source.maps if raw.described is not None},
         })  # fmt: skip
         for raw in source.maps:
             for body in journal.map_bodies(raw, _blocks(raw)):
@@ -593,22 +840,45 @@ def _endpoint(text: str, *, port: bool) -> tuple[str, int]:
     return _address(address.strip("[]")), int(number or 0)
 
 
-def _tables(source: Source, *, ipv6: bool) -> Any:
+def _tables(source: Source, *, ipv6: bool, ends: frozenset[str] = frozenset()) -> Any:
+    """The maps that walk and diff look into; of conntrack what has one of the *ends*, and its NAT partners."""
     from calitrace.correlate.walk import Tables
 
     def of(base: str) -> list[dict[str, Any]]:
-        return list(_objects(source, source.pick((base,), ipv6=ipv6)))
+        return list(_objects(source, source.pick((base,), ipv6=ipv6), understood=True))
 
-    known = bool(source.pick(("iface",)))
+    def there(base: str) -> list[dict[str, Any]] | None:
+        return of(base) if source.pick((base,), ipv6=ipv6) else None
+
     return Tables(
-        of("ct"), of("nat_fe"), of("nat_be"), of("nat_aff"), of("routes"), of("iface") if known else None, of("fsafes")
-    )
+        list(_flows(source, ipv6, ends)) if ends else [], of("nat_fe"), of("nat_be"), of("nat_aff"), of("routes"),
+        there("iface"), there("fsafes"), of("mglv"), of("sprefix"), source.programs, source.now_ns,
+    )  # fmt: skip
+
+
+def _flows(source: Source, ipv6: bool, ends: frozenset[str]) -> Iterator[dict[str, Any]]:
+    """Conntrack entries with one of these addresses, and what their forward entries lead to."""
+    from calitrace.calico import maptables
+    from calitrace.report import mapdump
+
+    packed = [ip_address(each).packed for each in ends]
+    for raw in source.pick(("ct",), ipv6=ipv6):
+        near = [(key, value) for key, value in raw.entries if any(each in key for each in packed)]
+        if near and not _only_members(raw):
+            with suppress(LayoutMismatch):  # which is refused below
+                layout = maptables.resolve(raw)
+                found = [mapdump.partner_keys(layout, key, value) for key, value in near]
+                # A forward entry has one partner, whose source may have been translated.
+                wanted = {each[0] for each in found if len(each) == 1} - {key for key, _ in near}
+                near += [(key, value) for key, value in raw.entries if key in wanted] if wanted else []
+        yield from _objects(source, [replace(raw, entries=near)], understood=True)
 
 
 @command.command("walk")
 @click.argument("source_end", metavar="SRC[:PORT]")
 @click.argument("target", metavar="DST:PORT/PROTO")
 @click.option("--ingress", default="", help="The interface at which the packet arrives.")
+@_FELIX_CONFIG
 def _walk(source_end: str, target: str, ingress: str, **options: Any) -> int:
     """Do Calico's lookups for a packet, in Calico's order, and say where the chain breaks.
 
@@ -624,20 +894,27 @@ def _walk(source_end: str, target: str, ingress: str, **options: Any) -> int:
     (src, sport), (dst, dport) = _endpoint(source_end, port=False), _endpoint(place, port=True)
     if (":" in src) is not (":" in dst):
         raise UsageError("source and destination are of different families")
-    source = _source(options)
-    steps = walk.walk(walk.Packet(src, sport, dst, dport, proto, ingress), _tables(source, ipv6=":" in dst))
-    broken = [step for step in steps if step.broken]
+    source = _whole_source(options)
+    if not source.pick(("nat_fe",), ipv6=":" in dst) and source.broken is None:
+        family = 6 if ":" in dst else 4
+        raise NotCalico(f"no cali_v{family}_nat_fe map: Calico does not handle IPv{family} here",
+                        "`calitrace maps versions dump` lists the maps that are here")  # fmt: skip
+    known = set(source.context().interfaces.values())
+    if ingress and known and ingress not in known:
+        source.note(f"no interface {ingress} is here")
+    tables = _tables(source, ipv6=":" in dst, ends=frozenset({src, dst} if sport else ()))
+    steps = walk.walk(walk.Packet(src, sport, dst, dport, proto, ingress), tables)
     for step in steps:
         if options["as_json"] or options["output"] == "json":
             click.echo(json.dumps(asdict(step)))
+        elif step.lookup == "verdict":
+            click.echo(f"{step.key}: {step.found}")
         else:
-            click.echo(f"{'BROKEN' if step.broken else 'ok':7} {step.lookup:13} {step.found}")
+            click.echo(f"{'BROKEN' if step.broken else 'ok':7} {step.lookup:13} {step.key}: {step.found}")
             if step.broken:
                 click.echo(f"{'':7} {'':13} {step.broken}: {step.suffers}")
-    if not broken and options["output"] == "table" and not options["as_json"]:
-        click.echo("the chain is whole")
     _finish(source)
-    return int(Exit.FINDINGS if broken else Exit.DONE)
+    return int(Exit.FINDINGS if any(step.broken for step in steps) else Exit.DONE)
 
 
 @command.command("diff")
@@ -647,46 +924,60 @@ def _walk(source_end: str, target: str, ingress: str, **options: Any) -> int:
 def _diff(files: tuple[Path, ...], wait: float | None, check: bool, **options: Any) -> int:
     """Compare two snapshots, of two nodes or of one node at two times, or now and --wait seconds later.
 
-    Services are compared by address and backends, not by the ids that each node gives them.
+    Services are compared by address and backends, not by the ids that each node gives them. Of two nodes services and
+    failsafe ports are compared; a NodePort on a node's own address is one of "this node".
     """
+    from calitrace.correlate import mapdiff
+
     if (len(files), wait is None) not in ((2, True), (0, False)):
         raise UsageError("diff needs two snapshots, or --wait SECONDS", "calitrace maps snapshot -w A")
     if wait is None:
         sides = [_journal(path) for path in files]
         views = [_view(side, options["ipv6"]) for side in sides]
     else:
-        sides = [_source(options)]
+        sides = [_whole_source(options)]
         views = [_view(sides[0], options["ipv6"])]
-        time.sleep(wait)
+        _wait(wait)
         sides.append(_source(options))
         views.append(_view(sides[1], options["ipv6"]))
     as_json = options["as_json"] or options["output"] == "json"
+    own = [mapdiff.own_addresses(view["tables"]) for view in views]
+    nodes = bool(own[0] and own[1] and not own[0] & own[1])
     count = 0
-    for each in _differences(views[0], views[1], (sides[1].now_ns - sides[0].now_ns) / 1e9):
+    for each in _differences(views, (sides[1].now_ns - sides[0].now_ns) / 1e9, own if nodes else None):
         count += each["what"] == "service"
         click.echo(json.dumps(each) if as_json else _difference(each))
     for side in sides:
         _finish(side)
     if not as_json:
         click.echo(f"{count} services differ")
+        if nodes:
+            names = [", ".join(sorted(each)) for each in own]
+            click.echo(f"two nodes, a is {names[0]}, b is {names[1]}: services and failsafe ports were compared")
     return int(Exit.FINDINGS if check and count else Exit.DONE)
 
 
 def _view(source: Source, ipv6: bool) -> dict[str, Any]:
     """All that diff compares, read now."""
     bases = ("routes", "iface", "arp", "fsafes", "ip_sets", "nat_aff", "ct", "qos", "counters")
-    found = {base: list(_objects(source, source.pick((base,), ipv6=ipv6))) for base in bases}
+    found = {base: list(_objects(source, source.pick((base,), ipv6=ipv6), understood=True)) for base in bases}
     return {**found, "tables": _tables(source, ipv6=ipv6)}
 
 
-def _differences(a: dict[str, Any], b: dict[str, Any], seconds: float) -> Iterator[dict[str, Any]]:
+def _differences(
+    views: list[dict[str, Any]], seconds: float, own: list[frozenset[str]] | None
+) -> Iterator[dict[str, Any]]:
+    """All that differs, services first. *own*: the addresses of each of two nodes, None for one at two times."""
     from calitrace.correlate import mapdiff
 
-    yield from mapdiff.differences("service", mapdiff.services(a["tables"]), mapdiff.services(b["tables"]))
+    a, b = views
+    found = [mapdiff.services(view["tables"], here) for view, here in zip(views, own or [frozenset()] * 2, strict=True)]
+    yield from mapdiff.differences("service", found[0], found[1])
     for base in a:
-        if mapdiff.compared(base):
+        if mapdiff.compared(base, nodes=own is not None):
             yield from mapdiff.differences(base, mapdiff.entries(base, a[base]), mapdiff.entries(base, b[base]))
-    yield from mapdiff.rates(a["counters"], b["counters"], seconds)
+    if own is None:
+        yield from mapdiff.rates(a["counters"], b["counters"], seconds)
 
 
 _TITLES = {"ct": "conntrack", "iface": "ifstate", "fsafes": "failsafe", "ip_sets": "ipset", "nat_aff": "affinity"}
@@ -713,6 +1004,8 @@ def _shown(value: object) -> str:
 def _may_change(options: dict[str, Any]) -> bool:
     """Whether to do it. Raises UsageError when neither that nor a dry run was asked for."""
     if options["dry_run"]:
+        if options.get("kept") is not None:
+            raise UsageError("a dry run removes nothing to keep", "--write goes with --allow-system-changes")
         return False
     if not options["allowed"]:
         raise UsageError("this changes the node", "see what would go with --dry-run, do it with --allow-system-changes")
@@ -732,22 +1025,35 @@ def _live_maps(options: dict[str, Any], base: str) -> list[tuple[Any, RawMap]]:
     return chosen
 
 
+def _keep(options: dict[str, Any], maps: list[RawMap]) -> None:
+    """Write what is about to go into the journal of --write. Raises UsageError."""
+    if options["kept"] is not None:
+        source = Source(maps, {raw.pin for raw in maps}, now_ns=time.monotonic_ns(), node=socket.gethostname())
+        save(source, options["kept"])
+
+
 def _remove_connections(options: dict[str, Any], wanted: Callable[[dict[str, Any]], bool]) -> int:
     from calitrace.kernel import maps
     from calitrace.report import mapdump
 
     change = _may_change(options)
+    going: list[tuple[Found, RawMap]] = []
     for found, raw in _live_maps(options, "ct"):
         try:
             entries = list(raw.entries)  # read once: what is shown is what goes
             objects = mapdump.iter_objects(replace(raw, entries=entries), mapdump.Context(time.monotonic_ns()))
-            pairs = [(key, entry) for (key, _), entry in zip(entries, objects, strict=True) if wanted(entry)]
+            chosen = [(pair, entry) for pair, entry in zip(entries, objects, strict=True) if wanted(entry)]
         except LayoutMismatch as wrong:
             raise _refused(wrong) from wrong
-        for _, entry in pairs:
+        for _, entry in chosen:
             if not change:
                 click.echo(mapdump.text("ct", entry, raw=True))
-        gone = maps.delete(found, [key for key, _ in pairs]) if change else len(pairs)
+        going.append((found, replace(raw, entries=[pair for pair, _ in chosen])))
+    if change:
+        _keep(options, [raw for _, raw in going])
+    for found, raw in going:
+        keys = [key for key, _ in raw.entries]
+        gone = maps.delete(found, keys) if change else len(keys)
         click.echo(f"{found.name}: {gone} entries {'removed' if change else 'would be removed'}", err=True)
     return int(Exit.DONE)
 
@@ -771,7 +1077,7 @@ def _remove_conntrack(proto: str, ip1: str, ip2: str, **options: Any) -> int:
 
 def _flush_counters(iface: str | None, **options: Any) -> int:
     """Set counters back to zero."""
-    from calitrace.calico import maptables
+    from calitrace.calico import reasons
     from calitrace.kernel import maps
 
     change = _may_change(options)
@@ -779,16 +1085,22 @@ def _flush_counters(iface: str | None, **options: Any) -> int:
     known = source.context().interfaces
     if iface is not None and iface not in known.values():
         raise UsageError(f"no interface {iface}", "list them with `calitrace maps counters dump`")
+    going: list[tuple[Found, RawMap]] = []
     for found, raw in _live_maps(options, "counters"):
-        try:
-            layout = maptables.resolve(raw)
-        except LayoutMismatch as wrong:
-            raise _refused(wrong) from wrong
-        keys = []
-        for key, _ in raw.entries:
-            name = known.get(layout.key.decode(key).get("ifindex", 0), found.directory)
-            if iface is None or name == iface or name.rsplit("/", 1)[-1].startswith(f"{iface}_"):
-                keys.append(key)
+        pairs = list(raw.entries)  # read once: what is shown is what goes
+        chosen = []
+        for pair, entry in zip(pairs, _objects(source, [replace(raw, entries=pairs)], understood=True), strict=True):
+            if iface in (None, entry.get("interface")):
+                chosen.append(pair)
+                if not change:
+                    counts = (f"{reasons.caption(name)} {count}" for name, count in entry["counters"].items() if count)
+                    place = f"{entry.get('interface', found.directory)} {entry.get('hook', '')}"
+                    click.echo(f"{place}: {', '.join(counts) or 'all zero'}")
+        going.append((found, replace(raw, entries=chosen)))
+    if change:
+        _keep(options, [raw for _, raw in going])
+    for found, raw in going:
+        keys = [key for key, _ in raw.entries]
         if change:
             maps.clear(found, keys)
         click.echo(f"{found.name}: {len(keys)} rows {'set to zero' if change else 'would be set to zero'}", err=True)
@@ -827,9 +1139,12 @@ _policy_group = command.commands["policy"]
 assert isinstance(_policy_group, click.Group)
 _policy_words = click.argument("words", nargs=-1, metavar="[IFACE HOOK]")
 _policy_group.add_command(click.command("dump")(_with((_policy_words, *_READ), _policy)))
-_add("conntrack clean", _clean_conntrack)
-_add("conntrack remove", _remove_conntrack, *(click.argument(each) for each in ("proto", "ip1", "ip2")))
-_add("counters flush", _flush_counters, click.option("--iface", help="Only this interface."))
+_kept = click.option(
+    "-w", "--write", "kept", type=click.Path(path_type=Path), help="Keep what goes in this journal, for -r."
+)
+_add("conntrack clean", _clean_conntrack, _kept)
+_add("conntrack remove", _remove_conntrack, *(click.argument(each) for each in ("proto", "ip1", "ip2")), _kept)
+_add("counters flush", _flush_counters, click.option("--iface", help="Only this interface."), _kept)
 _add("connect-time clean", _clean_connect_time)
 for _with_reading in (_walk, _diff):
     _with_reading.params += click.command()(_with(_READ, lambda: None)).params

@@ -1,11 +1,16 @@
 """What differs between two readings of the maps: two nodes, or one node at two times.
 
-Services are compared by address and backends, never by Calico's ids, which every node gives by itself.
+Services are compared by address and backends, never by Calico's ids, which every node gives by itself. Of two nodes
+only services and failsafe ports should be the same: each has NodePorts on its own addresses, and routes, interfaces
+and connections of its own.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+
+from calitrace.calico.maps import MOST_BACKENDS
+from calitrace.correlate.walk import network
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -21,16 +26,32 @@ _KEYS = {
 _VOLATILE = {"map", "age_ns", "last_seen_ns", "ts_ns", "ab", "ba", "tokens", "last_update_ns"}
 
 
-def services(tables: Tables) -> dict[str, dict[str, Any]]:
-    """Frontend as text to its backends, flags and whether it drops."""
+_SHARED = {"fsafes"}
+OWN = "this node"
+
+
+def own_addresses(tables: Tables) -> frozenset[str]:
+    """The node's own addresses, which its routes say; loopback is everybody's."""
+    hosts = (network(r["cidr"]) for r in tables.routes if {"local", "host"} <= set(r["flags"]))
+    return frozenset(
+        str(each.network_address)
+        for each in hosts
+        if each is not None and each.num_addresses == 1 and not each.is_loopback
+    )
+
+
+def services(tables: Tables, own: frozenset[str] = frozenset()) -> dict[str, dict[str, Any]]:
+    """Frontend as text to its backends, flags and whether it drops. *own*: addresses to call ``this node``."""
     known = {(b["id"], b["ordinal"]): f"{b['addr']}:{b['port']}" for b in tables.backends}
     found = {}
     for front in tables.frontends:
         source = f" from {front['source']}" if front["source"] else ""
-        count = 0 if front["drop"] else front["count"]
-        found[f"{front['addr']}:{front['port']}/{front['proto']}{source}"] = {
+        count = 0 if front["drop"] else min(front["count"], MOST_BACKENDS)
+        place = OWN if front["addr"] in own else front["addr"]
+        found[f"{place}:{front['port']}/{front['proto']}{source}"] = {
             "backends": sorted(known.get((front["id"], ordinal), "missing") for ordinal in range(count)),
             "flags": front["flags"],
+            "affinity_s": front["affinity_s"],
             "drop": front["drop"],
         }
     return found
@@ -47,9 +68,9 @@ def entries(base: str, objects: Iterable[dict[str, Any]]) -> dict[str, dict[str,
     }
 
 
-def compared(base: str) -> bool:
-    """Whether :func:`entries` knows the key of that map."""
-    return base in _KEYS
+def compared(base: str, *, nodes: bool) -> bool:
+    """Whether that map is compared: its key is known to :func:`entries`, and *nodes* have it in common."""
+    return base in (_SHARED if nodes else _KEYS)
 
 
 def differences(

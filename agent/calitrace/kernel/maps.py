@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,9 +20,10 @@ from calitrace.errors import EnvironmentUnfit, NotCalico, UsageError
 from calitrace.kernel import netns, syscall
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 BPFFS = Path("/sys/fs/bpf")
+_NETFILTER = Path("/proc/sys/net/netfilter")
 _PREFIXES = ("cali", "xdp_cali")
 _DEEPEST = 6
 # enum bpf_map_type: these have one value for each CPU; those iterate by bucket, so no key comes twice.
@@ -35,13 +37,17 @@ _FIRST_BLOCK = 512
 
 @dataclass(frozen=True)
 class Found:
-    """A map. *pin*: its path below the bpffs, "" when it is not pinned. *in_use*: a loaded Calico program uses it."""
+    """A map. *pin*: its path below the bpffs, "" when it is not pinned. *in_use*: a loaded Calico program uses it.
+
+    *program_btf*: id of the BTF of such a program, 0 without one.
+    """
 
     name: str
     pin: str
     path: Path | None
     info: syscall.MapInfo
     in_use: bool
+    program_btf: int = 0
 
     @property
     def directory(self) -> str:
@@ -83,6 +89,14 @@ def interfaces(namespace: str | None, pid: int | None) -> dict[int, str]:
         return dict(socket.if_nameindex())
 
 
+def sysctls(names: Iterable[str], namespace: str | None, pid: int | None) -> dict[str, int]:
+    """Numbers below /proc/sys/net/netfilter, without those that are not there. Raises as :func:`interfaces`."""
+    where = namespace if namespace is not None else pid
+    with netns.inside(str(where)) if where is not None else nullcontext():
+        found = {name: _NETFILTER / name for name in names}
+        return {name: int(path.read_text()) for name, path in found.items() if path.exists()}
+
+
 def find(where: Path) -> list[Found]:
     """All of a node's maps, sorted by pin.
 
@@ -98,7 +112,11 @@ def find(where: Path) -> list[Found]:
     maps = [each for each in found if each is not None]
     _one_node(maps, where)
     if not maps and where == BPFFS:
-        maps = [Found(info.name, "", None, info, True) for info in used.values() if info.name.startswith(_PREFIXES)]
+        maps = [
+            Found(info.name, "", None, info, True, btf)
+            for info, btf in used.values()
+            if info.name.startswith(_PREFIXES)
+        ]
         _one_node(maps, where)
     if not maps:
         raise NotCalico(
@@ -127,7 +145,7 @@ def _iter_pins(where: Path) -> Iterator[Path]:
         yield from (Path(directory) / name for name in sorted(files) if name.startswith(_PREFIXES))
 
 
-def _open_pin(path: Path, where: Path, used: dict[int, syscall.MapInfo]) -> Found | None:
+def _open_pin(path: Path, where: Path, used: dict[int, tuple[syscall.MapInfo, int]]) -> Found | None:
     """The map pinned there; None for a program or a link, and for what was unpinned while we looked."""
     try:
         descriptor = syscall.object_get(path)
@@ -141,7 +159,7 @@ def _open_pin(path: Path, where: Path, used: dict[int, syscall.MapInfo]) -> Foun
         info = syscall.map_info(descriptor)
     finally:
         os.close(descriptor)
-    return Found(path.name, str(path.relative_to(where)), path, info, info.id in used)
+    return Found(path.name, str(path.relative_to(where)), path, info, info.id in used, used.get(info.id, (info, 0))[1])
 
 
 def _one_node(maps: list[Found], where: Path) -> None:
@@ -162,9 +180,9 @@ def _one_node(maps: list[Found], where: Path) -> None:
         )
 
 
-def _used_by_calico() -> dict[int, syscall.MapInfo]:
-    """The maps that loaded Calico programs use, by id."""
-    found: dict[int, syscall.MapInfo] = {}
+def _used_by_calico() -> dict[int, tuple[syscall.MapInfo, int]]:
+    """The maps that loaded Calico programs use, by id, with the id of such a program's BTF."""
+    found: dict[int, tuple[syscall.MapInfo, int]] = {}
     for identifier in syscall.program_ids():
         try:
             descriptor = syscall.program_fd(identifier)
@@ -183,19 +201,17 @@ def _used_by_calico() -> dict[int, syscall.MapInfo]:
                 except FileNotFoundError:
                     continue
                 try:
-                    found[each] = syscall.map_info(descriptor)
+                    found[each] = syscall.map_info(descriptor), program.btf_id
                 finally:
                     os.close(descriptor)
     return found
 
 
-def types(found: Found) -> bytes | None:
-    """The BTF that describes a map's key and value (``info.btf_key_type_id`` and so on), None when it has none."""
-    if not (found.info.btf_id and found.info.btf_key_type_id and found.info.btf_value_type_id):
-        return None
+def types(identifier: int) -> bytes | None:
+    """The BTF with this id, None for 0 or when it has gone."""
     try:
-        return syscall.btf_bytes(found.info.btf_id)
-    except OSError:  # before Linux 4.19, or the map has gone
+        return syscall.btf_bytes(identifier) if identifier else None
+    except OSError:  # before Linux 4.19, or what held it has gone
         return None
 
 
@@ -214,6 +230,16 @@ def open_map(found: Found) -> int:
 def readable(found: Found) -> bool:
     """Whether it holds data: program arrays and rings do not."""
     return found.info.type not in _NOT_READABLE
+
+
+def programs_at(found: Found, indices: Iterable[int]) -> dict[int, int]:
+    """The ids of the programs in a program array at these indices, without those that are empty."""
+    descriptor = open_map(found)
+    try:
+        slots = {each: syscall.map_lookup(descriptor, each.to_bytes(4, "little"), 4) for each in sorted(indices)}
+        return {index: int.from_bytes(value, "little") for index, value in slots.items() if value is not None}
+    finally:
+        os.close(descriptor)
 
 
 def read(found: Found) -> RawMap:

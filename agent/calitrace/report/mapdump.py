@@ -13,10 +13,12 @@ from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 from calitrace.calico import maptables, reasons
+from calitrace.calico.maps import MOST_BACKENDS
 from calitrace.calico.maptables import Layout, Table
+from calitrace.calico.timeouts import Timeouts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from calitrace.calico.maps import RawMap
 
@@ -49,14 +51,10 @@ HOOKS = {0: "tc ingress", 1: "tc egress", 2: "xdp"}
 _KINDS = {0: "ingress new", 1: "ingress est", 2: "egress new", 3: "egress est"}
 DROP_COUNT = 0xFFFFFFFF
 _S = 1_000_000_000
-# Felix's defaults (felix/bpf/conntrack/timeouts), seconds.
-_GRACE, _SYN_SENT, _ESTABLISHED, _FINS, _RESET = 10, 20, 3600, 30, 40
-_OTHERS = {17: 60, 1: 5, 58: 5}
-_GENERIC = 600
 _FORWARD4 = "0 u32 rev_proto;4 ip4 rev_addr_a;8 ip4 rev_addr_b;12 u16 rev_port_a;14 u16 rev_port_b;16 u16 nat_sport"
 _FORWARD6 = "0 u32 rev_proto;4 ip6 rev_addr_a;20 ip6 rev_addr_b;36 u16 rev_port_a;38 u16 rev_port_b;40 u16 nat_sport"
 _FORWARD = {False: Table(_FORWARD4, 20), True: Table(_FORWARD6, 44)}
-_TYPE_AT, _FORWARD_AT = 16, 24
+_TYPE_AT = 16
 _LEG = ("bytes", "packets", "seqno", "ifindex")
 _ORIGINAL = ("orig_dst", "orig_dport", "orig_sport", "orig_src", "tun_ip")
 
@@ -68,10 +66,15 @@ class Context:
     now_ns: int = 0
     interfaces: dict[int, str] = field(default_factory=dict)
     rules: dict[int, str] = field(default_factory=dict)
+    timeouts: Timeouts = field(default_factory=Timeouts)
 
     def interface(self, ifindex: int) -> str:
         """The name of an interface, or its number in words."""
         return self.interfaces.get(ifindex) or f"ifindex {ifindex}"
+
+    def leg_interface(self, ifindex: int) -> str | None:
+        """Where a conntrack leg's packets came in: None for 0, which is the host itself or no packet yet."""
+        return self.interface(ifindex) if ifindex else None
 
 
 def names(flags: int, known: dict[int, str]) -> list[str]:
@@ -98,24 +101,25 @@ def state(proto: int, flags: int, ab_bits: int, ba_bits: int) -> str:
     return "ESTABLISHED" if ab_bits & ba_bits & _SYN_ACK == _SYN_ACK else "SYN-SENT"
 
 
-def timeout_s(proto: int, flags: int, ab_bits: int, ba_bits: int) -> int:
-    """Seconds without a packet after which Felix removes an entry (its defaults)."""
-    if proto != 6:
-        return _OTHERS.get(proto, _GENERIC)
-    found = state(proto, flags, ab_bits, ba_bits)
-    if (ab_bits | ba_bits) & _RST:
-        return _RESET
-    if found == "CLOSED":
-        return _FINS
-    return _ESTABLISHED if found == "ESTABLISHED" or flags & _DSR else _SYN_SENT
-
-
 def iter_objects(raw: RawMap, context: Context) -> Iterator[dict[str, Any]]:
     """The entries of a map, in words. Raises LayoutMismatch for a map of no known version."""
     layout = maptables.resolve(raw)
-    explain = _EXPLAIN.get(_kind(layout), _plain)
+    explain = _EXPLAIN.get(_kind(layout), _plain) if layout.origin != "members" else _members
+    about = {"map": raw.name, **_place(raw.pin)}
+    if layout.origin:
+        about["layout"] = layout.origin
     for key, value in raw.entries:
-        yield {"map": raw.name, **explain(layout, key, maptables.summed(raw, value), context)}
+        yield {**about, **explain(layout, key, maptables.summed(raw, value), context)}
+
+
+def _place(pin: str) -> dict[str, str]:
+    """Interface and hook of a map that is pinned for these alone, as counters were before v3.26."""
+    directory = pin.rpartition("/")[0].rpartition("/")[2]
+    interface, _, hook = directory.rpartition("_")
+    return {"interface": interface, "hook": _PIN_HOOKS[hook]} if interface and hook in _PIN_HOOKS else {}
+
+
+_PIN_HOOKS = {"igr": "tc ingress", "egr": "tc egress", "xdp": "xdp"}
 
 
 def _kind(layout: Layout) -> str:
@@ -128,6 +132,10 @@ def _plain(layout: Layout, key: bytes, value: bytes, context: Context) -> dict[s
         if number in found:
             found["interface" if number == "ifindex" else number] = text(found[number])
     return found
+
+
+def _members(layout: Layout, key: bytes, value: bytes, context: Context) -> dict[str, Any]:
+    return {"key": layout.key.decode(key), "value": layout.value.decode(value)}
 
 
 def _conntrack(layout: Layout, key: bytes, value: bytes, context: Context) -> dict[str, Any]:
@@ -146,18 +154,20 @@ def _conntrack(layout: Layout, key: bytes, value: bytes, context: Context) -> di
     found["age_ns"] = max(context.now_ns - entry["last_seen_ns"], 0) if context.now_ns else None
     if kind == NAT_FWD:
         table = _FORWARD[layout.ipv6]
-        forward = table.decode(value[_FORWARD_AT : _FORWARD_AT + table.size])
-        return {**found, "from": "b" if flags & _B_A else "a", **{n: forward[n] for n in forward if n != "rev_proto"}}
+        forward = table.decode(value[layout.forward_at : layout.forward_at + table.size])
+        reverse = {name: forward[name] for name in forward if name != "rev_proto"}
+        # Calico leaves its flags empty: the client is the end that the reverse entry's key has too.
+        client = "b" if found["addr_b"] in (reverse["rev_addr_a"], reverse["rev_addr_b"]) else "a"
+        return {**found, "from": client, **reverse}
     ab, ba = entry["ab_bits"], entry["ba_bits"]
-    limit = timeout_s(proto, flags, ab, ba)
+    limit, why = context.timeouts.limit(layout.version, proto, flags, ab, ba, entry["created_ns"])
     found["from"] = "b" if flags & _B_A or (ba & _OPENER and not ab & _OPENER) else "a"
-    found |= {"state": state(proto, flags, ab, ba), "timeout_s": limit}
+    found |= {"state": state(proto, flags, ab, ba), "timeout_s": limit, "timeout": why}
     for leg in ("ab", "ba"):
-        found[leg] = {
-            name: entry[f"{leg}_{name}"]
-            for name in ("bytes", "packets", "seqno", "ifindex")
-            if f"{leg}_{name}" in entry
-        } | {"flags": names(entry[f"{leg}_bits"], LEG_FLAGS)}
+        found[leg] = {name: entry[f"{leg}_{name}"] for name in _LEG if f"{leg}_{name}" in entry}
+        if "ifindex" in found[leg]:
+            found[leg]["interface"] = context.leg_interface(found[leg]["ifindex"])
+        found[leg]["flags"] = names(entry[f"{leg}_bits"], LEG_FLAGS)
     return found | {
         name: entry[name] for name in ("orig_dst", "orig_dport", "orig_sport", "orig_src", "tun_ip") if name in entry
     }
@@ -199,6 +209,12 @@ def _failsafe(layout: Layout, key: bytes, value: bytes, context: Context) -> dic
     return {**found, "cidr": f"{entry['addr']}/{entry['prefixlen'] - 32}"} if "addr" in entry else found
 
 
+def _spoofing(layout: Layout, key: bytes, value: bytes, context: Context) -> dict[str, Any]:
+    entry = layout.decode(key, value)
+    found = {"ifindex": entry["ifindex"], "interface": context.interface(entry["ifindex"])}
+    return {**found, "cidr": f"{entry['addr']}/{max(entry['prefixlen'] - 32, 0)}"}
+
+
 def _interface(layout: Layout, key: bytes, value: bytes, context: Context) -> dict[str, Any]:
     entry = layout.decode(key, value)
     entry["flags"] = names(entry["flags"], _IFACE_FLAGS_2 if layout.version == 2 else IFACE_FLAGS)
@@ -229,11 +245,15 @@ def _profile(layout: Layout, key: bytes, value: bytes, context: Context) -> dict
 _EXPLAIN: dict[str, Callable[[Layout, bytes, bytes, Context], dict[str, Any]]] = {
     "ct": _conntrack, "nat_fe": _frontend, "routes": _route, "ip_sets": _ip_set, "fsafes": _failsafe,
     "iface": _interface, "counters": _counters, "rule_ctrs": _rule, "profiling": _profile,
+    "sprefix": _spoofing,
 }  # fmt: skip
 
 
 def text(kind: str, entry: dict[str, Any], *, raw: bool = False) -> str:
     """One entry as one line. *kind*: the map's base name without ``cali_v4_``."""
+    if entry.get("layout") == "members":
+        parts = (f"{name} {value}" for part in ("key", "value") for name, value in entry[part].items())
+        return "  ".join(parts)
     if kind == "ct":
         return _raw_conntrack(entry) if raw else _conntrack_line(entry)
     if kind == "routes":
@@ -308,10 +328,116 @@ def _conntrack_line(entry: dict[str, Any]) -> str:
     if entry.get("orig_sport") and entry["orig_sport"] != sport:
         line += f"  source port changed from {entry['orig_sport']}"
     line += _ago(entry) + (f" {entry['state']}" if entry["state"] else "")
-    if entry["age_ns"] is not None:
-        left = entry["timeout_s"] - entry["age_ns"] / _S
-        line += f"  expires in {left:.0f}s" if left > 0 else "  expired"
-    return line
+    expiry = _expiry(entry)
+    return f"{line}  {expiry}" if expiry else line
+
+
+def _expiry(entry: dict[str, Any]) -> str:
+    """When Felix removes an entry, "" when the time of reading is not known."""
+    if entry["age_ns"] is None:
+        return ""
+    left = entry["timeout_s"] - entry["age_ns"] / _S
+    return f"expires in {_seconds(left)}" if left >= 0 else "expired: Felix removes it at its next sweep"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
+
+
+def iter_connection(entry: dict[str, Any], partners: Sequence[dict[str, Any]], timeouts: Timeouts) -> Iterator[str]:
+    """One conntrack entry at length: state, expiry, flags, both directions, and the *partners* of its NAT pair."""
+    yield _conntrack_line(entry)
+    if entry["type"] != "nat-fwd":
+        yield f"  time-out   {_seconds(entry['timeout_s'])} ({entry['timeout']}, {timeouts.set_by})"
+    yield f"  flags      {' '.join(entry['flags']) or 'none'}"
+    request = "b" if entry["from"] == "b" else "a"
+    for title, end in (("request", request), ("reply", "a" if request == "b" else "b")):
+        leg = entry.get("ab" if end == "a" else "ba")
+        if leg is not None:
+            yield f"  {title:10} {_leg(entry, leg, end)}"
+    for each in partners:
+        yield f"  pair       {each['type']}: {_pair(each)}"
+    if not partners and entry["type"] == "nat-fwd":
+        yield "  pair       its reverse entry is missing: Felix removes this one at its next sweep"
+    if not partners and entry["type"] == "nat-rev":
+        yield "  pair       its forward entry is missing: a packet to the service starts a new connection"
+
+
+def _leg(entry: dict[str, Any], leg: dict[str, Any], end: str) -> str:
+    from_end = f"from {entry[f'addr_{end}']}:{entry[f'port_{end}']}"
+    place = f" by {leg['interface']}" if leg.get("interface") else ""
+    count = f", {leg['packets']} packets, {leg['bytes']} bytes" if "packets" in leg else ""
+    return f"{from_end}{place}{count}, {' '.join(leg['flags']) or 'nothing seen'}"
+
+
+def _pair(entry: dict[str, Any]) -> str:
+    source, target = _ends(entry)
+    return f"{source} -> {target}" + (f", {entry['state']}" if entry.get("state") else "")
+
+
+def partner_keys(layout: Layout, key: bytes, value: bytes) -> tuple[bytes, ...]:
+    """The keys that the other entry of a NAT pair may have; none for an entry without NAT.
+
+    A forward entry holds its reverse entry's key. A reverse entry holds the service's address and, where Calico
+    changed it, the client's port: both orders of the ends are given.
+    """
+    kind, size = _member(layout, value, "type", 1)[0], layout.key.size
+    if kind == NAT_FWD:
+        return (value[layout.forward_at : layout.forward_at + size],)
+    if kind != NAT_REV:
+        return ()
+    entry = layout.decode(key, value)
+    flags = entry["flags0"] | entry.get("flags1", 0) << 8
+    client = int(bool(flags & _B_A or (entry["ba_bits"] & _OPENER and not entry["ab_bits"] & _OPENER)))
+    width = 16 if layout.ipv6 else 4
+    port = 4 + 2 * width + 2 * client
+    sport = entry["orig_sport"].to_bytes(2, "little") if entry.get("orig_sport") else key[port : port + 2]
+    sources = [key[4 + client * width : 4 + (client + 1) * width], _member(layout, value, "orig_src", width)]
+    service = (_member(layout, value, "orig_dst", width), _member(layout, value, "orig_dport", 2))
+    pairs = [
+        (ends, ends[::-1]) for source in dict.fromkeys(sources) if any(source) for ends in [((source, sport), service)]
+    ]
+    return tuple(key[:4] + a[0] + b[0] + a[1] + b[1] for both in pairs for a, b in both)
+
+
+def _member(layout: Layout, value: bytes, name: str, size: int) -> bytes:
+    at = next((offset for offset, _, each in layout.value.rows if each == name), len(value))
+    return value[at : at + size]
+
+
+class Pairing:
+    """Pairs NAT forward and reverse entries as they come, and names those that stay alone."""
+
+    def __init__(self, context: Context) -> None:
+        self._now = context.now_ns
+        self._alone: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+    def feed(self, entry: dict[str, Any]) -> None:
+        """One entry of the map, in words."""
+        if entry["type"] not in ("nat-fwd", "nat-rev"):
+            return
+        prefix = "rev_" if entry["type"] == "nat-fwd" else ""
+        ends = (entry[f"{prefix}{name}"] for name in ("addr_a", "port_a", "addr_b", "port_b"))
+        key = (entry["proto"], *ends)
+        other = self._alone.get(key)
+        if other is not None and other["type"] != entry["type"]:
+            del self._alone[key]
+        else:
+            self._alone[key] = entry
+
+    def iter_notes(self) -> Iterator[str]:
+        """What is without its partner; entries that came while the map was read may have theirs by now."""
+        for kind, lost, then in _ALONE:
+            found = [e for e in self._alone.values() if e["type"] == kind and not 0 < self._now < e["last_seen_ns"]]
+            if found:
+                shown = "; ".join(_pair(each) for each in found[:3]) + ("; ..." if len(found) > 3 else "")
+                yield f"{len(found)} {kind} entries without {lost}: {then}: {shown}"
+
+
+_ALONE = (
+    ("nat-fwd", "their reverse entry", "Felix removes them at its next sweep"),
+    ("nat-rev", "their forward entry", "a packet to the service starts a new connection"),
+)
 
 
 def _raw_conntrack(entry: dict[str, Any]) -> str:
@@ -352,13 +478,16 @@ def iter_nat(
         count = -1 if front["drop"] else front["count"]
         flags = f" flags {', '.join(front['flags'])}" if front["flags"] else ""
         source = f" src {front['source']}" if front["source"] else ""
+        source += f" affinity {front['affinity_s']}s" if front["affinity_s"] else ""
         yield (
             f"{front['addr']} port {front['port']} proto {number} id {front['id']} count {count} "
             f"local {front['local']}{flags}{source}"
         )
-        for ordinal in range(max(count, 0)):
+        for ordinal in range(max(min(count, MOST_BACKENDS), 0)):
             place = known.get((front["id"], ordinal), " is missing" if both else " (backends were not read)")
             yield f"\t{front['id']}:{ordinal}\t {place}"
+        if count > MOST_BACKENDS:
+            yield f"\t... and {count - MOST_BACKENDS} more: is that count right?"
 
 
 def iter_ip_sets(entries: Iterable[dict[str, Any]]) -> Iterator[str]:
@@ -375,20 +504,68 @@ def iter_ip_sets(entries: Iterable[dict[str, Any]]) -> Iterator[str]:
         yield "No IP sets found."
 
 
+def per_second(
+    before: Iterable[dict[str, Any]], after: Iterable[dict[str, Any]], seconds: float
+) -> Iterator[dict[str, Any]]:
+    """The counters of *after* with their rates since *before*. What went down was reset: its new value counts."""
+    old = {(e["map"], e.get("interface"), e.get("hook")): e["counters"] for e in before}
+    for entry in after:
+        past = old.get((entry["map"], entry.get("interface"), entry.get("hook")), {})
+        moved = {name: count - past.get(name, 0) for name, count in entry["counters"].items()}
+        rates = {name: (change if change >= 0 else entry["counters"][name]) / seconds for name, change in moved.items()}
+        yield {**entry, "per_second": rates}
+
+
+_COLUMNS = ("INGRESS", "EGRESS", "XDP")
+
+
 def iter_counters(entries: Iterable[dict[str, Any]], interface: str | None = None) -> Iterator[str]:
-    """One table for each interface: reason by hook."""
-    tables: dict[str, dict[str, dict[str, int]]] = {}
+    """One table for each interface, with Calico's categories, types and columns; of rates where entries have them."""
+    tables: dict[str, dict[str, dict[str, Any]]] = {}
     for entry in entries:
-        tables.setdefault(entry.get("interface", "(this pin)"), {})[entry.get("hook", "tc")] = entry["counters"]
+        hook = entry.get("hook", "tc").removeprefix("tc ").upper()
+        tables.setdefault(entry.get("interface", "(no pin)"), {})[hook] = entry
     for name, hooks in sorted(tables.items()):
         if interface not in (None, name):
             continue
-        columns = [hook for hook in (*HOOKS.values(), "tc") if hook in hooks]
-        yield f"dumped {name} counters."
-        yield f"{'TYPE':24}" + "".join(f"{hook.removeprefix('tc ').upper():>14}" for hook in columns)
-        for reason in hooks[columns[0]]:
-            yield f"{reason:24}" + "".join(f"{hooks[hook].get(reason, 0):>14}" for hook in columns)
+        known = max((entry["counters"] for entry in hooks.values()), key=len)
+        columns = [*_COLUMNS, *(hook for hook in hooks if hook not in _COLUMNS)]
+        rows = [
+            (*_caption(reason), *(_cell(hooks.get(hook), reason) for hook in columns))
+            for reason in sorted(known, key=_caption)
+            if reason in reasons.CAPTIONS or any(entry["counters"].get(reason) for entry in hooks.values())
+        ]
+        yield from _bordered(("CATEGORY", "TYPE", *columns), rows)
+        rates = any("per_second" in entry for entry in hooks.values())
+        yield f"dumped {name} counters{' in packets per second' if rates else ''}."
         yield ""
+
+
+def _caption(reason: str) -> tuple[str, str]:
+    return reasons.CAPTIONS.get(reason, ("Other", reason))
+
+
+def _cell(entry: dict[str, Any] | None, reason: str) -> str:
+    if entry is None or reason not in entry["counters"]:
+        return "N/A"
+    return f"{entry['per_second'][reason]:.1f}" if "per_second" in entry else str(entry["counters"][reason])
+
+
+def _bordered(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """A table as Calico's; a category is named once. Numbers stand to the right."""
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    line = "+" + "+".join("-" * (width + 2) for width in widths) + "+"
+    yield line
+    yield "| " + " | ".join(f"{each:^{width}}" for each, width in zip(header, widths, strict=True)) + " |"
+    yield line
+    last = ""
+    for category, *rest in rows:
+        words = ["" if category == last else category, rest[0]]
+        cells = [f"{each:<{width}}" for each, width in zip(words, widths, strict=False)]
+        cells += [f"{each:>{width}}" for each, width in zip(rest[1:], widths[2:], strict=True)]
+        yield "| " + " | ".join(cells) + " |"
+        last = category
+    yield line
 
 
 # --- Conntrack in bulk -------------------------------------------------------------------------------------------
@@ -397,6 +574,9 @@ def iter_counters(entries: Iterable[dict[str, Any]], interface: str | None = Non
 def iter_json_blocks(raw: RawMap, context: Context) -> Iterator[str]:
     """Conntrack entries as JSON lines, thousands at once; the same lines that :func:`iter_objects` gives."""
     layout = maptables.resolve(raw)
+    if layout.origin:
+        yield from (json.dumps(each) + "\n" for each in iter_objects(raw, context))
+        return
     for _, keys, values in maptables.blocks(raw):
         types = values[_TYPE_AT :: layout.value.size]
         for kind in sorted(set(types)):
@@ -420,23 +600,30 @@ def _json_lines(raw: RawMap, layout: Layout, context: Context, kind: int, keys: 
         return [json.dumps({"map": raw.name, **_conntrack(layout, *each, context)}) + "\n" for each in pairs]
     c = dict((*layout.key.iter_columns(keys), *layout.value.iter_columns(values)))
     bits = list(
-        zip(c["proto"], c["flags0"], c["flags1"], c["flags2"], c["flags3"], c["ab_bits"], c["ba_bits"], strict=True)
+        zip(
+            *(c[name] for name in ("proto", "flags0", "flags1", "flags2", "flags3", "ab_bits", "ba_bits")),
+            map(bool, c["created_ns"]),
+            strict=True,
+        )
     )
-    known = {each: _fragments(kind, *each) for each in set(bits)}
+    known = {each: _fragments(context.timeouts, layout.version, kind, *each) for each in set(bits)}
     head, middle, after, ab, ba = zip(*map(known.__getitem__, bits), strict=True)
     now = context.now_ns
     age = [max(now - seen, 0) for seen in c["last_seen_ns"]] if now else ["null"] * len(bits)
-    legs = [c[f"{leg}_{name}"] for leg in ("ab", "ba") for name in _LEG]
+    legs: list[Sequence[Any]] = []
+    for leg in ("ab", "ba"):
+        places = {each: json.dumps(context.leg_interface(each)) for each in set(c[f"{leg}_ifindex"])}
+        legs += [*(c[f"{leg}_{name}"] for name in _LEG), [places[each] for each in c[f"{leg}_ifindex"]]]
     rows = zip(
         *(head, c["addr_a"], c["port_a"], c["addr_b"], c["port_b"], middle, c["created_ns"], c["last_seen_ns"]),
-        *(age, after, *legs[:4], ab, *legs[4:], ba, *(c[name] for name in _ORIGINAL)),
+        *(age, after, *legs[:5], ab, *legs[5:], ba, *(c[name] for name in _ORIGINAL)),
         strict=True,
     )
     return map(_line(raw.name).__mod__, rows)
 
 
 def _line(name: str) -> str:
-    leg = '{"bytes": %d, "packets": %d, "seqno": %d, "ifindex": %d, "flags": %s}'
+    leg = '{"bytes": %d, "packets": %d, "seqno": %d, "ifindex": %d, "interface": %s, "flags": %s}'
     return (
         f'{{"map": {json.dumps(name)}, "proto": %s, "addr_a": "%s", "port_a": %d, "addr_b": "%s", "port_b": %d, %s, '
         f'"created_or_rst_ns": %d, "last_seen_ns": %d, "age_ns": %s, %s, "ab": {leg}, "ba": {leg}, '
@@ -444,11 +631,15 @@ def _line(name: str) -> str:
     )
 
 
-def _fragments(kind: int, proto: int, f0: int, f1: int, f2: int, f3: int, ab: int, ba: int) -> tuple[str, ...]:
+def _fragments(
+    timeouts: Timeouts, version: int, kind: int, proto: int, f0: int, f1: int, f2: int, f3: int, ab: int, ba: int,
+    rst: bool,
+) -> tuple[str, ...]:  # fmt: skip
     flags = f0 | f1 << 8 | f2 << 16 | f3 << 24
     about = {"type": _TYPES.get(kind, f"type-{kind}"), "flags": names(flags, CT_FLAGS)}
     source = "b" if flags & _B_A or (ba & _OPENER and not ab & _OPENER) else "a"
-    after = {"from": source, "state": state(proto, flags, ab, ba), "timeout_s": timeout_s(proto, flags, ab, ba)}
+    limit, why = timeouts.limit(version, proto, flags, ab, ba, rst)
+    after = {"from": source, "state": state(proto, flags, ab, ba), "timeout_s": limit, "timeout": why}
     return (
         json.dumps(protocol(proto)),
         json.dumps(about)[1:-1],
@@ -486,9 +677,39 @@ def conntrack_summary(raw: RawMap) -> dict[str, int]:
     return found
 
 
+def iter_stats(found: dict[str, Any]) -> Iterator[str]:
+    """A conntrack summary as ``calico-node -bpf conntrack stats`` prints it: NAT connections are forward entries."""
+    forwards = found["entries"] - found["connections"]
+    yield f"Conntrack map size: {found['max_entries']}"
+    yield f"Total connections: {found['connections']}"
+    yield f"Total entries: {found['entries']}"
+    yield f"NAT connections: {forwards}"
+    yield ""
+    yield from (f"{title} : {found[title.lower()]}" for title in ("TCP", "UDP", "Others"))
+    yield ""
+    for title in ("Established", "Closed", "Reset", "Syn-sent"):
+        yield f"TCP {title}: {found[title.lower().replace('-', '_')]}"
+
+
+def iter_latency(entries: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """Mean time of Calico's programs for each interface, as ``calico-node -bpf profiling e2e`` prints it."""
+    rows: dict[str, dict[str, tuple[str, str]]] = {}
+    for entry in entries:
+        mean = "---" if entry["mean_ns"] is None else f"{entry['mean_ns']:.3f} ns"
+        rows.setdefault(entry["interface"], {})[entry["kind"]] = (mean, str(entry["samples"]))
+    kinds = _KINDS.values()
+    titles = (kind.replace("ingress", "INGRESS").replace("egress", "EGRESS") for kind in kinds)
+    header = ["IFACE", *(cell for title in titles for cell in (title, "#"))]
+    cells = [
+        [name, *(cell for kind in kinds for cell in found.get(kind, ("---", "---")))]
+        for name, found in sorted(rows.items())
+    ]
+    yield from _bordered(header, cells)
+
+
 def summary(raw: RawMap) -> dict[str, Any]:
     """How full a map is; for conntrack what is in it."""
     layout = maptables.resolve(raw)
-    if _kind(layout) == "ct":
+    if _kind(layout) == "ct" and layout.origin != "members":
         return {"map": raw.name, **conntrack_summary(raw)}
     return {"map": raw.name, "entries": sum(n for n, _, _ in maptables.blocks(raw)), "max_entries": raw.max_entries}
