@@ -171,7 +171,9 @@ def test_a_state_is_believed_of_its_own_packet_only(pair: Pair, own: bool) -> No
 
     types = headers.kernel_btf()
     assert types is not None
-    (dropped,) = [each for each in found if each.event.netns == inum]
+    # The program drops the new interface's own IPv6 packets too.
+    flows = [(each, each.event.packet.inner) for each in found if each.event.netns == inum]
+    (dropped,) = [each for each, layer in flows if layer and layer.sport == port]
     link = Link(dropped.event.ifindex, "left0", (), {"egress": ("cali_deny",)})
     namespace = Namespace(inum, "left", Role.NODE, {link.ifindex: link}, identifier, "cali_state6", 512, 27)
     names = Names(types.enum("skb_drop_reason") or {})

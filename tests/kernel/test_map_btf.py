@@ -15,13 +15,13 @@ import pytest
 
 from calitrace import btf
 from calitrace.kernel import syscall
-from tests.kernel.test_maps import bpffs, calitrace
+from tests.kernel.test_maps import bpffs, calitrace, pin
 from tests.unit.test_mapbtf import KEY, Types, conntrack
 
 __all__ = ["bpffs"]
 pytestmark = pytest.mark.root
 _MAP_CREATE, _PROG_LOAD, _BTF_LOAD = 0, 5, 18
-HASH, SOCKET_FILTER = 1, 1
+HASH, SOCKET_FILTER, LPM_TRIE = 1, 1, 11
 NAME = "cali_v4_ct9"
 
 
@@ -154,6 +154,7 @@ def test_members_that_we_do_not_know_are_shown_and_not_interpreted(bpffs: Path) 
     key, _ = conntrack(types)
     value = types.struct("mine", 24, ("hits", "u64", 0), ("last", "u64", 8), ("more", "u32", 16))
     blob = loaded(types)
+    pin(bpffs, "cali_v4_nat_fe3", LPM_TRIE, (16, 20), 10)
     descriptor = make(bpffs, blob, (key, value), NAME, 24)
     with closing(blob, descriptor):
         syscall.map_update(descriptor, KEY, struct.pack("<QQII", 11, 12, 13, 0))
