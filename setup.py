@@ -34,7 +34,7 @@ setup(
     package_dir={"": "agent"},
     packages=find_packages("agent"),
     # BCC is the distribution's python3-bpfcc; "bcc" on PyPI is an unrelated package.
-    install_requires=["click>=8.1", "msgpack>=1.0", "pyroute2>=0.7.12", "scapy>=2.5", "pyyaml>=6"],
+    install_requires=["click>=8.1", "msgpack>=1.0", "numpy>=1.24", "pyroute2>=0.7.12", "scapy>=2.5", "pyyaml>=6"],
     extras_require={"kubernetes": ["kubernetes>=37,<38"]},
     entry_points={"console_scripts": ["calitrace = calitrace.cli.main:run"]},
     cmdclass={"build_py": BuildWithBpf},

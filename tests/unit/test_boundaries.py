@@ -31,6 +31,7 @@ ONLY_IN = {
     "scapy": {"probes"},
     "click": {"cli"},
     "kubernetes": {"cluster"},
+    "numpy": {"report"},
 }
 
 

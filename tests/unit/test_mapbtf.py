@@ -14,7 +14,7 @@ from calitrace.btf import Btf
 from calitrace.calico import mapbtf, maptables
 from calitrace.calico.maps import RawMap
 from calitrace.errors import Malformed
-from calitrace.report import mapdump
+from calitrace.report import conntrack_json, mapdump
 
 KEY = struct.pack("<I4s4sHH", 6, bytes([10, 0, 0, 1]), bytes([10, 0, 0, 2]), 80, 4000)
 
@@ -98,8 +98,8 @@ def test_a_conntrack_version_to_come() -> None:
     layout = maptables.resolve(found)
     assert mapdump.partner_keys(layout, service, bytes(forward)) == (KEY,)
     assert service in mapdump.partner_keys(layout, KEY, bytes(reverse))
-    assert list(mapdump.iter_json_blocks(found, mapdump.Context())) == [
-        json.dumps(each) + "\n" for each in (first, second)
+    assert list(conntrack_json.iter_blocks(found, mapdump.Context())) == [
+        json.dumps(each).encode() + b"\n" for each in (first, second)
     ]
     assert mapdump.summary(found)["established"] == 1
     stored = mapbtf.from_plain(found, json.loads(json.dumps(mapbtf.to_plain(layout))))
@@ -131,7 +131,7 @@ def test_what_lacks_members_is_shown_by_its_own_names() -> None:
     assert line.startswith("protocol 6  addr_a 10.0.0.1  ")
     assert "pair.high -6" in line
     assert mapdump.summary(found) == {"map": "cali_v4_ct9", "entries": 1, "max_entries": 10}
-    assert list(mapdump.iter_json_blocks(found, mapdump.Context())) == [json.dumps(entry) + "\n"]
+    assert list(conntrack_json.iter_blocks(found, mapdump.Context())) == [json.dumps(entry).encode() + b"\n"]
 
 
 def test_a_conntrack_value_without_the_reverse_key_is_not_understood() -> None:

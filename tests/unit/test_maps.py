@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import struct
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from calitrace.calico.maps import RawMap, identify
 from calitrace.correlate import mapdiff, walk
 from calitrace.errors import LayoutMismatch, Malformed
 from calitrace.journal import Stored
-from calitrace.report import mapdump
+from calitrace.report import conntrack_json, mapdump
 
 DATA = Path(__file__).resolve().parent.parent / "data" / "maps"
 NOW = mapdump.Context(now_ns=10_000_000_000, interfaces={2: "eth0", 3: "cali1"}, rules={7: "default.p rule 0 (deny)"})
@@ -73,10 +74,36 @@ def test_any_bytes_of_the_right_size_decode(layout: maptables.Layout, data: st.D
             mapdump.text(kind, entry)
             mapdump.text(kind, entry, raw=True)
     if kind == "ct":
-        assert "".join(mapdump.iter_json_blocks(raw, NOW)) == "".join(
+        assert b"".join(conntrack_json.iter_blocks(raw, NOW)).decode() == "".join(
             json.dumps(each) + "\n" for each in mapdump.iter_objects(raw, NOW)
         )
     assert mapdump.summary(raw)["entries"] == 1
+
+
+@pytest.mark.parametrize("name", ["cali_v4_ct3", "cali_v4_ct4", "cali_v6_ct4"])
+def test_many_lines_at_once_are_those_of_one_at_a_time(name: str) -> None:
+    """More entries than one block has rows, of all types, with members of all widths."""
+    sizes = (40, 128) if "v6" in name else (16, 88)
+    chance = random.Random(name)
+    entries = []
+    for _ in range(5000):
+        key, value = (bytearray(chance.randbytes(size)) for size in sizes)
+        key[:4] = struct.pack("<I", chance.choice((6, 6, 17, 1, 300)))
+        key[-4:-2] = struct.pack("<H", chance.choice((0, 9, 10, 9999, 10000, 65535)))
+        value[:8] = struct.pack("<Q", chance.choice((0, 2**64 - 1)))
+        value[8:16] = struct.pack("<Q", chance.choice((0, 10**4, 10**8 - 1, 10**12, NOW.now_ns, 2**63)))
+        value[16:24] = bytes((chance.choice((0, 1, 2, 9)), *chance.choices((0, 1, 255), k=3), 0, 0, 0, 1))
+        for leg in (24, 48):
+            value[leg + 16 : leg + 20] = struct.pack("<I", chance.choice((0, 0x13, 0x2B, 0xFFFFFFFF)))
+            value[leg + 20 : leg + 24] = struct.pack("<I", chance.choice((0, 3, 4_000_000_000)))
+        width = (sizes[0] - 8) // 2
+        if value[16] == 1 and chance.random() < 0.5:  # a forward entry whose client is the end b
+            value[28 : 28 + width] = key[4 + width : 4 + 2 * width]
+        entries.append((bytes(key), bytes(value)))
+    raw = made(name, *entries)
+    for context in (NOW, mapdump.Context(interfaces={3: 'a"b'})):
+        lines = b"".join(conntrack_json.iter_blocks(raw, context)).decode().splitlines()
+        assert sorted(lines) == sorted(json.dumps(each) for each in mapdump.iter_objects(raw, context))
 
 
 def test_an_unknown_size_is_refused_with_what_is_known() -> None:
@@ -150,7 +177,7 @@ def test_forward_and_reverse_of_one_block_and_expiry() -> None:
         "TCP 10.0.0.2:4000 -> 10.9.0.1:443 -> 10.0.0.1:80, service forwarded from 10.9.9.9"
         "  source port changed from 55  Active ago 1000.000s SYN-SENT  expired: Felix removes it at its next sweep"
     )
-    lines = "".join(mapdump.iter_json_blocks(raw, mapdump.Context())).splitlines()
+    lines = b"".join(conntrack_json.iter_blocks(raw, mapdump.Context())).splitlines()
     assert [json.loads(line)["age_ns"] for line in lines] == [None, None]
     assert mapdump.summary(raw) == {
         "map": "cali_v4_ct4",
@@ -167,7 +194,7 @@ def test_forward_and_reverse_of_one_block_and_expiry() -> None:
         "syn_sent": 1,
     }
     empty = RawMap("cali_v4_ct4", "", 1, 16, 88, 1, 1, [])
-    assert list(mapdump.iter_json_blocks(empty, late)) == []
+    assert list(conntrack_json.iter_blocks(empty, late)) == []
 
 
 def test_what_a_real_connection_left() -> None:

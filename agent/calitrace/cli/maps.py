@@ -459,13 +459,13 @@ def _dump(name: str, **options: Any) -> int:
         objects = (entry for entry in objects if _matches(entry, wanted))
     if options["as_json"] or options["output"] == "json":
         if name == "conntrack" and not wanted:
-            from calitrace.report import mapdump
+            from calitrace.report import conntrack_json
 
             context = source.context()
             try:
                 for raw in maps:
-                    for block in mapdump.iter_json_blocks(raw, context):
-                        sys.stdout.write(block)
+                    for block in conntrack_json.iter_blocks(raw, context):
+                        sys.stdout.buffer.write(block)
                         sys.stdout.flush()
             except LayoutMismatch as wrong:
                 raise _refused(wrong) from wrong

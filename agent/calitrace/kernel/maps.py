@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -347,14 +348,19 @@ class Entries:
 
 
 def _rest(batch: syscall.Batch, block: tuple[int, bytes, bytes], most: int) -> Iterator[tuple[int, bytes, bytes]]:
-    """The blocks of a batch from its first on: that one is small, for the first line to be soon."""
-    if block[0]:
-        yield block
+    """The blocks of a batch from its first on: that one is small, for the first line to be soon.
+
+    The kernel copies the next block, which takes as long as putting one into words, while the last one is looked at.
+    """
     batch.grow(most)
-    while not batch.done:
-        block = batch.read()
-        if block[0]:
-            yield block
+    with ThreadPoolExecutor(max_workers=1) as ahead:
+        while True:
+            coming = None if batch.done else ahead.submit(batch.read)
+            if block[0]:
+                yield block
+            if coming is None:
+                return
+            block = coming.result()
 
 
 def delete(found: Found, keys: list[bytes]) -> int:

@@ -5,11 +5,9 @@ The text stays close to ``calico-node -bpf`` (calico felix/cmd/calico-bpf/comman
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import dataclass, field
 from ipaddress import ip_address
-from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 from calitrace.calico import maptables, reasons
@@ -53,10 +51,8 @@ DROP_COUNT = 0xFFFFFFFF
 _S = 1_000_000_000
 _FORWARD4 = "0 u32 rev_proto;4 ip4 rev_addr_a;8 ip4 rev_addr_b;12 u16 rev_port_a;14 u16 rev_port_b;16 u16 nat_sport"
 _FORWARD6 = "0 u32 rev_proto;4 ip6 rev_addr_a;20 ip6 rev_addr_b;36 u16 rev_port_a;38 u16 rev_port_b;40 u16 nat_sport"
-_FORWARD = {False: Table(_FORWARD4, 20), True: Table(_FORWARD6, 44)}
-_TYPE_AT = 16
+FORWARD = {False: Table(_FORWARD4, 20), True: Table(_FORWARD6, 44)}
 _LEG = ("bytes", "packets", "seqno", "ifindex")
-_ORIGINAL = ("orig_dst", "orig_dport", "orig_sport", "orig_src", "tun_ip")
 
 
 @dataclass(frozen=True)
@@ -99,6 +95,18 @@ def state(proto: int, flags: int, ab_bits: int, ba_bits: int) -> str:
     if (ab_bits | ba_bits) & _RST:
         return "RESET"
     return "ESTABLISHED" if ab_bits & ba_bits & _SYN_ACK == _SYN_ACK else "SYN-SENT"
+
+
+def entry_type(number: int) -> str:
+    """``normal``, ``nat-fwd``, ``nat-rev`` or ``type-N``."""
+    return _TYPES.get(number, f"type-{number}")
+
+
+def judged(layout: Layout, context: Context, proto: int, flags: int, ab: int, ba: int, first: int) -> dict[str, Any]:
+    """What the bits of an entry that is no forward entry mean. *ab*, *ba*: the legs'; *first*: its first member."""
+    limit, why = context.timeouts.limit(layout.version, proto, flags, ab, ba, first)
+    client = "b" if flags & _B_A or (ba & _OPENER and not ab & _OPENER) else "a"
+    return {"from": client, "state": state(proto, flags, ab, ba), "timeout_s": limit, "timeout": why}
 
 
 def iter_objects(raw: RawMap, context: Context) -> Iterator[dict[str, Any]]:
@@ -146,23 +154,21 @@ def _conntrack(layout: Layout, key: bytes, value: bytes, context: Context) -> di
     found = {
         "proto": protocol(proto),
         **found,
-        "type": _TYPES.get(kind, f"type-{kind}"),
+        "type": entry_type(kind),
         "flags": names(flags, CT_FLAGS),
     }
     # v3.30 has the time of the first RST in place of the creation: small maps do not tell which, so both are one name.
     found |= {"created_or_rst_ns": entry["created_ns"], "last_seen_ns": entry["last_seen_ns"]}
     found["age_ns"] = max(context.now_ns - entry["last_seen_ns"], 0) if context.now_ns else None
     if kind == NAT_FWD:
-        table = _FORWARD[layout.ipv6]
+        table = FORWARD[layout.ipv6]
         forward = table.decode(value[layout.forward_at : layout.forward_at + table.size])
         reverse = {name: forward[name] for name in forward if name != "rev_proto"}
         # Calico leaves its flags empty: the client is the end that the reverse entry's key has too.
         client = "b" if found["addr_b"] in (reverse["rev_addr_a"], reverse["rev_addr_b"]) else "a"
         return {**found, "from": client, **reverse}
     ab, ba = entry["ab_bits"], entry["ba_bits"]
-    limit, why = context.timeouts.limit(layout.version, proto, flags, ab, ba, entry["created_ns"])
-    found["from"] = "b" if flags & _B_A or (ba & _OPENER and not ab & _OPENER) else "a"
-    found |= {"state": state(proto, flags, ab, ba), "timeout_s": limit, "timeout": why}
+    found |= judged(layout, context, proto, flags, ab, ba, entry["created_ns"])
     for leg in ("ab", "ba"):
         found[leg] = {name: entry[f"{leg}_{name}"] for name in _LEG if f"{leg}_{name}" in entry}
         if "ifindex" in found[leg]:
@@ -566,91 +572,6 @@ def _bordered(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[
         yield "| " + " | ".join(cells) + " |"
         last = category
     yield line
-
-
-# --- Conntrack in bulk -------------------------------------------------------------------------------------------
-
-
-def iter_json_blocks(raw: RawMap, context: Context) -> Iterator[str]:
-    """Conntrack entries as JSON lines, thousands at once; the same lines that :func:`iter_objects` gives."""
-    layout = maptables.resolve(raw)
-    if layout.origin:
-        yield from (json.dumps(each) + "\n" for each in iter_objects(raw, context))
-        return
-    for _, keys, values in maptables.blocks(raw):
-        types = values[_TYPE_AT :: layout.value.size]
-        for kind in sorted(set(types)):
-            chosen = [each == kind for each in types] if len(set(types)) > 1 else None
-            yield "".join(_json_lines(raw, layout, context, kind, *_select(layout, keys, values, chosen)))
-
-
-def _select(layout: Layout, keys: bytes, values: bytes, chosen: list[bool] | None) -> tuple[bytes, bytes]:
-    if chosen is None:
-        return keys, values
-    parts = []
-    for packed, size in ((keys, layout.key.size), (values, layout.value.size)):
-        parts.append(b"".join(compress(_cut(packed, size), chosen)))
-    return parts[0], parts[1]
-
-
-def _json_lines(raw: RawMap, layout: Layout, context: Context, kind: int, keys: bytes, values: bytes) -> Iterable[str]:
-    """Records of one type. What depends on few bits is put into words once for each combination of them."""
-    if kind == NAT_FWD or layout.version < 3:
-        pairs = zip(_cut(keys, layout.key.size), _cut(values, layout.value.size), strict=True)
-        return [json.dumps({"map": raw.name, **_conntrack(layout, *each, context)}) + "\n" for each in pairs]
-    c = dict((*layout.key.iter_columns(keys), *layout.value.iter_columns(values)))
-    bits = list(
-        zip(
-            *(c[name] for name in ("proto", "flags0", "flags1", "flags2", "flags3", "ab_bits", "ba_bits")),
-            map(bool, c["created_ns"]),
-            strict=True,
-        )
-    )
-    known = {each: _fragments(context.timeouts, layout.version, kind, *each) for each in set(bits)}
-    head, middle, after, ab, ba = zip(*map(known.__getitem__, bits), strict=True)
-    now = context.now_ns
-    age = [max(now - seen, 0) for seen in c["last_seen_ns"]] if now else ["null"] * len(bits)
-    legs: list[Sequence[Any]] = []
-    for leg in ("ab", "ba"):
-        places = {each: json.dumps(context.leg_interface(each)) for each in set(c[f"{leg}_ifindex"])}
-        legs += [*(c[f"{leg}_{name}"] for name in _LEG), [places[each] for each in c[f"{leg}_ifindex"]]]
-    rows = zip(
-        *(head, c["addr_a"], c["port_a"], c["addr_b"], c["port_b"], middle, c["created_ns"], c["last_seen_ns"]),
-        *(age, after, *legs[:5], ab, *legs[5:], ba, *(c[name] for name in _ORIGINAL)),
-        strict=True,
-    )
-    return map(_line(raw.name).__mod__, rows)
-
-
-def _line(name: str) -> str:
-    leg = '{"bytes": %d, "packets": %d, "seqno": %d, "ifindex": %d, "interface": %s, "flags": %s}'
-    return (
-        f'{{"map": {json.dumps(name)}, "proto": %s, "addr_a": "%s", "port_a": %d, "addr_b": "%s", "port_b": %d, %s, '
-        f'"created_or_rst_ns": %d, "last_seen_ns": %d, "age_ns": %s, %s, "ab": {leg}, "ba": {leg}, '
-        '"orig_dst": "%s", "orig_dport": %d, "orig_sport": %d, "orig_src": "%s", "tun_ip": "%s"}\n'
-    )
-
-
-def _fragments(
-    timeouts: Timeouts, version: int, kind: int, proto: int, f0: int, f1: int, f2: int, f3: int, ab: int, ba: int,
-    rst: bool,
-) -> tuple[str, ...]:  # fmt: skip
-    flags = f0 | f1 << 8 | f2 << 16 | f3 << 24
-    about = {"type": _TYPES.get(kind, f"type-{kind}"), "flags": names(flags, CT_FLAGS)}
-    source = "b" if flags & _B_A or (ba & _OPENER and not ab & _OPENER) else "a"
-    limit, why = timeouts.limit(version, proto, flags, ab, ba, rst)
-    after = {"from": source, "state": state(proto, flags, ab, ba), "timeout_s": limit, "timeout": why}
-    return (
-        json.dumps(protocol(proto)),
-        json.dumps(about)[1:-1],
-        json.dumps(after)[1:-1],
-        json.dumps(names(ab, LEG_FLAGS)),
-        json.dumps(names(ba, LEG_FLAGS)),
-    )
-
-
-def _cut(packed: bytes, size: int) -> Iterator[bytes]:
-    return (packed[at : at + size] for at in range(0, len(packed), size))
 
 
 def conntrack_summary(raw: RawMap) -> dict[str, int]:
