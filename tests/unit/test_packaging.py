@@ -39,7 +39,7 @@ def test_bcc_never_comes_from_the_index() -> None:
     needed = setup_arguments()["install_requires"]
     assert isinstance(needed, list)
     development = names((ROOT / "requirements-dev.txt").read_text().splitlines())
-    assert {"click", "msgpack", "pyroute2", "pyyaml", "scapy"} == names(needed)
+    assert {"click", "msgpack", "numpy", "pyroute2", "pyyaml", "scapy"} == names(needed)
     assert names(needed) < development
     assert not {"bcc", "bpfcc"} & development
 

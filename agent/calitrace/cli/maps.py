@@ -7,28 +7,24 @@ import os
 import socket
 import sys
 import time
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from calitrace.cli import map_source
 from calitrace.errors import Error, Exit, LayoutMismatch, Malformed, NotCalico, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from calitrace.calico.maps import RawMap
-    from calitrace.calico.timeouts import Timeouts
-    from calitrace.journal import Journal
     from calitrace.kernel.maps import Found
-    from calitrace.report.mapdump import Context
 
 POLICY_DIRECTORY = Path("/var/run/calico/bpf/policy")
 CTLB = "ctlb"
-_NEVER_GUESS = "a newer Calico? calitrace never guesses a layout"
 # Command: what it shows, and the maps' base names without cali_ and family.
 SUBJECTS = {
     "arp": ("Neighbours that NodePort tunnels were received from.", ("arp",)),
@@ -49,260 +45,28 @@ SUBJECTS = {
 }
 
 
-@dataclass
-class Source:
-    """Maps to read, wherever from. *broken*: what ended a snapshot too early, told after what was read.
-
-    *differing*: what a map's own BTF says against our table, by pin.
-    """
-
-    maps: list[RawMap]
-    in_use: set[str]
-    interfaces: dict[int, str] = field(default_factory=dict)
-    rules: dict[int, str] = field(default_factory=dict)
-    now_ns: int = 0
-    node: str = ""
-    sysctls: dict[str, int] = field(default_factory=dict)
-    programs: dict[str, dict[int, int]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    felix_config: Path | None = None
-    broken: Malformed | None = None
-    differing: dict[str, str] = field(default_factory=dict)
-
-    def context(self) -> Context:
-        """What gives numbers their names; Felix's own, in ifstate, come first."""
-        from calitrace.calico import maptables
-        from calitrace.report.mapdump import Context
-
-        known = {}
-        for raw in self.pick(("iface",)):
-            with suppress(LayoutMismatch):
-                known.update({e["ifindex"]: e["name"] for e in maptables.iter_entries(raw, maptables.resolve(raw))})
-        return Context(self.now_ns, {**self.interfaces, **known}, self.rules, self._timeouts())
-
-    def _timeouts(self) -> Timeouts:
-        """Felix's conntrack time-outs: of --felix-config, or its defaults."""
-        from calitrace.calico import felix_config, timeouts
-
-        if self.felix_config is None:
-            return timeouts.defaults(self.sysctls)
-        from calitrace.cli.check import felix_configurations
-
-        settings = felix_config.resolve(felix_configurations(self.felix_config), {}, self.node, None)
-        setting = settings.get("bpfConntrackTimeouts")
-        if isinstance(setting, felix_config.Unset) or not isinstance(setting.value, dict):
-            return timeouts.defaults(self.sysctls)
-        found, wrong = timeouts.configured(setting.value, self.sysctls, setting.origin)
-        for each in wrong:
-            self.note(each)
-        return found
-
-    def pick(self, bases: Iterable[str], *, ipv6: bool = False, version: int | None = None) -> list[RawMap]:
-        """The live maps of these base names: of several versions the newest that loaded programs use."""
-        from calitrace.calico.maps import identify
-
-        chosen: list[RawMap] = []
-        for base in bases:
-            full = {f"cali_{base}", f"cali_v{6 if ipv6 else 4}_{base}"}
-            found = [raw for raw in self.maps if identify(raw.name)[0] in full]
-            if version is not None:
-                chosen += [raw for raw in found if identify(raw.name)[1] == version]
-                continue
-            current = [raw for raw in found if not identify(raw.name)[2]]
-            live = [raw for raw in current if raw.pin in self.in_use] or current or found
-            newest = max((identify(raw.name)[1] for raw in live), default=0)
-            chosen += [raw for raw in live if identify(raw.name)[1] == newest]
-            if len({raw.name for raw in found}) > 1:
-                names = ", ".join(sorted({raw.name for raw in found}))
-                self.note(f"several versions are here ({names}): the node is in mid-upgrade; shown: v{newest}")
-        for raw in chosen:
-            if raw.pin in self.differing:
-                raise Error(f"map {raw.name} is not as we know it: {self.differing[raw.pin]}", _NEVER_GUESS)
-        return chosen
-
-    def note(self, text: str) -> None:
-        """Remember something to tell at the end, once."""
-        if text not in self.notes:
-            self.notes.append(text)
-
-
-def _live(bpffs: Path | None, netns: str | None, pid: int | None, policy_dir: Path) -> Source:
-    from calitrace.calico.timeouts import SYSCTLS
-    from calitrace.kernel import maps
-
-    found = maps.find(maps.root(bpffs, netns, pid))
-    source = Source(
-        [],
-        {each.pin for each in found if each.in_use},
-        # Maps from elsewhere with ifindices of elsewhere: ours would give them wrong names.
-        {} if bpffs is not None and netns is None and pid is None else maps.interfaces(netns, pid),
-        now_ns=time.monotonic_ns(),
-        node=socket.gethostname(),
-        sysctls=maps.sysctls(SYSCTLS.values(), netns, pid),
-    )
-    _describe(source, found)
-    source.rules = _rules(policy_dir, source)
-    source.programs = _programs(source, found)
-    return source
-
-
-def _programs(source: Source, found: Iterable[Found]) -> dict[str, dict[int, int]]:
-    """Of the jump maps, by base name: the policy programs at the indices that ifstate has."""
-    from calitrace.calico import maptables
-    from calitrace.calico.maps import identify
-    from calitrace.kernel import maps
-
-    wanted: set[int] = set()
-    for raw in (each for each in source.maps if identify(each.name)[0] == "cali_iface"):
-        with suppress(LayoutMismatch):
-            for entry in maptables.iter_entries(raw, maptables.resolve(raw)):
-                wanted |= {v for name, v in entry.items() if name.startswith(("ingress_v", "egress_v")) and v >= 0}
-    names = {"cali_jump", "cali_jump_ing", "cali_jump_egr"}
-    newest = {identify(each.name)[0]: each for each in found if identify(each.name)[0] in names}
-    return {base: maps.programs_at(each, wanted) for base, each in newest.items()}
-
-
-def _describe(source: Source, found: Iterable[Found]) -> None:
-    """Hold the maps' BTF, or that of the programs that use them, against our tables, and take it where none fits."""
-    from calitrace.btf import Btf
-    from calitrace.calico import mapbtf, maptables
-    from calitrace.calico.maps import identify
-    from calitrace.kernel import maps
-
-    known: dict[int, Btf | None] = {}
-
-    def types(identifier: int) -> Btf | None:
-        if identifier not in known:
-            blob = maps.types(identifier)
-            known[identifier] = None if blob is None else Btf(blob)
-        return known[identifier]
-
-    bases = {each.base for each in maptables.layouts()}
-    described: list[RawMap] = []
-    for each in found:
-        if not maps.readable(each):
-            continue
-        raw, info = maps.read(each), each.info
-        described.append(raw)
-        if identify(raw.name)[0] not in bases:
-            continue
-        ids: tuple[int, int] | None = (info.btf_key_type_id, info.btf_value_type_id)
-        btf, whose = types(info.btf_id) if all(ids or ()) else None, "its BTF"
-        if btf is None:
-            btf, whose = types(each.program_btf), "the BTF of the programs that use it"
-            ids = None if btf is None else mapbtf.declared(btf, raw.name)
-        if btf is None or ids is None:
-            continue
-        layout = mapbtf.describe(raw, btf, *ids)
-        try:
-            table = maptables.resolve(raw)
-        except LayoutMismatch as unknown:
-            if layout is not None:
-                described[-1] = replace(raw, described=layout)
-                source.note(f"map {raw.name} is of no version that we know ({unknown.actual}): decoded by {whose}")
-            continue
-        said = [maptables.disagreement(t, btf, i) for t, i in zip((table.key, table.value), ids, strict=True)]
-        if any(said) and layout is not None and layout.origin == "btf":
-            described[-1] = replace(raw, described=layout)
-            source.note(f"map {raw.name} differs from our table ({'; '.join(filter(None, said))}): decoded by {whose}")
-        elif any(said):
-            source.differing[raw.pin] = f"{whose} differs from our table: {'; '.join(filter(None, said))}"
-    source.maps = described
-
-
-def _rules(directory: Path, source: Source) -> dict[int, str]:
-    from calitrace.calico import policy
-
-    names: dict[int, str] = {}
-    for file in sorted(directory.glob("*.json")):
-        try:
-            names.update(policy.rule_names(file.read_bytes()))
-        except (OSError, Malformed) as failure:  # Felix replaces these files as pods come and go
-            source.note(f"no rule names from {file.name}: {failure}")
-    return names
-
-
-def _journal(path: Path) -> Source:
-    from calitrace import journal
-
-    try:
-        with path.open("rb") as stream:
-            found = journal.read(stream, keep=True)
-    except OSError as failure:
-        raise UsageError(f"cannot read {path}: {failure.strerror}") from failure
-    except Malformed as wrong:
-        raise UsageError(f"{path}: {wrong.cause}", "is it a file that `maps snapshot -w` wrote?") from wrong
-    if not found.maps and found.broken is None:
-        raise UsageError(f"{path} holds no maps", "write some with `calitrace maps snapshot -w FILE`")
-    try:
-        source = _stored(found)
-    except (AttributeError, TypeError, ValueError, Malformed) as wrong:
-        raise UsageError(f"{path}: its header is broken: {wrong}", "write it again with `maps snapshot -w`") from wrong
-    for raw in found.maps:
-        for each in raw.notes:
-            source.note(f"{raw.name}: {each}")
-    if found.cut_at is not None and found.broken is None:
-        source.broken = Malformed(found.cut_at, "an end frame", "the end of the file", "snapshot")
-    return source
-
-
-def _stored(found: Journal) -> Source:
-    """The maps of a journal, and what its header says about them."""
-    from calitrace.calico import mapbtf
-
-    header = found.header
-    layouts = header.get("layouts", {})
-    return Source(
-        [
-            replace(raw, described=mapbtf.from_plain(raw, layouts[raw.pin])) if raw.pin in layouts else raw
-            for raw in found.maps
-        ],
-        set(header.get("in_use", ())),
-        {int(index): str(name) for index, name in header.get("interfaces", {}).items()},
-        dict(header.get("rules", {})),
-        int(header.get("mono_ns", 0)),
-        str(header.get("node", "")),
-        {name: int(number) for name, number in header.get("sysctls", {}).items()},
-        {base: {int(i): int(p) for i, p in slots.items()} for base, slots in header.get("programs", {}).items()},
-        broken=found.broken,
-    )
-
-
-def _bpftool(path: Path, name: str) -> Source:
-    from calitrace.calico import bpftool
-
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as failure:
-        raise UsageError(f"cannot read {path}: {failure}") from failure
-    try:
-        return Source([bpftool.read(text, name)], set())
-    except Malformed as wrong:
-        raise UsageError(f"{path}: {wrong.cause}", "is it what `bpftool -j map dump` wrote?") from wrong
-
-
-def _source(options: dict[str, Any]) -> Source:
+def _source(options: dict[str, Any]) -> map_source.Source:
     """The maps that the options ask for."""
     source = _maps_of(options)
     source.felix_config = options.get("felix_config")
     return source
 
 
-def _whole_source(options: dict[str, Any]) -> Source:
+def _whole_source(options: dict[str, Any]) -> map_source.Source:
     """The same, for questions that one map alone does not answer."""
     if options["bpftool"] is not None:
         raise UsageError("this needs several maps, and --bpftool has one", "give a snapshot with -r, or none of both")
     return _source(options)
 
 
-def _maps_of(options: dict[str, Any]) -> Source:
+def _maps_of(options: dict[str, Any]) -> map_source.Source:
     if options["path"] is not None:
-        return _journal(options["path"])
+        return map_source.of_journal(options["path"])
     if options["bpftool"] is not None:
         if not options["map_name"]:
             raise UsageError("--bpftool needs the name of the map", "add --map, such as --map cali_v4_ct4")
-        return _bpftool(options["bpftool"], options["map_name"])
-    return _live(options["bpffs"], options["netns"], options["pid"], options["policy_dir"])
+        return map_source.of_bpftool(options["bpftool"], options["map_name"])
+    return map_source.live(options["bpffs"], options["netns"], options["pid"], options["policy_dir"])
 
 
 _WHERE = (
@@ -357,7 +121,7 @@ def command() -> None:
     """Read Calico's BPF maps: dump, get, summary, walk and diff, of any release, live and offline."""
 
 
-def _finish(source: Source) -> int:
+def _finish(source: map_source.Source) -> int:
     """Tell on stderr what befell the reading."""
     from calitrace.kernel.maps import Entries
 
@@ -372,7 +136,7 @@ def _finish(source: Source) -> int:
     return int(Exit.DONE)
 
 
-def _chosen(source: Source, name: str, options: dict[str, Any]) -> list[RawMap]:
+def _chosen(source: map_source.Source, name: str, options: dict[str, Any]) -> list[RawMap]:
     bases = SUBJECTS[name][1]
     version = options.get("version")
     if options["bpftool"] is not None:
@@ -383,31 +147,6 @@ def _chosen(source: Source, name: str, options: dict[str, Any]) -> list[RawMap]:
         wanted = " or ".join(f"cali_v{family}_{base}" for base in bases) + (f" of version {version}" if version else "")
         raise NotCalico(f"no {name} map ({wanted})", "`calitrace maps versions dump` lists the maps that are here")
     return found
-
-
-def _refused(wrong: LayoutMismatch) -> Error:
-    return Error(f"cannot read {wrong.record}: it has {wrong.actual}, known are {wrong.expected}",
-                 _NEVER_GUESS)  # fmt: skip
-
-
-def _only_members(raw: RawMap) -> bool:
-    """Whether we know of a map no more than the names that its BTF has."""
-    return raw.described is not None and raw.described.origin == "members"
-
-
-def _objects(source: Source, maps: Iterable[RawMap], *, understood: bool = False) -> Iterator[dict[str, Any]]:
-    """The maps' entries in words. *understood*: refuse those that we know by their BTF's names only."""
-    from calitrace.report import mapdump
-
-    context = source.context()
-    for raw in maps:
-        if understood and _only_members(raw):
-            raise Error(f"map {raw.name} is of no version that we know, and its BTF lacks members that we need",
-                        _NEVER_GUESS)  # fmt: skip
-        try:
-            yield from mapdump.iter_objects(raw, context)
-        except LayoutMismatch as wrong:
-            raise _refused(wrong) from wrong
 
 
 def _base(name: str) -> str:
@@ -436,7 +175,7 @@ def _text(name: str, objects: Iterable[dict[str, Any]], options: dict[str, Any])
                 yield mapdump.text(_base(entry["map"]), entry, raw=bool(options.get("raw")))
 
 
-def _watched(source: Source, objects: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _watched(source: map_source.Source, objects: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Conntrack entries as they come; those without the other one of their pair are told at the end."""
     from calitrace.report import mapdump
 
@@ -451,7 +190,7 @@ def _watched(source: Source, objects: Iterable[dict[str, Any]]) -> Iterator[dict
 def _dump(name: str, **options: Any) -> int:
     source = _source(options)
     maps = _chosen(source, name, options)
-    objects = _objects(source, maps)
+    objects = map_source.objects(source, maps)
     if options.get("interval") is not None:
         objects = _rates(source, maps, options)
     wanted = options.get("words") or ()
@@ -468,13 +207,13 @@ def _dump(name: str, **options: Any) -> int:
                         sys.stdout.buffer.write(block)
                         sys.stdout.flush()
             except LayoutMismatch as wrong:
-                raise _refused(wrong) from wrong
+                raise map_source.refused(wrong) from wrong
         else:
             for entry in objects:
                 if name != "counters" or options.get("iface") in (None, entry.get("interface")):
                     click.echo(json.dumps(entry))
     else:
-        if any(map(_only_members, maps)):
+        if any(map(map_source.only_members, maps)):
             name = ""
         for line in _text(name, _watched(source, objects) if name == "conntrack" else objects, options):
             sys.stdout.write(line + "\n")
@@ -484,15 +223,15 @@ def _dump(name: str, **options: Any) -> int:
     return _finish(source)
 
 
-def _rates(source: Source, maps: list[RawMap], options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _rates(source: map_source.Source, maps: list[RawMap], options: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Counters with what they gained within the interval."""
     from calitrace.report import mapdump
 
     if options["path"] is not None or options["bpftool"] is not None:
         raise UsageError("--interval needs a live node", "compare two snapshots with `calitrace maps diff A B`")
-    before, start = list(_objects(source, maps)), time.monotonic()
+    before, start = list(map_source.objects(source, maps)), time.monotonic()
     _wait(options["interval"])
-    after, end = list(_objects(source, maps)), time.monotonic()
+    after, end = list(map_source.objects(source, maps)), time.monotonic()
     return mapdump.per_second(before, after, end - start)
 
 
@@ -516,7 +255,7 @@ def _policy(words: tuple[str, ...], **options: Any) -> int:
     wanted = ("ingress", "egress", "xdp") if hooks[0] == "all" else (hooks[0],)
     family = "v6" if options["ipv6"] else "v4"
     source = _source(options)
-    hits = {entry["rule_id"]: entry["packets"] for entry in _objects(source, source.pick(("rule_ctrs",)))}
+    hits = {entry["rule_id"]: entry["packets"] for entry in map_source.objects(source, source.pick(("rule_ctrs",)))}
     found = False
     for hook in wanted:
         file = options["policy_dir"] / f"{interface}_{hook}_{family}.json"
@@ -541,10 +280,10 @@ def _policy(words: tuple[str, ...], **options: Any) -> int:
     return _finish(source)
 
 
-def _missing_interfaces(source: Source, maps: list[RawMap]) -> None:
+def _missing_interfaces(source: map_source.Source, maps: list[RawMap]) -> None:
     """Workload interfaces of the node that Calico's map does not have: their packets are dropped."""
-    known = {entry["ifindex"] for entry in _objects(source, maps) if "ifindex" in entry}
-    if any(map(_only_members, maps)):
+    known = {entry["ifindex"] for entry in map_source.objects(source, maps) if "ifindex" in entry}
+    if any(map(map_source.only_members, maps)):
         return
     for index, name in sorted(source.interfaces.items()):
         if name.startswith("cali") and index not in known:
@@ -596,9 +335,9 @@ def _get(name: str, words: tuple[str, ...], **options: Any) -> int:
         raise UsageError("get needs a key", f"such as `calitrace maps {name} get 10.0.0.1`")
     words = tuple(part for word in words for part in _key_parts(word))
     source = _source(options)
-    if name == "conntrack" and not any(map(_only_members, source.pick(("ct",), ipv6=options["ipv6"]))):
+    if name == "conntrack" and not any(map(map_source.only_members, source.pick(("ct",), ipv6=options["ipv6"]))):
         return _connections(source, words, options)
-    found = [e for e in _objects(source, _chosen(source, name, options)) if _matches(e, words)]
+    found = [e for e in map_source.objects(source, _chosen(source, name, options)) if _matches(e, words)]
     if all(_base(entry["map"]) == "nat_be" for entry in found):
         found = []
     if options["as_json"] or options["output"] == "json":
@@ -615,7 +354,7 @@ def _get(name: str, words: tuple[str, ...], **options: Any) -> int:
     return status
 
 
-def _connections(source: Source, words: tuple[str, ...], options: dict[str, Any]) -> int:
+def _connections(source: map_source.Source, words: tuple[str, ...], options: dict[str, Any]) -> int:
     """Print the connections that have these addresses and ports, each with the other entry of its NAT pair."""
     from calitrace.calico import maptables
     from calitrace.report import mapdump
@@ -625,7 +364,7 @@ def _connections(source: Source, words: tuple[str, ...], options: dict[str, Any]
         try:
             layout = maptables.resolve(raw)
         except LayoutMismatch as wrong:
-            raise _refused(wrong) from wrong
+            raise map_source.refused(wrong) from wrong
 
         def words_of(entries: Iterable[tuple[bytes, bytes]], raw: RawMap = raw) -> Iterator[dict[str, Any]]:
             return mapdump.iter_objects(replace(raw, entries=entries), context)
@@ -663,7 +402,7 @@ def _summary(name: str, **options: Any) -> int:
         try:
             found = mapdump.summary(raw)
         except LayoutMismatch as wrong:
-            raise _refused(wrong) from wrong
+            raise map_source.refused(wrong) from wrong
         if options["as_json"] or options["output"] == "json":
             click.echo(json.dumps(found))
             continue
@@ -680,12 +419,12 @@ def _stats(name: str, **options: Any) -> int:
         return _summary(name, **options)
     source = _source(options)
     for raw in _chosen(source, name, options):
-        if _only_members(raw):
+        if map_source.only_members(raw):
             raise Error(f"map {raw.name} is of no version that we know", "see what is in it with dump")
         try:
             lines = mapdump.iter_stats(mapdump.summary(raw))
         except LayoutMismatch as wrong:
-            raise _refused(wrong) from wrong
+            raise map_source.refused(wrong) from wrong
         for line in lines:
             click.echo(line)
     return _finish(source)
@@ -697,7 +436,7 @@ def _latency(name: str, **options: Any) -> int:
     if options["as_json"] or options["output"] == "json":
         return _dump(name, **options)
     source = _source(options)
-    for line in mapdump.iter_latency(_objects(source, _chosen(source, name, options), understood=True)):
+    for line in mapdump.iter_latency(map_source.objects(source, _chosen(source, name, options), understood=True)):
         click.echo(line)
     return _finish(source)
 
@@ -787,7 +526,7 @@ command.add_command(_versions_group)
 @click.option("-w", "--write", "path", required=True, type=click.Path(path_type=Path), help="The journal to write.")
 def _snapshot(path: Path, **options: Any) -> int:
     """Write all maps into a journal, for -r and diff."""
-    source = _live(options["bpffs"], options["netns"], options["pid"], options["policy_dir"])
+    source = map_source.live(options["bpffs"], options["netns"], options["pid"], options["policy_dir"])
     save(source, path)
     return _finish(source)
 
@@ -795,7 +534,7 @@ def _snapshot(path: Path, **options: Any) -> int:
 _snapshot.params += click.command()(_with(_WHERE, lambda: None)).params
 
 
-def save(source: Source, path: Path) -> None:
+def save(source: map_source.Source, path: Path) -> None:
     """Write a snapshot. Raises UsageError when the file exists or cannot be written."""
     from calitrace import __version__, journal
     from calitrace.calico import mapbtf
@@ -840,40 +579,6 @@ def _endpoint(text: str, *, port: bool) -> tuple[str, int]:
     return _address(address.strip("[]")), int(number or 0)
 
 
-def _tables(source: Source, *, ipv6: bool, ends: frozenset[str] = frozenset()) -> Any:
-    """The maps that walk and diff look into; of conntrack what has one of the *ends*, and its NAT partners."""
-    from calitrace.correlate.walk import Tables
-
-    def of(base: str) -> list[dict[str, Any]]:
-        return list(_objects(source, source.pick((base,), ipv6=ipv6), understood=True))
-
-    def there(base: str) -> list[dict[str, Any]] | None:
-        return of(base) if source.pick((base,), ipv6=ipv6) else None
-
-    return Tables(
-        list(_flows(source, ipv6, ends)) if ends else [], of("nat_fe"), of("nat_be"), of("nat_aff"), of("routes"),
-        there("iface"), there("fsafes"), of("mglv"), of("sprefix"), source.programs, source.now_ns,
-    )  # fmt: skip
-
-
-def _flows(source: Source, ipv6: bool, ends: frozenset[str]) -> Iterator[dict[str, Any]]:
-    """Conntrack entries with one of these addresses, and what their forward entries lead to."""
-    from calitrace.calico import maptables
-    from calitrace.report import mapdump
-
-    packed = [ip_address(each).packed for each in ends]
-    for raw in source.pick(("ct",), ipv6=ipv6):
-        near = [(key, value) for key, value in raw.entries if any(each in key for each in packed)]
-        if near and not _only_members(raw):
-            with suppress(LayoutMismatch):  # which is refused below
-                layout = maptables.resolve(raw)
-                found = [mapdump.partner_keys(layout, key, value) for key, value in near]
-                # A forward entry has one partner, whose source may have been translated.
-                wanted = {each[0] for each in found if len(each) == 1} - {key for key, _ in near}
-                near += [(key, value) for key, value in raw.entries if key in wanted] if wanted else []
-        yield from _objects(source, [replace(raw, entries=near)], understood=True)
-
-
 @command.command("walk")
 @click.argument("source_end", metavar="SRC[:PORT]")
 @click.argument("target", metavar="DST:PORT/PROTO")
@@ -902,7 +607,7 @@ def _walk(source_end: str, target: str, ingress: str, **options: Any) -> int:
     known = set(source.context().interfaces.values())
     if ingress and known and ingress not in known:
         source.note(f"no interface {ingress} is here")
-    tables = _tables(source, ipv6=":" in dst, ends=frozenset({src, dst} if sport else ()))
+    tables = map_source.tables(source, ipv6=":" in dst, ends=frozenset({src, dst} if sport else ()))
     steps = walk.walk(walk.Packet(src, sport, dst, dport, proto, ingress), tables)
     for step in steps:
         if options["as_json"] or options["output"] == "json":
@@ -932,7 +637,7 @@ def _diff(files: tuple[Path, ...], wait: float | None, check: bool, **options: A
     if (len(files), wait is None) not in ((2, True), (0, False)):
         raise UsageError("diff needs two snapshots, or --wait SECONDS", "calitrace maps snapshot -w A")
     if wait is None:
-        sides = [_journal(path) for path in files]
+        sides = [map_source.of_journal(path) for path in files]
         views = [_view(side, options["ipv6"]) for side in sides]
     else:
         sides = [_whole_source(options)]
@@ -957,11 +662,11 @@ def _diff(files: tuple[Path, ...], wait: float | None, check: bool, **options: A
     return int(Exit.FINDINGS if check and count else Exit.DONE)
 
 
-def _view(source: Source, ipv6: bool) -> dict[str, Any]:
+def _view(source: map_source.Source, ipv6: bool) -> dict[str, Any]:
     """All that diff compares, read now."""
     bases = ("routes", "iface", "arp", "fsafes", "ip_sets", "nat_aff", "ct", "qos", "counters")
-    found = {base: list(_objects(source, source.pick((base,), ipv6=ipv6), understood=True)) for base in bases}
-    return {**found, "tables": _tables(source, ipv6=ipv6)}
+    found = {base: list(map_source.objects(source, source.pick((base,), ipv6=ipv6), understood=True)) for base in bases}
+    return {**found, "tables": map_source.tables(source, ipv6=ipv6)}
 
 
 def _differences(
@@ -1028,7 +733,9 @@ def _live_maps(options: dict[str, Any], base: str) -> list[tuple[Any, RawMap]]:
 def _keep(options: dict[str, Any], maps: list[RawMap]) -> None:
     """Write what is about to go into the journal of --write. Raises UsageError."""
     if options["kept"] is not None:
-        source = Source(maps, {raw.pin for raw in maps}, now_ns=time.monotonic_ns(), node=socket.gethostname())
+        source = map_source.Source(
+            maps, {raw.pin for raw in maps}, now_ns=time.monotonic_ns(), node=socket.gethostname()
+        )
         save(source, options["kept"])
 
 
@@ -1044,7 +751,7 @@ def _remove_connections(options: dict[str, Any], wanted: Callable[[dict[str, Any
             objects = mapdump.iter_objects(replace(raw, entries=entries), mapdump.Context(time.monotonic_ns()))
             chosen = [(pair, entry) for pair, entry in zip(entries, objects, strict=True) if wanted(entry)]
         except LayoutMismatch as wrong:
-            raise _refused(wrong) from wrong
+            raise map_source.refused(wrong) from wrong
         for _, entry in chosen:
             if not change:
                 click.echo(mapdump.text("ct", entry, raw=True))
@@ -1081,7 +788,7 @@ def _flush_counters(iface: str | None, **options: Any) -> int:
     from calitrace.kernel import maps
 
     change = _may_change(options)
-    source = _live(options["bpffs"], options["netns"], options["pid"], options["policy_dir"])
+    source = map_source.live(options["bpffs"], options["netns"], options["pid"], options["policy_dir"])
     known = source.context().interfaces
     if iface is not None and iface not in known.values():
         raise UsageError(f"no interface {iface}", "list them with `calitrace maps counters dump`")
@@ -1089,7 +796,9 @@ def _flush_counters(iface: str | None, **options: Any) -> int:
     for found, raw in _live_maps(options, "counters"):
         pairs = list(raw.entries)  # read once: what is shown is what goes
         chosen = []
-        for pair, entry in zip(pairs, _objects(source, [replace(raw, entries=pairs)], understood=True), strict=True):
+        for pair, entry in zip(
+            pairs, map_source.objects(source, [replace(raw, entries=pairs)], understood=True), strict=True
+        ):
             if iface in (None, entry.get("interface")):
                 chosen.append(pair)
                 if not change:

@@ -127,6 +127,12 @@ def find(where: Path) -> list[Found]:
     return sorted(maps, key=lambda each: (each.pin, each.name))
 
 
+def of_node(state_map: int) -> list[Found]:
+    """The maps of one node, pinned or not: those of the Calico programs that use its state map, which has this id."""
+    used = _used_by_calico(state_map)
+    return [Found(info.name, "", None, info, True, btf) for info, btf in used.values()]
+
+
 def _no_privilege() -> EnvironmentUnfit:
     return EnvironmentUnfit("no permission to read BPF maps", "run as root or with CAP_BPF and CAP_SYS_ADMIN")
 
@@ -181,8 +187,11 @@ def _one_node(maps: list[Found], where: Path) -> None:
         )
 
 
-def _used_by_calico() -> dict[int, tuple[syscall.MapInfo, int]]:
-    """The maps that loaded Calico programs use, by id, with the id of such a program's BTF."""
+def _used_by_calico(beside: int = 0) -> dict[int, tuple[syscall.MapInfo, int]]:
+    """The maps that loaded Calico programs use, by id, with the id of such a program's BTF.
+
+    *beside*: only of programs that use the map with this id.
+    """
     found: dict[int, tuple[syscall.MapInfo, int]] = {}
     for identifier in syscall.program_ids():
         try:
@@ -193,7 +202,7 @@ def _used_by_calico() -> dict[int, tuple[syscall.MapInfo, int]]:
             program = syscall.program_info(descriptor)
         finally:
             os.close(descriptor)
-        if not program.name.startswith(_PREFIXES):
+        if not program.name.startswith(_PREFIXES) or (beside and beside not in program.map_ids):
             continue
         for each in program.map_ids:
             if each not in found:
