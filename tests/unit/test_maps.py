@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,22 @@ def test_many_lines_at_once_are_those_of_one_at_a_time(name: str) -> None:
     for context in (NOW, mapdump.Context(interfaces={3: 'a"b'})):
         lines = b"".join(conntrack_json.iter_blocks(raw, context)).decode().splitlines()
         assert sorted(lines) == sorted(json.dumps(each) for each in mapdump.iter_objects(raw, context))
+
+
+def test_entries_at_keys() -> None:
+    """Looked up where the source can, else looked for."""
+
+    class Source(list[tuple[bytes, bytes]]):
+        def at(self, keys: list[bytes]) -> list[tuple[bytes, bytes]]:
+            return [(key, b"up") for key in keys]
+
+    raw = made("cali_v4_ct4", (KEY, conntrack(4)), (bytes(16), conntrack(4)))
+    assert maptables.at(raw, [KEY]) == [(KEY, conntrack(4))]
+    assert maptables.at(replace(raw, entries=Source()), [KEY]) == [(KEY, b"up")]
+    layout = maptables.resolve(raw)
+    members = {"proto": KEY[:4], "addr_a": KEY[4:8], "addr_b": KEY[8:12], "port_a": KEY[12:14], "port_b": KEY[14:]}
+    assert layout.key.encode({**members, "other": b"x"}) == KEY
+    assert layout.key.encode({}) == bytes(16)
 
 
 def test_an_unknown_size_is_refused_with_what_is_known() -> None:

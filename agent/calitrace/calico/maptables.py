@@ -19,7 +19,7 @@ from calitrace.calico.maps import RawMap, identify
 from calitrace.errors import LayoutMismatch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 _CODES = {
     "u8": "B", "u16": "H", "u32": "I", "u64": "Q", "s16": "h", "s32": "i",
@@ -89,6 +89,14 @@ class Table:
             name: _MEANING[kind](value) if kind in _MEANING else value
             for (_, kind, name), value in zip(self.rows, self._struct.unpack(raw), strict=True)
         }
+
+    def encode(self, members: Mapping[str, bytes]) -> bytes:
+        """A record with these members, each as it lies in memory; all else is zero."""
+        raw = bytearray(self.size)
+        for offset, _, name in self.rows:
+            if name in members:
+                raw[offset : offset + len(members[name])] = members[name]
+        return bytes(raw)
 
     def iter_columns(self, raw: bytes) -> Iterator[tuple[str, Sequence[Any]]]:
         """Packed records, member by member: (name, its value in each record). Addresses are decoded once each."""
@@ -295,6 +303,15 @@ def summed(raw: RawMap, value: bytes) -> bytes:
     cells = struct.unpack(f"<{count * raw.cpus}Q", value)
     total = (sum(cells[index::count]) & 0xFFFFFFFFFFFFFFFF for index in range(count))
     return struct.pack(f"<{count}Q", *total)[: raw.value_size]
+
+
+def at(raw: RawMap, keys: Collection[bytes]) -> list[tuple[bytes, bytes]]:
+    """The entries with these keys: looked up where the map's source can do that, else looked for."""
+    source = getattr(raw.entries, "at", None)
+    if source is not None:
+        found: list[tuple[bytes, bytes]] = source(keys)
+        return found
+    return [(key, value) for key, value in raw.entries if key in keys]
 
 
 def iter_entries(raw: RawMap, layout: Layout) -> Iterator[dict[str, Any]]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from calitrace.btf import Btf
     from calitrace.calico.maps import RawMap
     from calitrace.calico.timeouts import Timeouts
+    from calitrace.correlate.walk import Packet, Tables
     from calitrace.journal import Journal
     from calitrace.kernel.maps import Found
     from calitrace.report.mapdump import Context
@@ -287,8 +288,8 @@ def objects(source: Source, maps: Iterable[RawMap], *, understood: bool = False)
             raise refused(wrong) from wrong
 
 
-def tables(source: Source, *, ipv6: bool, ends: frozenset[str] = frozenset()) -> Any:
-    """The maps that walk and diff look into; of conntrack what has one of the *ends*, and its NAT partners."""
+def tables(source: Source, *, ipv6: bool, packet: Packet | None = None) -> Tables:
+    """The maps that walk and diff look into; of conntrack the entry of this *packet*, and that which it leads to."""
     from calitrace.correlate.walk import Tables
 
     def of(base: str) -> list[dict[str, Any]]:
@@ -298,24 +299,29 @@ def tables(source: Source, *, ipv6: bool, ends: frozenset[str] = frozenset()) ->
         return of(base) if source.pick((base,), ipv6=ipv6) else None
 
     return Tables(
-        list(_flows(source, ipv6, ends)) if ends else [], of("nat_fe"), of("nat_be"), of("nat_aff"), of("routes"),
+        list(_flow(source, packet)) if packet else [], of("nat_fe"), of("nat_be"), of("nat_aff"), of("routes"),
         there("iface"), there("fsafes"), of("mglv"), of("sprefix"), source.programs, source.now_ns,
     )  # fmt: skip
 
 
-def _flows(source: Source, ipv6: bool, ends: frozenset[str]) -> Iterator[dict[str, Any]]:
-    """Conntrack entries with one of these addresses, and what their forward entries lead to."""
+def _flow(source: Source, packet: Packet) -> Iterator[dict[str, Any]]:
     from calitrace.calico import maptables
     from calitrace.report import mapdump
 
-    packed = [ip_address(each).packed for each in ends]
-    for raw in source.pick(("ct",), ipv6=ipv6):
-        near = [(key, value) for key, value in raw.entries if any(each in key for each in packed)]
-        if near and not only_members(raw):
+    proto = next(number for number, name in mapdump.PROTOCOLS.items() if name == packet.proto).to_bytes(4, "little")
+    ends = [(ip_address(address).packed, port.to_bytes(2, "little"))
+            for address, port in ((packet.src, packet.sport), (packet.dst, packet.dport))]  # fmt: skip
+    for raw in source.pick(("ct",), ipv6=packet.version == 6):
+        near = []
+        if not only_members(raw):
             with suppress(LayoutMismatch):  # which is refused below
                 layout = maptables.resolve(raw)
-                found = [mapdump.partner_keys(layout, key, value) for key, value in near]
+                keys = [
+                    layout.key.encode({"proto": proto, "addr_a": a[0], "port_a": a[1], "addr_b": b[0], "port_b": b[1]})
+                    for a, b in (ends, ends[::-1])
+                ]
+                near = maptables.at(raw, keys)
+                partners = [mapdump.partner_keys(layout, key, value) for key, value in near]
                 # A forward entry has one partner, whose source may have been translated.
-                wanted = {each[0] for each in found if len(each) == 1} - {key for key, _ in near}
-                near += [(key, value) for key, value in raw.entries if key in wanted] if wanted else []
+                near += maptables.at(raw, [each[0] for each in partners if len(each) == 1])
         yield from objects(source, [replace(raw, entries=near)], understood=True)

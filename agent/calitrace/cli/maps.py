@@ -607,8 +607,8 @@ def _walk(source_end: str, target: str, ingress: str, **options: Any) -> int:
     known = set(source.context().interfaces.values())
     if ingress and known and ingress not in known:
         source.note(f"no interface {ingress} is here")
-    tables = map_source.tables(source, ipv6=":" in dst, ends=frozenset({src, dst} if sport else ()))
-    steps = walk.walk(walk.Packet(src, sport, dst, dport, proto, ingress), tables)
+    packet = walk.Packet(src, sport, dst, dport, proto, ingress)
+    steps = walk.walk(packet, map_source.tables(source, ipv6=":" in dst, packet=packet if sport else None))
     for step in steps:
         if options["as_json"] or options["output"] == "json":
             click.echo(json.dumps(asdict(step)))

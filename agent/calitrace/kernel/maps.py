@@ -305,6 +305,17 @@ class Entries:
         finally:
             os.close(descriptor)
 
+    def at(self, keys: Iterable[bytes]) -> list[tuple[bytes, bytes]]:
+        """Those with these keys. Raises as :meth:`iter_blocks`."""
+        descriptor = open_map(self._found)
+        try:
+            found = [(key, syscall.map_lookup(descriptor, key, self._value_size)) for key in keys]
+        except OSError as failure:
+            raise EnvironmentUnfit(f"cannot read map {self._found.name}: {failure.strerror}") from failure
+        finally:
+            os.close(descriptor)
+        return [(key, value) for key, value in found if value is not None]
+
     def _iter_blocks(self, descriptor: int) -> Iterator[tuple[int, bytes, bytes]]:
         info = self._found.info
         most = max(_BLOCK_BYTES // (info.key_size + self._value_size), 16)
