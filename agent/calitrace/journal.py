@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 SCHEMA = 1
 HEADER, EVENTS, TEXT, PROBES, SYMBOLS = "calitrace", "events", "text", "probes", "symbols"
 TOTALS, MAPS, SNAPSHOT, COUNTERS, END = "totals", "maps", "snapshot", "counters", "end"
-KINDS = (HEADER, EVENTS, TEXT, PROBES, SYMBOLS, TOTALS, MAPS, SNAPSHOT, COUNTERS, END)
+STATEMENT = "statement"
+KINDS = (HEADER, EVENTS, TEXT, PROBES, SYMBOLS, TOTALS, MAPS, SNAPSHOT, COUNTERS, STATEMENT, END)
 _CHUNK = 1 << 20
 
 
@@ -53,7 +54,7 @@ class Writer:
 
 @dataclass
 class Journal:
-    """A journal read back. *probes*: by number.
+    """A journal read back. *probes*: by number. *statements*: by time and sk_buff of a drop, see correlate.witness.
 
     *cut_at*: byte at which it was cut short, None when it has its end frame. *broken*: what garbage ended it, see
     :func:`read`.
@@ -67,6 +68,7 @@ class Journal:
     snapshot: dict[str, Any] | None = None
     maps: list[RawMap] = field(default_factory=list)
     counters: list[dict[str, Any]] = field(default_factory=list)
+    statements: dict[tuple[int, int], dict[str, Any]] = field(default_factory=dict)
     unknown: Counter[str] = field(default_factory=Counter)
     complete: bool = False
     cut_at: int | None = None
@@ -197,6 +199,8 @@ def _take(journal: Journal, kind: str, body: dict[str, Any], at: int) -> None:
         journal.snapshot = body
     elif kind == COUNTERS:
         journal.counters.append(body)
+    elif kind == STATEMENT:
+        journal.statements[body["ktime_ns"], body["skbaddr"]] = body["said"]
     elif kind == MAPS:
         _take_map(journal, body, at)
     elif kind == END:

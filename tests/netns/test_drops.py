@@ -150,11 +150,11 @@ def test_each_cause_against_its_own_count(
     for each in injected:
         if each["by_calico"]:
             assert each["calico_reason"] == (reason or None)
-            known = level == "debug" or with_rule
-            assert meaning in each["cause"] if known else "cause not recorded (policy" in each["cause"]
+            assert meaning in each["cause"]
             assert bool(each["rules"]) == with_rule
-            assert each["sources"] == (["log", "state"] if level == "debug" else ["state"])
-            assert each["confidence"] == "proven"
+            known = level == "debug" or with_rule
+            assert each["sources"] == (["log", "state"] if level == "debug" else ["state", *["routes"] * (not known)])
+            assert each["confidence"] == ("proven" if known else "likely")
 
 
 def frontend(address: str, port: int, proto: int) -> bytes:
@@ -233,6 +233,30 @@ def test_a_packet_that_conntrack_refuses(healed: Lab, level: str) -> None:
         assert ("only one side's policy" if level == "debug" else "invalid in conntrack") in each["cause"]
 
 
+def test_a_pod_that_sends_from_another_address(healed: Lab, tmp_path: Path) -> None:
+    """A silent drop, which the maps explain; and a counter that rose with a drop that Calico counts."""
+    assert on(healed, "log-level", "off").returncode == 0
+    assert on(healed, "fault", "policy-deny").returncode == 0
+    datagram = ip_header("10.65.0.99", "10.10.0.100", 17) + struct.pack("!HHHH", 4001, 9, 8, 0)
+    file = str(tmp_path / "j.calitrace")
+    with listening("-o", "json", "--calico-only", "-w", file) as process:
+        send_raw(healed, "pod-a", datagram, "10.10.0.100", COUNT)
+        port = send(healed, "client", "10.10.0.1", 30053, COUNT)
+        drops, _ = finished(process)
+    silent = [each for each in drops if each["src"] == "10.65.0.99"]
+    assert len(silent) == COUNT
+    for each in silent:
+        assert "not an address of this pod" in each["cause"]
+        assert (each["confidence"], each["sources"]) == ("likely", ["state", "maps"])
+        assert (each["calico_reason"], each["hook"]) == (None, "tc ingress")
+    denied = [each for each in drops if each["sport"] == port]
+    assert len(denied) == COUNT
+    assert any("counters of this hook rose" in line and "DROPPED_BY_POLICY +" in line
+               for each in denied for line in each["evidence"])  # fmt: skip
+    offline = calitrace("drops", "-r", file, "-o", "json", "--calico-only").stdout.splitlines()
+    assert [json.loads(line) for line in offline][:-1] == drops
+
+
 def test_a_program_that_ends_before_it_reads_the_packet(healed: Lab) -> None:
     """What the state then holds is another packet's, or nothing: not believed."""
     assert on(healed, "log-level", "off").returncode == 0
@@ -245,8 +269,8 @@ def test_a_program_that_ends_before_it_reads_the_packet(healed: Lab) -> None:
     assert len(mine) == COUNT
     for each in mine:
         assert (each["by_calico"], each["calico_reason"], each["rules"]) == (True, None, [])
-        assert each["cause"] == "dropped by Calico: cause not recorded"
-        assert each["confidence"] == "likely"
+        assert each["cause"].endswith("it seems: no row for this interface and hook in Calico's counters")
+        assert (each["confidence"], each["sources"]) == ("likely", ["counters"])
 
 
 def test_route_unknown_is_named_by_the_state(lab: Lab) -> None:

@@ -92,6 +92,7 @@ CAPTIONS = {
     "MAGLEV_NO_BACKEND": ("Dropped", "Maglev lookup found no backends"),
     "NO_HOST_IP": ("Dropped", "VXLAN encap when host IP unknown"),
 }
+DROPS = frozenset(name for name, (category, _) in CAPTIONS.items() if category == "Dropped")
 # In words that a user understands.
 MEANING = {
     "DROPPED_BY_POLICY": "denied by policy",
@@ -106,6 +107,7 @@ MEANING = {
     "BLACK_HOLE": "the destination is a service address that no service uses",
     "SOURCE_COLLISION_FAILED": "no free source port to resolve a collision",
     "CT_CREATE_FAILED": "the conntrack entry could not be made",
+    "FRAG_WAIT": "a fragment that waits for the rest of its packet",
     "FRAG_REORDER": "a fragment came before the first one of its packet",
     "FRAG_UNSUPPORTED": "the kernel is too old to put fragments together",
     "DROPPED_BY_QOS": "QoS limit of the pod",

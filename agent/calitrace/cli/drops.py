@@ -21,7 +21,9 @@ from calitrace.errors import Exit, Malformed, UsageError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from calitrace.cli.drop_witness import Witness
     from calitrace.correlate.drops import Cause, Dropped
+    from calitrace.journal import Writer as Journal
     from calitrace.kernel.collectors import Collectors
     from calitrace.model import Cell, Topology
 
@@ -154,6 +156,9 @@ class _Session:
         self._symbols: dict[int, str] = {}
         self._netns = 0
         self._collectors: Collectors | None = None
+        self._witness: Witness | None = None
+        self._writer: Journal | None = None
+        self._statements: dict[tuple[int, int], dict[str, Any]] = {}
         self._stopped = False
         self._is_tty = sys.stdout.isatty()
 
@@ -180,6 +185,7 @@ class _Session:
 
     def _live(self, stack: ExitStack) -> None:
         from calitrace import journal
+        from calitrace.cli.drop_witness import Witness
         from calitrace.cli.probe import LAB_POLICY_DIRS, POLICY_DIRS
         from calitrace.cli.recording import create, header, say
         from calitrace.cluster import pods
@@ -214,9 +220,10 @@ class _Session:
             stack.callback(os.close, syscall.enable_stats())
         except OSError as failure:  # before Linux 5.8
             say(f"warning: what we cost is not measured: {failure.strerror}")
+        self._witness = Witness()
         self._watch(topology, collectors)
         self._collectors = collectors
-        writer = journal.Writer(stream, facts) if stream else None
+        writer = self._writer = journal.Writer(stream, facts) if stream else None
         say("listening to tracepoint kfree_skb")
         if settings.output == "table" and not settings.top:
             click.echo(self._report.HEADER)
@@ -282,6 +289,8 @@ class _Session:
                 if each.state_map and each.state_bytes == collectors.plan.state_bytes
             }
         )
+        if self._witness is not None:
+            self._witness.settle(topology)
         self._looked_at = time.monotonic()
 
     def _look_again(self) -> bool:
@@ -316,6 +325,7 @@ class _Session:
         if found.cut_at is not None:
             say(f"warning: {path} was cut short at byte {found.cut_at}: what follows is missing")
         self._symbols.update(found.symbols)
+        self._statements = found.statements
         if self._settings.output == "table" and not self._settings.top:
             click.echo(self._report.HEADER)
         self._take(found.events, lambda _: {})
@@ -393,6 +403,7 @@ class _Session:
         unknown = event.ifindex and not cause.place.interface
         if (unknown or (cause.sources == ("hook",) and not cause.by_calico)) and self._look_again():
             cause = self._explain(dropped)
+        cause = self._weigh(dropped, cause)
         if not settings.wants(cause):
             self._sums.filtered += 1
             return
@@ -431,6 +442,21 @@ class _Session:
 
     def _explain(self, dropped: Dropped) -> Cause:
         return self._drops.explain(dropped.event, dropped.passages, dropped.state, self._topology, self._names)
+
+    def _weigh(self, dropped: Dropped, cause: Cause) -> Cause:
+        """The cause with what Calico's maps said about the drop: live, or as the journal has it."""
+        from calitrace import journal
+        from calitrace.correlate import witness
+
+        key = (dropped.event.ktime_ns, dropped.event.skbaddr)
+        if key in self._statements:
+            return witness.weigh(cause, witness.Statement.from_map(self._statements[key]))
+        said = self._witness.about(dropped, cause) if self._witness is not None else None
+        if said is None:
+            return cause
+        if self._writer is not None:
+            self._writer.write(journal.STATEMENT, {"ktime_ns": key[0], "skbaddr": key[1], "said": said.to_map()})
+        return witness.weigh(cause, said)
 
     # -- totals -----------------------------------------------------------------------------------------
 

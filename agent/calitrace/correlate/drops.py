@@ -84,7 +84,8 @@ class Cause:
     """Why a packet was dropped. *text*: one sentence; *detail*: the same without who did it.
 
     *calico_reason*: name of Calico's code, empty where it recorded none; *rules*: those that decided, named if known.
-    *sources*: which kinds of evidence carry it (``log``, ``state``, ``hook``, ``kernel``).
+    *sources*: which kinds of evidence carry it (``log``, ``state``, ``counters``, ``maps``, ``hook``, ``kernel``).
+    *recorded*: whether Calico or the kernel left more than that it was dropped.
     """
 
     text: str
@@ -98,6 +99,7 @@ class Cause:
     rules: tuple[str, ...] = ()
     sources: tuple[str, ...] = ("kernel",)
     evidence: tuple[str, ...] = ()
+    recorded: bool = True
 
 
 _TC_REASONS = {"TC_INGRESS": "ingress", "TC_EGRESS": "egress"}
@@ -158,11 +160,12 @@ def explain(drop: Drop, passages: Sequence[Passage], copy: StateCopy | None, top
             evidence=tuple(evidence),
         )
     calico_reason = reasons.name(code, namespace.reasons if namespace else 0) if code else ""
-    detail = (passage.cause() if passage else "") or reasons.MEANING.get(calico_reason, "")
-    if not detail and held is not None:
+    detail = (passage.cause() if passage else "") or reasons.MEANING.get(calico_reason, calico_reason)
+    detail = detail or (held.conntrack_problem if held is not None else "")
+    recorded = bool(detail or rules)
+    if not recorded and held is not None:
         policy = state.POLICY_RESULTS.get(held.pol_rc, str(held.pol_rc))
-        known = f"cause not recorded (policy {policy}, conntrack {held.conntrack})"
-        detail = held.conntrack_problem or known
+        detail = f"cause not recorded (policy {policy}, conntrack {held.conntrack})"
     if passage is not None and held is not None and held.calico_reason not in (None, 0, code):
         evidence.append(f"the log and the state disagree: the state says reason {held.calico_reason}")
     named = tuple(names.rule(rule) for rule in rules)
@@ -180,6 +183,7 @@ def explain(drop: Drop, passages: Sequence[Passage], copy: StateCopy | None, top
         named,
         tuple(name for name, source in found.items() if source is not None) or ("hook",),
         tuple(evidence),
+        recorded,
     )
 
 

@@ -7,6 +7,7 @@ the programs in their tail-call maps), so it does not matter where, or whether, 
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from dataclasses import replace
@@ -19,6 +20,12 @@ from calitrace.model import Link, Namespace, Role, Topology
 
 _WORKLOAD_PREFIX = "cali"
 _CLSACT = "clsact"
+_NO_ROUTE = {
+    errno.ENETUNREACH,
+    errno.EHOSTUNREACH,
+    errno.EACCES,
+    errno.EINVAL,
+}  # none, unreachable, prohibit, blackhole
 
 
 def topology(client: str = "") -> Topology:
@@ -217,6 +224,21 @@ def _joined(found: dict[int, Namespace], start: int) -> set[int]:
         joined |= fresh
         waiting += fresh
     return joined
+
+
+def interface_towards(address: str) -> int:
+    """ifindex by which this thread's namespace routes packets to an address, 0 for none. Raises EnvironmentUnfit."""
+    from pyroute2 import IPRoute
+    from pyroute2.netlink.exceptions import NetlinkError
+
+    with IPRoute() as route:
+        try:
+            (message,) = route.route("get", dst=address)
+        except NetlinkError as failure:
+            if failure.code in _NO_ROUTE:
+                return 0
+            raise EnvironmentUnfit(f"cannot ask for the route to {address}: {failure}") from failure
+    return int(message.get_attr("RTA_OIF") or 0)
 
 
 def state_maps(found: Topology) -> dict[int, int]:

@@ -128,9 +128,12 @@ def find(where: Path) -> list[Found]:
 
 
 def of_node(state_map: int) -> list[Found]:
-    """The maps of one node, pinned or not: those of the Calico programs that use its state map, which has this id."""
+    """The maps of the node whose state map has this id: those pinned beside it, and those that its programs use."""
     used = _used_by_calico(state_map)
-    return [Found(info.name, "", None, info, True, btf) for info, btf in used.values()]
+    pins = [each for path in _iter_pins(BPFFS) if (each := _open_pin(path, BPFFS, used)) is not None]
+    homes = {each.directory for each in pins if each.info.id == state_map}
+    found = {each.info.id: each for each in pins if each.directory in homes}
+    return [*found.values(), *(Found(i.name, "", None, i, True, btf) for i, btf in used.values() if i.id not in found)]
 
 
 def _no_privilege() -> EnvironmentUnfit:
