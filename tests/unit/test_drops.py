@@ -277,10 +277,10 @@ def test_top() -> None:
     ]
     assert len(list(report.iter_top({}, 0, Counter(), topology(), names, 2))) == 1
     objects = [report.cell_object(cell, number, topology(), names) for cell, number in counts.items()]
-    assert [(o["drops"], o["interface"], o["namespace"]) for o in objects] == [
-        (40, "ens192", "lab-node-a"),
-        (2, None, None),
-        (1, None, "lab-node-a"),
+    assert [(o["drops"], o["interface"], o["namespace"], o["hook"]) for o in objects] == [
+        (40, "ens192", "lab-node-a", ""),
+        (2, None, None, "tc egress"),
+        (1, None, "lab-node-a", ""),
     ]
 
 

@@ -84,7 +84,8 @@ def command(**options: Any) -> int:
     """Show every dropped packet with its cause.
 
     Calico's drops are named by its reason and rule, from its state at that moment, and from its debug log where that
-    is on; all others by the kernel's reason and function. A PCAP FILTER sees a packet's first 128 bytes, from the IP
+    is on; all others by the kernel's reason and function. Where Calico left no reason its counters and maps are asked:
+    what they name is likely, not proven. A PCAP FILTER sees a packet's first 128 bytes, from the IP
     header on, and those of the packet that it carries in VXLAN.
     """
     settings = Settings(**options)

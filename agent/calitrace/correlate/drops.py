@@ -122,7 +122,7 @@ def place_of(event: PacketEvent, topology: Topology, hook: str = "") -> Place:
 def explain(drop: Drop, passages: Sequence[Passage], copy: StateCopy | None, topology: Topology, names: Names) -> Cause:
     """The cause of a drop. *passages*: those of Calico's log that led to it; *copy*: Calico's state just then."""
     reason, symbol = names.drop_reason(drop), names.symbol(drop)
-    hook = _tc_hook(reason, symbol, names)
+    hook = tc_hook(reason, symbol, names)
     place = place_of(drop, topology, f"tc {hook}" if hook else "")
     evidence = [f"skb:kfree_skb {reason or 'without reason'} in {symbol}"]
     if not hook:
@@ -187,7 +187,7 @@ def explain(drop: Drop, passages: Sequence[Passage], copy: StateCopy | None, top
     )
 
 
-def _tc_hook(reason: str, symbol: str, names: Names) -> str:
+def tc_hook(reason: str, symbol: str, names: Names) -> str:
     """``ingress``, ``egress``, or empty. The reason says it, or, where the kernel has none, the function."""
     if reason in _TC_REASONS:
         return _TC_REASONS[reason]

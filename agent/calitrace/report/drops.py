@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from calitrace.correlate.drops import stack
+from calitrace.correlate.drops import stack, tc_hook
 from calitrace.packet import PROTOCOLS
 
 if TYPE_CHECKING:
@@ -152,13 +152,16 @@ def drop_object(dropped: Dropped, cause: Cause, harmless: str, time_ns: int, nam
 def cell_object(cell: Cell, number: int, topology: Topology, names: Names) -> dict[str, Any]:
     """One exact total."""
     link, namespace = topology.link(cell.netns, cell.ifindex), topology.namespace(cell.netns)
+    reason, symbol = names.reason(cell.skb_drop_reason), names.symbols.get(cell.location, f"{cell.location:#x}")
+    hook = tc_hook(reason, symbol, names)
     return {
         "type": "total",
         "drops": number,
-        "skb_drop_reason": names.reason(cell.skb_drop_reason),
-        "location": names.symbols.get(cell.location, f"{cell.location:#x}"),
+        "skb_drop_reason": reason,
+        "location": symbol,
         "namespace": namespace.name if namespace else None,
         "interface": link.name if link else None,
+        "hook": f"tc {hook}" if hook else "",
         "ip_proto": cell.ip_proto,
     }
 
