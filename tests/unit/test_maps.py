@@ -334,6 +334,7 @@ def test_nat_and_its_backends() -> None:
     assert "10.10.0.200 port 80 proto 6 id 6 count -1 local 0" in lines
     assert lines[lines.index("10.10.0.1 port 30080 proto 6 id 1 count 1 local 0") + 1] == "\t1:0\t 10.65.1.2:8080"
     assert "\t1:0\t  is missing" in list(mapdump.iter_nat(fronts, []))
+    assert next(iter(mapdump.iter_nat([], backs, both=False))) == "1:0\t 10.65.1.2:8080"
     assert "\t1:0\t  (backends were not read)" in list(mapdump.iter_nat(fronts, [], both=False))
     sticky = [{**fronts[0], "affinity_s": 10800, "source": "10.0.0.0/8", "count": 0}]
     assert next(iter(mapdump.iter_nat(sticky, []))).endswith(" src 10.0.0.0/8 affinity 10800s")

@@ -477,8 +477,10 @@ _RAW_BITS = (
 def iter_nat(
     frontends: Iterable[dict[str, Any]], backends: Iterable[dict[str, Any]], *, both: bool = True
 ) -> Iterator[str]:
-    """Frontends, each with its backends; those that are missing are named. *both*: both maps were there."""
+    """Frontends, each with its backends; those that are missing are named. *both*: both maps were there, not one."""
     known = {(b["id"], b["ordinal"]): f"{b['addr']}:{b['port']}" for b in backends}
+    if not both:
+        yield from (f"{service}:{ordinal}\t {known[service, ordinal]}" for service, ordinal in sorted(known))
     for front in frontends:
         number = next((n for n, name in PROTOCOLS.items() if name == front["proto"]), front["proto"])
         count = -1 if front["drop"] else front["count"]
