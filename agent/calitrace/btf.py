@@ -8,6 +8,7 @@ Source of the format: Documentation/bpf/btf.rst in Linux.
 from __future__ import annotations
 
 import struct
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -73,24 +74,26 @@ class Btf:
             raise Malformed(8, "sections inside the blob", f"sections beyond {len(raw)} bytes", "BTF")
         self._raw = raw
         self._strings = raw[strings : strings + str_len]
-        self._offsets = self._index(start, start + type_len)
+        self._types = (start, start + type_len)
+        self._offsets = self._index(*self._types)
         self._names: dict[tuple[int, bytes], int] = {}
 
     def _index(self, start: int, end: int) -> list[int]:
+        """Where each type begins. A kernel has more than 100,000, so this loop is most of what reading them costs."""
         offsets = [0]  # type id 0 is void
-        raw, tail, append = self._raw, _TAIL, offsets.append
-        unpack = struct.Struct("<I").unpack_from
-        at = start
-        while at + 12 <= end:
-            append(at)
-            (info,) = unpack(raw, at + 4)
-            try:
-                fixed, each = tail[(info >> 24) & 0x1F]
-            except KeyError:
-                raise Malformed(at, "a known BTF kind", f"kind {(info >> 24) & 0x1F}", "BTF type") from None
-            at += 12 + fixed + each * (info & 0xFFFF)
-        if at != end:
-            raise Malformed(at, f"the type section to end at {end}", "a record across the end", "BTF type")
+        tail, append = _TAIL, offsets.append
+        words = memoryview(self._raw[start : end - (end - start) % 4]).cast("I")
+        at, last, info = 0, len(words) - 3, 0
+        try:
+            while at <= last:
+                append(start + 4 * at)
+                info = words[at + 1]
+                fixed, each = tail[info >> 24 & 0x1F]
+                at += (12 + fixed + each * (info & 0xFFFF)) >> 2
+        except KeyError:
+            raise Malformed(start + 4 * at, "a known BTF kind", f"kind {info >> 24 & 0x1F}", "BTF type") from None
+        if start + 4 * at != end:
+            raise Malformed(start + 4 * at, f"the type section to end at {end}", "a record across the end", "BTF type")
         return offsets
 
     def __len__(self) -> int:
@@ -117,22 +120,24 @@ class Btf:
 
     def find(self, name: str, *kinds: int) -> int | None:
         """The id of the first type called *name* of one of *kinds*, or None."""
-        wanted = name.encode()
-        at = self._strings.find(b"\0" + wanted + b"\0")
-        if at < 0:
-            return None
-        # A name may lie in the string section more than once: compare strings, prefiltered by offset.
-        positions = set()
+        wanted = b"\0" + name.encode() + b"\0"
+        ids = []
+        at = self._strings.find(wanted)
+        while at >= 0:  # a name may lie in the string section more than once
+            ids.append(self._first_named(at + 1, kinds))
+            at = self._strings.find(wanted, at + 1)
+        return min((each for each in ids if each), default=None)
+
+    def _first_named(self, name_off: int, kinds: tuple[int, ...]) -> int:
+        """The first type of one of *kinds* whose name has this offset, 0 for none."""
+        wanted = struct.pack("<I", name_off)
+        at = self._raw.find(wanted, *self._types)
         while at >= 0:
-            positions.add(at + 1)
-            at = self._strings.find(b"\0" + wanted + b"\0", at + 1)
-        raw, unpack = self._raw, struct.Struct("<II").unpack_from
-        for type_id, offset in enumerate(self._offsets):
-            if type_id:
-                name_off, info = unpack(raw, offset)
-                if name_off in positions and (info >> 24) & 0x1F in kinds:
-                    return type_id
-        return None
+            type_id = bisect_left(self._offsets, at)
+            if self._offsets[type_id : type_id + 1] == [at] and self.kind(type_id) in kinds:
+                return type_id
+            at = self._raw.find(wanted, at + 1, self._types[1])
+        return 0
 
     def resolve(self, type_id: int) -> int:
         """Follow typedefs and qualifiers to the type behind them. Raises Malformed when they go in a circle."""
