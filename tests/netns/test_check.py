@@ -228,7 +228,7 @@ def test_kube_proxy(lab: Lab, tmp_path: Path, felix: tuple[str, str]) -> None:
     assert findings(run(lab, *felix)) == BASELINE
 
 
-def test_vxlan_blocked(lab: Lab, felix: tuple[str, str]) -> None:
+def test_vxlan_blocked(lab: Lab, felix: tuple[str, str], tmp_path: Path) -> None:
     assert on(lab, "fault", "vxlan-blocked").returncode == 0
     try:
         for _ in range(4):
@@ -238,11 +238,19 @@ def test_vxlan_blocked(lab: Lab, felix: tuple[str, str]) -> None:
         assert findings(objects) == BASELINE | {("services.nodeport-unanswered", "10.10.0.2")}
         asked = run(lab, *felix, "--probe", "10.10.0.2=10.10.0.1:30080")
         assert findings(asked) - findings(objects) == {("services.vxlan-probe", "10.10.0.2")}
+        there = str(tmp_path / "node-b.calitrace")
+        away = ("check", "services", "--node", "--netns", lab.namespace("node-b"), "--bpffs", str(lab.pins / "node-b"))
+        probe = ("--probe", "10.10.0.1=10.10.0.2:30081", "--node-name", "node-b", "-w", there)
+        assert calitrace(*away, *probe, "--interval", "0").returncode == 1
+        both = run(lab, *felix, "--other", there)
+        assert findings(both) - findings(objects) == {("services.vxlan-probe", "from node-b to 10.10.0.1")}
     finally:
         assert on(lab, "heal").returncode == 0
     with contextlib.closing(tcp(lab, "client", "10.10.0.1", 30080)):
         assert findings(run(lab, *felix)) == BASELINE
         assert findings(run(lab, *felix, "--probe", "10.10.0.2=10.10.0.1:30080")) == BASELINE
+        calitrace(*away, *probe, "--interval", "0")
+        assert findings(run(lab, *felix, "--other", there)) == BASELINE
 
 
 def test_drops_over_the_interval(lab: Lab, felix: tuple[str, str]) -> None:

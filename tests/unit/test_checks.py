@@ -336,6 +336,11 @@ FIRES: list[tuple[str, dict[str, Any], str]] = [
         "UDP 4790 with a:1 inside",
     ),
     ("services.vxlan-probe", {"vxlan_probes": (VxlanProbe("192.0.2.12", 4789, "a:1", 5, 0),)}, "5 sent, 0 answered"),
+    (
+        "services.vxlan-probe",
+        {"vxlan_probes": (VxlanProbe("192.0.2.12", 4789, "a:1", 5, 5), VxlanProbe("a", 4789, "b:1", 5, 0, "node-b"))},
+        "VXLAN from node-b to a UDP 4789",
+    ),
     ("services.bandwidth-plugin", {"links": (*LINKS, Link(60, "bwp1234", "ifb"))}, "bwp1234: ifb"),
     ("drops.calico-reasons", {"drops": Drops(2.0, (counted(12, 3, 9),))}, "RT_UNKNOWN: 3 -> 9 within 2 s"),
     ("drops.calico-reasons", {"drops": Drops(2.0, (counted(5, 0, 1),))}, "SHORT: 0 -> 1"),

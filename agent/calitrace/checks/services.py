@@ -449,20 +449,22 @@ def vxlan_probe(vxlan_probes: tuple[VxlanProbe, ...]) -> Said:
     """Sends packets in the NodePort tunnel to another node and waits for the answers (only with --probe).
 
     An answer proves the tunnel in both directions. Without one the network, the other node's dataplane or the
-    service's pod may be at fault.
+    service's pod may be at fault. What another node's probes met is taken from its snapshot (--other).
     """
     for each in vxlan_probes:
         if each.answered < each.sent:
+            sender = f"from {each.sender} " if each.sender else ""
             yield Finding(
                 ERROR if each.answered == 0 else WARNING,
-                each.node,
+                f"{sender}to {each.node}" if each.sender else each.node,
                 (
-                    f"VXLAN to {each.node} UDP {each.port} with {each.inner} inside: {each.sent} sent, "
+                    f"VXLAN {sender}to {each.node} UDP {each.port} with {each.inner} inside: {each.sent} sent, "
                     f"{each.answered} answered",
                 ),
                 "the network between the nodes loses Calico's tunnel (firewall, security group), or the service behind "
                 "it does not answer",
-                f"calitrace probe vxlan {each.node} --inner {each.inner} --vxlan-port {each.port} --trace",
+                f"calitrace probe vxlan {each.node} --inner {each.inner} --vxlan-port {each.port} --trace"
+                + (f" on {each.sender}" if each.sender else ""),
             )
 
 

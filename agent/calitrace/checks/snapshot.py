@@ -180,13 +180,17 @@ class Drops:
 
 @dataclass(frozen=True)
 class VxlanProbe:
-    """Probes sent in the NodePort tunnel to *node* (UDP *port*), for *inner*, a NodePort; and the answers."""
+    """Probes sent in the NodePort tunnel to *node* (UDP *port*), for *inner*, a NodePort; and the answers.
+
+    *sender*: the node that sent them, "" for this one.
+    """
 
     node: str
     port: int
     inner: str
     sent: int
     answered: int
+    sender: str = ""
 
 
 @dataclass(frozen=True)

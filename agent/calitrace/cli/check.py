@@ -23,6 +23,7 @@ Examples:
   calitrace check services maps --felix-config felix.yaml --felix-log calico-node.log
   calitrace check --kubeconfig ~/.kube/config -o md > ticket.md
   calitrace check -w node.calitrace; calitrace check -r node.calitrace -o json
+  calitrace check services --probe 192.0.2.12=192.0.2.11:30080 --other its-probes.calitrace
   calitrace check --explain services.mtu
 """,
 )
@@ -47,6 +48,13 @@ Examples:
     multiple=True,
     metavar="NODE=HOST:PORT",
     help="Send 5 packets to NODE in the NodePort tunnel, for the NodePort HOST:PORT.",
+)
+@click.option(
+    "--other",
+    "others",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Another node's snapshot (-w), for its probes to this one.",
 )
 @click.option("-w", "--write", "target", type=click.Path(path_type=Path, dir_okay=False), help="Keep the snapshot.")
 @click.option("-r", "--read", "source", type=click.Path(path_type=Path), help="Check a snapshot that -w kept.")
@@ -79,7 +87,7 @@ def command(
     if unknown:
         raise UsageError(f"no area {unknown[0]!r}", f"choose from {', '.join(registry.AREAS)}")
     snapshot = _given(_read(source) if source else _collect(**where), **where)
-    snapshot = _probed(snapshot, **where)
+    snapshot = _from_others(_probed(snapshot, **where), **where)
     if target:
         _write(target, snapshot)
     results = registry.run(snapshot, [each for each in registry.CHECKS if not areas or each.area in areas])
@@ -206,6 +214,20 @@ def _probed(snapshot: Snapshot, *, targets: tuple[str, ...], netns: str, **_: An
             answers = [each.outcome in (Outcome.ANSWERED, Outcome.REFUSED) for each in probes.run(lambda _: None)]
         found.append(VxlanProbe(node, port, inner, len(answers), sum(answers)))
     return replace(snapshot, vxlan_probes=tuple(found))
+
+
+def _from_others(snapshot: Snapshot, *, others: tuple[Path, ...], **_: Any) -> Snapshot:
+    """The snapshot with what other nodes' probes met. Raises UsageError."""
+    from calitrace.checks.snapshot import Missing
+
+    found = () if isinstance(snapshot.vxlan_probes, Missing) else snapshot.vxlan_probes
+    for path in others:
+        other = _read(path)
+        if isinstance(other.vxlan_probes, Missing):
+            raise UsageError(f"{path} has no probes", "make it there: calitrace check --probe NODE=HOST:PORT -w FILE")
+        node = path.stem if isinstance(other.host, Missing) else other.host.node
+        found += tuple(replace(each, sender=each.sender or node) for each in other.vxlan_probes)
+    return replace(snapshot, vxlan_probes=found) if others else snapshot
 
 
 def _text(path: Path) -> str:
