@@ -125,7 +125,6 @@ def main() -> int:
     wrong: list[str] = []
     calitrace("lab", "down", "--name", LAB, quiet=True)
     calitrace("lab", "up", "--name", LAB)
-    calitrace("lab", "log-level", "debug", "--name", LAB)
     try:
         calitrace("lab", "log-level", "debug", "--name", LAB)
         for number, scene in enumerate(SCENES, 1):

@@ -113,7 +113,10 @@ def test_one_fault_at_a_time(broken: Lab) -> None:
     assert on(broken, "fault", "rpf").returncode == 0
     refused = on(broken, "fault", "no-backend")
     assert refused.returncode == 3
-    assert refused.stderr.startswith("error: fault rpf is in already")
+    assert refused.stderr.splitlines() == [
+        "error: fault rpf is in already; the lab takes one at a time",
+        f"hint: undo it with `calitrace lab heal --name {broken.name}`",
+    ]
     assert json.loads(on(broken, "status", "-o", "json").stdout)["fault"] == "rpf"
     assert on(broken, "heal").stderr == "healed: rpf\n"
     assert on(broken, "heal").stderr == "no fault was in\n"

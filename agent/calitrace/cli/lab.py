@@ -64,7 +64,7 @@ def up(lab: Lab, mtu: int) -> None:
         # Ended by the signal itself: that is what the caller of a command expects to see.
         signal.signal(stopped.signal_number, signal.SIG_DFL)
         os.kill(os.getpid(), stopped.signal_number)
-    _say("the lab is up; `calitrace lab status` shows its services")
+    _say(f"the lab is up; `{lab.command('status')}` shows its services")
 
 
 @command.command(epilog="\b\nExamples:\n  calitrace lab status\n  calitrace lab status -o json | jq .services\n")

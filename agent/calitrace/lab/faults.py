@@ -31,13 +31,12 @@ FAULTS = {
 def loaded(lab: Lab) -> State:
     """The record of a lab that is up. Raises EnvironmentUnfit otherwise."""
     found = state.load(lab)
-    option = "" if lab.name == "calitrace" else f" --name {lab.name}"
     if found is None:
-        raise EnvironmentUnfit(f"there is no lab {lab.name}", f"start it with `calitrace lab up{option}`")
+        raise EnvironmentUnfit(f"there is no lab {lab.name}", f"start it with `{lab.command('up')}`")
     if found.phase != state.COMPLETE:
         raise EnvironmentUnfit(
             f"lab {lab.name} is incomplete ({found.phase})",
-            f"remove it with `calitrace lab down{option}` and start it again",
+            f"remove it with `{lab.command('down')}` and start it again",
         )
     return found
 
@@ -53,7 +52,7 @@ def inject(lab: Lab, name: str) -> None:
         if found.fault:
             raise EnvironmentUnfit(
                 f"fault {found.fault} is in already; the lab takes one at a time",
-                "undo it with `calitrace lab heal{option}`",
+                f"undo it with `{lab.command('heal')}`",
             )
         found.fault = name
         state.save(lab, found)

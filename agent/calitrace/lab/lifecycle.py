@@ -80,10 +80,9 @@ def up(lab: Lab, *, mtu: int = UNDERLAY_MTU, progress: Progress) -> None:
         found = state.load(lab)
         if found is not None:
             how = "is up" if found.phase == COMPLETE else "is there, incomplete"
-            option = "" if lab.name == "calitrace" else f" --name {lab.name}"
             raise EnvironmentUnfit(
                 f"lab {lab.name} {how} already",
-                f"use it, or remove it with `calitrace lab down{option}`",
+                f"use it, or remove it with `{lab.command('down')}`",
             )
         for namespace in lab.namespaces:
             if network.namespace_exists(namespace):

@@ -107,6 +107,10 @@ class Lab:
             raise UsageError(f"the lab has no {part!r}", f"choose one of {', '.join(PARTS)}")
         return f"{self.name}-{part}"
 
+    def command(self, words: str) -> str:
+        """The command line that does it to this lab: ``calitrace lab down --name second``."""
+        return f"calitrace lab {words}" + ("" if self.name == DEFAULT_NAME else f" --name {self.name}")
+
     @property
     def namespaces(self) -> tuple[str, ...]:
         return tuple(self.namespace(part) for part in PARTS)
