@@ -15,7 +15,7 @@ demo: setup ## the main job on the built-in lab
 	@$(PYTHON) -W ignore tools/demo.py
 
 bench: ## what the collectors cost, beside bpftrace
-	@bash tools/setup.sh bpftrace
+	@bash tools/setup.sh bpftrace bpftool
 	@$(PYTHON) -W ignore tools/bench.py
 	@$(PYTHON) -W ignore tools/bench_check.py
 
