@@ -7,7 +7,8 @@
  * full, so that the totals stay exact. Those of the run (with DROP_ALL: all, as far as SAMPLE and RATE_LIMIT let
  * them) are sent with the packet's first bytes, behind the log lines that led to them, and followed by Calico's
  * per-CPU state; with DROP_ALL both only where a tc program dropped.
- * Cost: a read (without TYPED eight) and one per-CPU hash update a drop; for a sent one six reads more and a copy.
+ * Cost: one read of the packet (without TYPED four more, of the kernel's structs) and a look into a table of this CPU;
+ * for a drop that is sent a larger read, two clocks and two copies.
  */
 struct drop_key {
 	u64 location;
@@ -23,26 +24,70 @@ struct drop_scratch {
 struct calico_state {
 	u64 words[STATE_VALUE_BYTES / 8];
 };
+/* The counter comes first: a reader that sees it above zero then sees the whole key behind it. */
+struct drop_cell {
+	u64 drops;
+	struct drop_key key;
+};
+struct drop_table {
+	struct drop_cell cells[DROP_SLOTS];
+};
+BPF_PERCPU_ARRAY(drop_tables, struct drop_table, 1);
 BPF_TABLE("percpu_hash", struct drop_key, u64, drop_counts, DROP_CELLS);
 BPF_ARRAY(next_event_ns, u64, 1);
 BPF_PERCPU_ARRAY(drop_scratches, struct drop_scratch, 1);
-BPF_PERCPU_ARRAY(state_scratches, struct state_event, 1);
 BPF_TABLE("percpu_array", u32, struct calico_state, state_template, 2);
 BPF_TABLE("hash_of_maps$state_template", u32, int, states, 256); /* BCC 0.18 cannot name the key in BPF_HASH_OF_MAPS */
+
+/*
+ * Each kind of drop has a slot of the table, which costs a tenth of a hash lookup; where two kinds want the same one,
+ * the later one is counted in the hash. Programs do not interrupt themselves, so a slot of this CPU is ours.
+ */
+static __always_inline void count_drop(const struct drop_key *key)
+{
+	u32 mixed = (u32)key->location * 0x9e3779b1 + key->skb_drop_reason * 0x85ebca6b + key->ifindex * 0xc2b2ae35 +
+		    key->netns * 0x27d4eb2f + key->ip_proto * 0x165667b1;
+	u32 zero = 0, slot = (mixed ^ mixed >> 15) % DROP_SLOTS;
+	struct drop_table *table = drop_tables.lookup(&zero);
+	u64 *total, one = 1;
+
+	if (table) {
+		struct drop_cell *cell = &table->cells[slot];
+		struct drop_key *held = &cell->key;
+
+		if (!cell->drops)
+			*held = *key;
+		if (held->location == key->location && held->skb_drop_reason == key->skb_drop_reason &&
+		    held->ifindex == key->ifindex && held->netns == key->netns && held->ip_proto == key->ip_proto) {
+			cell->drops += 1;
+			return;
+		}
+	}
+	total = drop_counts.lookup(key);
+	if (total)
+		*total += 1;
+	else if (drop_counts.update(key, &one))
+		count(STAT_DROP_OTHER, 1);
+}
 
 /* Calico still holds the dropped packet in its per-CPU state: each node has its own map, found by namespace. */
 static __always_inline void send_state(const struct drop_event *drop)
 {
 	u32 zero = 0, netns = drop->netns;
-	struct state_event *e = state_scratches.lookup(&zero);
+	struct state_event *e;
 	struct calico_state *state;
 	void *map = states.lookup(&netns);
 
-	if (!map || !e)
+	if (!map)
 		return;
 	state = bpf_map_lookup_elem(map, &zero);
 	if (!state)
 		return;
+	e = events.ringbuf_reserve(sizeof(*e));
+	if (!e) {
+		count(STAT_STATE_LOST, 1);
+		return;
+	}
 	e->ktime_ns = drop->ktime_ns;
 	e->type = EVENT_STATE;
 	e->cpu = drop->cpu;
@@ -50,11 +95,9 @@ static __always_inline void send_state(const struct drop_event *drop)
 	e->skbaddr = drop->skbaddr;
 	e->state_bytes = STATE_VALUE_BYTES;
 	e->pad = 0;
-	bpf_probe_read_kernel(e->state, STATE_VALUE_BYTES, state);
-	if (events.ringbuf_output(e, sizeof(*e), BPF_RB_NO_WAKEUP))
-		count(STAT_STATE_LOST, 1);
-	else
-		count(STAT_STATE_SENT, 1);
+	*(struct calico_state *)e->state = *state;
+	events.ringbuf_submit(e, BPF_RB_NO_WAKEUP);
+	count(STAT_STATE_SENT, 1);
 }
 
 #ifdef WITH_STACK
@@ -81,46 +124,18 @@ static __always_inline void send_stack(void *ctx, const struct drop_event *drop)
 }
 #endif
 
-/*
- * Read a member. With TYPED the program knows the types of its arguments (tp_btf, Linux 5.5), and the verifier lets it
- * load; else a helper reads, which costs as much as a map lookup.
- */
-#ifdef TYPED
-#define PEEK(value, at, owner, member) \
-	value = *(volatile __typeof__(value) *)((at) + __builtin_offsetof(struct owner, member))
-#else
-#define PEEK(value, at, owner, member) \
-	bpf_probe_read_kernel(&value, sizeof(value), (void *)((at) + __builtin_offsetof(struct owner, member)))
-#endif
-
-/* Interface, namespace and protocol, as far as the packet still has them. Returns its device. */
-static __always_inline u64 describe_drop(struct drop_key *key, u64 skb)
+/* The IP protocol of a packet of which *bytes* are in *w*; 0 when it is not IP. */
+static __always_inline u32 ip_proto_of(const struct view *v, const struct window *w, u32 bytes)
 {
-	u64 dev = 0, net = 0, head = 0;
-	u16 protocol = 0, network_header = 0;
-	u32 ifindex = 0, netns = 0;
-	u8 ip_proto = 0;
+	u32 at = v->protocol == bpf_htons(0x0800) ? 9 : 6;
+	u8 proto = 0;
 
-	PEEK(dev, skb, sk_buff, dev);
-	if (dev) {
-		PEEK(ifindex, dev, net_device, ifindex);
-		PEEK(net, dev, net_device, nd_net.net);
-		if (net)
-			PEEK(netns, net, net, ns.inum);
-	}
-	key->ifindex = ifindex;
-	key->netns = netns;
-	PEEK(protocol, skb, sk_buff, protocol);
-	PEEK(network_header, skb, sk_buff, network_header);
-	if (!network_header || network_header == 0xffff)
-		return dev;
-	if (protocol != bpf_htons(0x0800) && protocol != bpf_htons(0x86dd))
-		return dev;
-	PEEK(head, skb, sk_buff, head);
-	head += network_header + (protocol == bpf_htons(0x0800) ? 9 : 6);
-	bpf_probe_read_kernel(&ip_proto, 1, (void *)head);
-	key->ip_proto = ip_proto;
-	return dev;
+	if (!has_network_header(v) || (at == 6 && v->protocol != bpf_htons(0x86dd)))
+		return 0;
+	if (bytes > 9)
+		return at == 9 ? w->bytes[9] : w->bytes[6];
+	bpf_probe_read_kernel(&proto, 1, (void *)(v->head + v->network_header + at));
+	return proto;
 }
 
 #ifdef DROP_ALL
@@ -165,6 +180,30 @@ static __always_inline int is_wanted_packet(const struct window *w, u32 bytes)
 }
 #endif
 
+#if RATE_LIMIT
+struct tick {
+	u64 jiffies;
+	u64 ktime_ns;
+};
+BPF_PERCPU_ARRAY(ticks, struct tick, 1);
+
+/* The time of the last tick: that is enough for a limit a second, and reading the clock costs as much as a count. */
+static __always_inline u64 tick_ns(void)
+{
+	u32 zero = 0;
+	u64 now = bpf_jiffies64();
+	struct tick *t = ticks.lookup(&zero);
+
+	if (!t)
+		return bpf_ktime_get_ns();
+	if (t->jiffies != now) {
+		t->jiffies = now;
+		t->ktime_ns = bpf_ktime_get_ns();
+	}
+	return t->ktime_ns;
+}
+#endif
+
 /*
  * Whether one more event is within SAMPLE and RATE_LIMIT. A bucket that holds a second's worth, kept as the time at
  * which the next event is due. CPUs that meet here may let one too many pass; what was held back is counted exactly.
@@ -179,7 +218,7 @@ static __always_inline int is_due(void)
 #endif
 #if RATE_LIMIT
 	u32 zero = 0;
-	u64 now = bpf_ktime_get_ns(), *next = next_event_ns.lookup(&zero);
+	u64 now = tick_ns(), *next = next_event_ns.lookup(&zero);
 
 	if (!next)
 		return 0;
@@ -198,12 +237,15 @@ static __always_inline int is_due(void)
 int collect_drop(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct drop_key key = {.location = ctx->args[1]};
-	u32 zero = 0, bytes;
-	struct drop_scratch *s;
+	struct view v;
+	u32 zero = 0, bytes = 0;
+	struct drop_scratch *s = drop_scratches.lookup(&zero);
 	struct window *window;
-	u64 *total, one = 1, dev;
-	int by_tc = 1;
+	int by_tc = 1, is_ours = 1;
 
+	if (!s)
+		return 0;
+	window = (struct window *)s->event.capture;
 #ifdef HAVE_DROP_REASON
 	key.skb_drop_reason = ctx->args[2];
 #ifdef TC_INGRESS_REASON
@@ -213,28 +255,27 @@ int collect_drop(struct bpf_raw_tracepoint_args *ctx)
 	key.skb_drop_reason = NO_REASON;
 #endif
 	count(STAT_DROP_SEEN, 1);
-	dev = describe_drop(&key, ctx->args[0]);
-	total = drop_counts.lookup(&key);
-	if (total)
-		*total += 1;
-	else if (drop_counts.update(&key, &one))
-		count(STAT_DROP_OTHER, 1);
-#ifndef DROP_COUNT_ONLY
+	if (!look_at(&v, ctx->args[0]))
+		__builtin_memset(&v, 0, sizeof(v));
+	key.ifindex = v.ifindex;
+	key.netns = v.netns;
 #ifdef DROP_ALL
-	if (!is_wanted_place(&key, dev)) {
+	is_ours = is_wanted_place(&key, v.dev);
+	if (!is_ours)
 		count(STAT_DROP_FILTERED, 1);
-		goto forget;
-	}
 #ifndef PCAP_FILTER
-	if (!is_due())
+	is_ours = is_ours && is_due();
+#endif
+#endif
+#ifndef DROP_COUNT_ONLY
+	if (is_ours)
+		bytes = capture((struct packet_event *)&s->event, window, &v, 0);
+#endif
+	key.ip_proto = ip_proto_of(&v, window, bytes);
+	count_drop(&key);
+#ifndef DROP_COUNT_ONLY
+	if (!is_ours)
 		goto forget;
-#endif
-#endif
-	s = drop_scratches.lookup(&zero);
-	if (!s)
-		return 0;
-	window = (struct window *)s->event.capture;
-	bytes = capture((struct packet_event *)&s->event, window, (struct sk_buff *)ctx->args[0], 0);
 #ifdef DROP_ALL
 	if (!bytes)
 		__builtin_memset(&s->event, 0, sizeof(struct packet_event));

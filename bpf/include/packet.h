@@ -54,54 +54,99 @@ static __always_inline u64 wakeup(u32 bytes)
 	return BPF_RB_FORCE_WAKEUP;
 }
 
-static __always_inline void describe_device(struct net_device *dev, u32 *ifindex, u32 *netns)
+/*
+ * A member of a kernel struct at address *at*. With TYPED the program knows the types of its arguments (tp_btf, Linux
+ * 5.5), and the verifier lets it load; else a helper must read, which costs as much as a map lookup.
+ */
+#ifdef TYPED
+#define MEMBER(into, at, owner, member) \
+	into = *(volatile __typeof__(into) *)((at) + __builtin_offsetof(struct owner, member))
+#else
+#define MEMBER(into, at, owner, member) \
+	bpf_probe_read_kernel(&into, sizeof(into), (void *)((at) + __builtin_offsetof(struct owner, member)))
+#endif
+
+static __always_inline void describe_device(u64 dev, u32 *ifindex, u32 *netns)
 {
-	struct net *net = NULL;
+	u64 net = 0;
 
 	*ifindex = 0;
 	*netns = 0;
 	if (!dev)
 		return;
-	bpf_probe_read_kernel(ifindex, sizeof(*ifindex), &dev->ifindex);
-	bpf_probe_read_kernel(&net, sizeof(net), &dev->nd_net.net);
+	MEMBER(*ifindex, dev, net_device, ifindex);
+	MEMBER(net, dev, net_device, nd_net.net);
 	if (net)
-		bpf_probe_read_kernel(netns, sizeof(*netns), &net->ns.inum);
+		MEMBER(*netns, net, net, ns.inum);
+}
+
+/* What the collectors look at in an sk_buff. */
+struct view {
+	u64 skb, dev, head, data;
+	u32 len, data_len, skb_iif, mark, ifindex, netns;
+	u16 protocol, network_header;
+};
+
+/* Fill *v*. Returns 0 when the sk_buff cannot be read. */
+static __always_inline int look_at(struct view *v, u64 skb)
+{
+#ifdef TYPED
+#define TAKE(member) MEMBER(v->member, skb, sk_buff, member)
+#else
+	struct sk_buff copy;
+#define TAKE(member) v->member = (__typeof__(v->member))copy.member
+
+	if (bpf_probe_read_kernel(&copy, sizeof(copy), (void *)skb))
+		return 0;
+#endif
+	v->skb = skb;
+	TAKE(dev);
+	TAKE(head);
+	TAKE(data);
+	TAKE(len);
+	TAKE(data_len);
+	TAKE(skb_iif);
+	TAKE(mark);
+	TAKE(protocol);
+	TAKE(network_header);
+#undef TAKE
+	describe_device(v->dev, &v->ifindex, &v->netns);
+	return 1;
+}
+
+static __always_inline int has_network_header(const struct view *v)
+{
+	return v->network_header != 0 && v->network_header != 0xffff;
 }
 
 /*
  * Copy the packet from its network header on into *w* and describe it in *e*. Returns the bytes captured.
  * At netif_receive_skb the network header is not set yet: the packet begins at skb->data.
  */
-static __always_inline u32 capture(struct packet_event *e, struct window *w, struct sk_buff *p, int at_data)
+static __always_inline u32 capture(struct packet_event *e, struct window *w, const struct view *v, int at_data)
 {
-	struct sk_buff skb;
-	u8 *l3;
-	s64 linear;
+	u64 l3 = at_data || !has_network_header(v) ? v->data : v->head + v->network_header;
+	s64 linear = (s64)v->len - v->data_len + (s64)(v->data - l3);
 	u32 l4, bytes;
 
-	if (bpf_probe_read_kernel(&skb, sizeof(skb), p))
-		return 0;
-	l3 = at_data ? skb.data : skb.head + skb.network_header;
-	if (skb.network_header == 0 || skb.network_header == 0xffff)
-		l3 = skb.data;
-	linear = (s64)skb.len - skb.data_len + ((u8 *)skb.data - l3);
 	if (linear <= 0)
 		return 0;
 	bytes = linear > CAPTURE_BYTES ? CAPTURE_BYTES : linear;
-	if (bytes == 0 || bytes > CAPTURE_BYTES || bpf_probe_read_kernel(w->bytes, bytes, l3))
+	if (bytes == 0 || bytes > CAPTURE_BYTES || bpf_probe_read_kernel(w->bytes, bytes, (void *)l3))
 		return 0;
 
-	e->skbaddr = (u64)p;
-	e->skb_iif = skb.skb_iif;
-	e->mark = skb.mark;
-	e->len_bytes = skb.len;
-	e->ethertype = bpf_ntohs(skb.protocol);
+	e->skbaddr = v->skb;
+	e->skb_iif = v->skb_iif;
+	e->mark = v->mark;
+	e->len_bytes = v->len;
+	e->ifindex = v->ifindex;
+	e->netns = v->netns;
+	e->ethertype = bpf_ntohs(v->protocol);
 	e->capture_bytes = bytes;
 	e->match = 0;
 	e->sport = e->dport = 0;
 	e->ip_version = e->ip_proto = 0;
 	__builtin_memset(e->saddr, 0, 32);
-	describe_device(skb.dev, &e->ifindex, &e->netns);
 
 	if (e->ethertype == 0x0800 && w->bytes[0] >> 4 == 4) {
 		e->ip_version = 4;

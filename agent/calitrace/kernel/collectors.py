@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import ipaddress
+import logging
 import os
+import struct
 import sys
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -26,11 +29,14 @@ if TYPE_CHECKING:
 
     from calitrace.btf import Btf
 
+_log = logging.getLogger(__name__)
 WAKE_BYTES = 64 * 1024  # of a CPU
 RING_BYTES = 4 * 1024 * 1024
 RECORDER_LINES = 256
 _IFNAMSIZ = 16
-_TYPED = "kfree_skb"  # the one tracepoint whose program must be cheap, since it runs for packets of others
+_UNTYPED = "bpf_trace_printk"  # its argument is text: a type would help nothing
+_DROP_SLOTS = 512  # a value of a per-CPU map has at most 32 KiB
+_DROP_CELL = struct.Struct("=QQIIII")  # struct drop_cell of bpf/drop.bpf.c
 _NO_TAG = 0xFFFFFFFF  # a sequence number shifted right is never this
 
 
@@ -85,14 +91,15 @@ class Plan:
             ]
         return found
 
-    def defines(self, drop_reason: bool, reasons: Mapping[int, str] | None = None) -> dict[str, str]:
-        """The -D options. *drop_reason*: whether kfree_skb tells its reason on this kernel; *reasons*: their names."""
+    def defines(self, types: Btf | None) -> dict[str, str]:
+        """The -D options for a kernel with these types."""
+        reasons = types.enum("skb_drop_reason") if types else None
         numbers = {name.removeprefix("SKB_DROP_REASON_"): number for number, name in (reasons or {}).items()}
         address, low, high = self.client or ("0.0.0.0", 0, 0)
         source = ipaddress.ip_address(address)
         packed = int.from_bytes(source.packed, sys.byteorder) if source.version == 4 else 0
         flags = {
-            "HAVE_DROP_REASON": drop_reason,
+            "HAVE_DROP_REASON": has_drop_reason(types),
             "DROP_ALL": self.drop_all,
             "DROP_COUNT_ONLY": self.drop_count_only,
             "PCAP_FILTER": bool(self.pcap_filter),
@@ -116,6 +123,7 @@ class Plan:
             "RATE_LIMIT": str(self.rate_limit),
             "SAMPLE": str(self.sample),
             "DROP_CELLS": str(self.drop_cells),
+            "DROP_SLOTS": str(min(self.drop_cells, _DROP_SLOTS)),
             **{f"{each}_REASON": f"{numbers[each]}u" for each in ("TC_INGRESS", "TC_EGRESS") if each in numbers},
             **({"NETNS": f"{self.netns}u"} if self.netns else {}),
             **({"NAMED_BY": self.named_by} if self.named_by else {}),
@@ -141,12 +149,12 @@ class Collectors:
         parts = {name: loader.bpf_source(name).replace("#pragma once", "") for name in self.plan.sources()}
         parts["include/packet.h"] += self.plan.pcap_filter
         text = "".join(parts.values())
-        reasons = types.enum("skb_drop_reason") if types else None
-        defines = self.plan.defines(has_drop_reason(types), reasons)
+        defines = self.plan.defines(types)
         with self._stack:
             try:
                 self._load(text, {**defines, "TYPED": "1"}, types)
-            except loader.CompileFailed:  # before Linux 5.5, and where such programs are not permitted
+            except loader.CompileFailed as failure:  # before Linux 5.5, and where such programs are not permitted
+                _log.debug("without types: %s\n%s", failure, failure.log)
                 self._load(text, defines, types)
             events = self._bpf[b"events"]
             self._ring = Ring(events.map_fd, syscall.map_info(events.map_fd).max_entries)
@@ -161,7 +169,7 @@ class Collectors:
         with ExitStack() as stack:
             stack.callback(bpf.cleanup)
             for tracepoint, function in self.plan.attachments():
-                if "TYPED" in defines and tracepoint == _TYPED:
+                if "TYPED" in defines and tracepoint != _UNTYPED:
                     descriptor = loader.load_typed_tracepoint(bpf, tracepoint, function, types)
                     stack.callback(os.close, descriptor)
                 else:
@@ -171,7 +179,7 @@ class Collectors:
             self._stack.enter_context(stack.pop_all())
 
     def _attach(self, tracepoint: str, function: str) -> None:
-        if self._is_typed and tracepoint == _TYPED:
+        if self._is_typed and tracepoint != _UNTYPED:
             self._attached.append(syscall.attach_typed_tracepoint(self._descriptors[function]))
         else:
             loader.attach_raw_tracepoint(self._bpf, tracepoint, function)
@@ -231,10 +239,15 @@ class Collectors:
 
         Together with Stat.DROP_OTHER that is all of Stat.DROP_SEEN.
         """
-        return {
-            Cell(key.location, key.skb_drop_reason, key.ifindex, key.netns, key.ip_proto): sum(values)
-            for key, values in self._bpf[b"drop_counts"].items()
-        }
+        found: Counter[Cell] = Counter()
+        for key, values in self._bpf[b"drop_counts"].items():
+            found[Cell(key.location, key.skb_drop_reason, key.ifindex, key.netns, key.ip_proto)] += sum(values)
+        size = min(self.plan.drop_cells, _DROP_SLOTS) * _DROP_CELL.size * syscall.possible_cpus()
+        table = syscall.map_lookup(self._bpf[b"drop_tables"].map_fd, bytes(4), size)
+        for drops, *key in _DROP_CELL.iter_unpack(table or b""):
+            if drops:
+                found[Cell(*key)] += drops
+        return found
 
     def programs(self) -> dict[str, syscall.ProgramInfo]:
         """Function name to kernel information about it: run time and count, recursion misses."""
