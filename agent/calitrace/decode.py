@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 
     from calitrace.packet import Packet
 
+_LOG_TYPE = int(EventType.LOG)  # an Enum's own comparison is Python, and there are many lines
+
 
 def decode(raw: bytes, vxlan_port: int = 4789) -> Event | LogLine:
     """One event. Raises Malformed (LayoutMismatch for a wrong size) on anything else."""
-    if len(raw) < HEADER.size:
-        raise Malformed(0, f"at least {HEADER.size} bytes", f"{len(raw)} bytes", HEADER.name)
-    ktime_ns, kind, cpu, netns = cast("tuple[int, int, int, int]", HEADER.unpack(raw[: HEADER.size]))
-    if kind == EventType.LOG:
+    ktime_ns, kind, cpu, netns = cast("tuple[int, int, int, int]", HEADER.unpack_head(raw))
+    if kind == _LOG_TYPE:
         return _log(raw)
     if kind == EventType.DROP:
         values = DROP.decode(raw)
@@ -88,18 +88,12 @@ def _packet(values: dict[str, int | bytes], vxlan_port: int) -> tuple[int, int, 
 
 def _log(raw: bytes) -> LogLine:
     ktime_ns, _, cpu, netns, pid, length, comm = cast(
-        "tuple[int, int, int, int, int, int, bytes]", LOG_HEAD.unpack(raw[: LOG_HEAD.size])
+        "tuple[int, int, int, int, int, int, bytes]", LOG_HEAD.unpack_head(raw)
     )
-    text = raw[LOG_HEAD.size :]
-    return LogLine(
-        ktime_ns,
-        cpu,
-        netns,
-        pid,
-        comm.split(b"\0", 1)[0].decode(errors="replace"),
-        text[:length].split(b"\0", 1)[0].decode(errors="replace"),
-        length >= TEXT_BYTES - 1,
-    )
+    begin = LOG_HEAD.size
+    text = raw[begin : begin + length].partition(b"\0")[0].decode(errors="replace")
+    name = comm.partition(b"\0")[0].decode(errors="replace")
+    return LogLine(ktime_ns, cpu, netns, pid, name, text, length >= TEXT_BYTES - 1)
 
 
 class Decoder:

@@ -83,6 +83,12 @@ class Record:
             raise LayoutMismatch(0, f"{self.size} bytes", f"{len(raw)} bytes", self.name)
         return self._struct.unpack(raw)
 
+    def unpack_head(self, raw: bytes) -> tuple[int | bytes, ...]:
+        """The same of the beginning of *raw*. Raises LayoutMismatch when it is too short."""
+        if len(raw) < self.size:
+            raise LayoutMismatch(0, f"at least {self.size} bytes", f"{len(raw)} bytes", self.name)
+        return self._struct.unpack_from(raw)
+
     def decode(self, raw: bytes) -> dict[str, int | bytes]:
         """The values by field name. Raises LayoutMismatch when *raw* has another length."""
         return dict(zip((f.name for f in self.fields), self.unpack(raw), strict=True))

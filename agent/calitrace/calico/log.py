@@ -187,10 +187,11 @@ class Reader:
         if context is None:
             context = Context(*who)
             _remember(self._tasks, who, context)
-        text = event.text
-        printed = self._printed.get(text) or self._print(text.rstrip("\n"))
+        raw = event.text
+        text = raw.rstrip("\n")  # which programs up to v3.29 print
+        printed = self._printed.get(text) or self._print(text)
         self.counts[printed.form] += 1
-        return Line(text, context, printed, event.ktime_ns)
+        return Line(raw, context, printed, event.ktime_ns)
 
     def _slow(self, raw: str) -> Line:
         if not raw or raw.isspace():
