@@ -44,6 +44,18 @@ def test_programs_roles_and_state_map(pair: Pair) -> None:
     assert discover.state_maps(found) == {node.inum: node.state_map}
 
 
+def test_a_name_without_a_namespace_harms_nothing(pair: Pair) -> None:
+    """So it stands while someone makes or removes one: a plain file."""
+    name = netns.path(pair.left).with_name(f"{pair.left}-plain")
+    name.touch()
+    try:
+        found = discover.topology(pair.left)
+    finally:
+        name.unlink()
+    assert {netns.inum(pair.left), netns.inum(pair.right)} <= found.namespaces.keys()
+    assert name.name not in {each.name for each in found.namespaces.values()}
+
+
 def test_neither_btf_nor_headers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(headers, "kernel_btf", lambda: None)
     monkeypatch.setattr("os.uname", lambda: type("Uname", (), {"release": "0.0.0-none", "machine": "x86_64"}))

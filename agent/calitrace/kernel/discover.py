@@ -169,6 +169,8 @@ def _calico_maps(program: syscall.ProgramInfo) -> tuple[syscall.MapInfo | None, 
 
 def _peer_namespaces(route: Any) -> dict[int | None, int]:
     """nsid of this namespace to inode number, for all namespaces that have a name."""
+    from pyroute2.netlink.exceptions import NetlinkError
+
     found: dict[int | None, int] = {}
     for inum, name in netns.names().items():
         try:
@@ -177,6 +179,10 @@ def _peer_namespaces(route: Any) -> dict[int | None, int]:
             continue  # ours, which has no name, or one that was deleted while we looked
         try:
             nsid = route.get_netnsid(fd=descriptor).get("nsid")
+        except NetlinkError as failure:
+            if failure.code != errno.EINVAL:
+                raise
+            continue  # a name whose namespace is not mounted yet, or no more
         finally:
             os.close(descriptor)
         if nsid is not None and nsid not in (-1, 0xFFFFFFFF):
