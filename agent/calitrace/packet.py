@@ -7,7 +7,7 @@ Total: any bytes give a ``Packet``; what cannot be read is simply not there. Sou
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
 from calitrace import identity
@@ -39,7 +39,10 @@ def inside_vxlan(packet: bytes, port: int) -> bytes:
 
 @dataclass(frozen=True)
 class Layer:
-    """One IP packet. Ports are 0 where the protocol has none; *flags*, *seq*, *ack* are TCP's."""
+    """One IP packet. Ports are 0 where the protocol has none; *flags*, *seq*, *ack* are TCP's.
+
+    *mtu*: what the sender of an ICMP error has room for, 0 where it does not say.
+    """
 
     src: IPv4Address | IPv6Address
     dst: IPv4Address | IPv6Address
@@ -54,6 +57,7 @@ class Layer:
     identity: Identity | None = None
     vni: int | None = None  # of the VXLAN header that it carries
     ttl: int = 0
+    mtu: int = 0
 
     def __str__(self) -> str:
         name = PROTOCOLS.get(self.proto, str(self.proto))
@@ -74,6 +78,20 @@ class Layer:
     def is_icmp_error(self) -> bool:
         """Whether it reports on another packet, which is then the next layer."""
         return self.icmp_type in _ICMP_ERRORS.get(self.proto, ())
+
+    @property
+    def is_too_big(self) -> bool:
+        """Whether it says that a packet was too large and might not be cut: RFC 792 and 1191, RFC 4443."""
+        return (self.proto, self.icmp_type) == (ICMP6, 2) or (self.proto, self.icmp_type, self.icmp_code) == (
+            ICMP,
+            3,
+            4,
+        )
+
+    @property
+    def is_port_unreachable(self) -> bool:
+        """Whether it says that nobody listens: RFC 792, RFC 4443."""
+        return (self.proto, self.icmp_type, self.icmp_code) in ((ICMP, 3, 3), (ICMP6, 1, 4))
 
 
 @dataclass(frozen=True)
@@ -147,6 +165,8 @@ def _layer(raw: bytes, at: int, vxlan_port: int) -> tuple[Layer | None, int | No
         return Layer(src, dst, proto, sport, dport, flags, seq, ack, ttl=ttl), None
     if proto in _ICMP_ERRORS and len(raw) >= l4 + 2:
         layer = Layer(src, dst, proto, icmp_type=raw[l4], icmp_code=raw[l4 + 1], ttl=ttl)
+        if layer.is_too_big:  # in the last 16 bits of the header's second word, with ICMPv6 in all 32
+            layer = replace(layer, mtu=int.from_bytes(raw[l4 + (6 if proto == ICMP else 4) : l4 + 8], "big"))
         return layer, l4 + 8 if layer.is_icmp_error else None
     return Layer(src, dst, proto, ttl=ttl), None
 

@@ -32,13 +32,13 @@ def healed(lab: Lab) -> Iterator[Lab]:
     assert on(lab, "heal").returncode == 0
 
 
-def verdicts(lab: Lab, proto: str, target: str) -> list[dict[str, Any]]:
+def verdicts(lab: Lab, proto: str, target: str, size: int = 0) -> list[dict[str, Any]]:
     """Trace some probes; the report of the journal alone must say the same as the live run."""
     with tempfile.TemporaryDirectory() as directory:
         journal = str(Path(directory) / "a.calitrace")
         live = calitrace(
             *("probe", "nodeport", target, "--proto", proto, "-c", str(COUNT), "--rate", "100", "--timeout", "0.3"),
-            *("--from", lab.namespace("client"), "--trace", "-w", journal, "-o", "json"),
+            *("--size", str(size), "--from", lab.namespace("client"), "--trace", "-w", journal, "-o", "json"),
         )
         offline = calitrace("report", "-r", journal, "-o", "json")
     assert live.returncode in (0, 1), live.stderr
@@ -129,6 +129,15 @@ def test_no_route_to_the_backend(lab: Lab, level: str) -> None:
     probes = verdicts(lab, "tcp", "10.10.0.1:30087")
     assert only([p["calico_reason"] for p in probes]) == "RT_UNKNOWN"
     assert only([p["confidence"] for p in probes]) == "proven"
+
+
+@pytest.mark.parametrize(("proto", "size"), [("udp", 1470), ("tcp", 1430)])
+def test_too_big_for_the_tunnel(lab: Lab, level: str, proto: str, size: int) -> None:
+    probes = verdicts(lab, proto, TARGETS[proto], size)  # each, also after the first was told the path's MTU
+    assert only([p["verdict"] for p in probes]) == "too-big"
+    assert only([p["confidence"] for p in probes]) == ("proven" if level == "debug" else "likely")
+    assert only([p["cause"].rpartition("; ")[2] for p in probes]) == "MTU 1450"
+    assert only([p["place"]["namespace"] for p in probes]) == lab.namespace("node-a")
 
 
 def test_a_closed_port_of_the_pod_is_the_pods(lab: Lab) -> None:

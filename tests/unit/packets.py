@@ -36,9 +36,9 @@ def vxlan(src: str, dst: str, inner: bytes, vni: int = 0xCA11C0) -> bytes:
     return udp(src, 50000, dst, 4789, head + inner)
 
 
-def icmp_error(src: str, dst: str, quoted: bytes, kind: int = 3, code: int = 3) -> bytes:
+def icmp_error(src: str, dst: str, quoted: bytes, kind: int = 3, code: int = 3, mtu: int = 0) -> bytes:
     """An ICMP error that quotes a packet."""
-    return ip(src, dst, 1, struct.pack("!BBHI", kind, code, 0, 0) + quoted)
+    return ip(src, dst, 1, struct.pack("!BBHI", kind, code, 0, mtu) + quoted)
 
 
 def syn(number: int = 0, dst: str = NODE_A, dport: int = NODEPORT) -> bytes:

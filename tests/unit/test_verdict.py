@@ -275,6 +275,45 @@ def test_no_backend(log: bool) -> None:
     assert verdict.confidence is (Confidence.PROVEN if log else Confidence.LIKELY)
 
 
+@pytest.mark.parametrize("log", [True, False])
+def test_too_big_for_the_tunnel(log: bool) -> None:
+    recorder = Recorder()
+    recorder.hop(RECEIVE, A_NS, UPLINK, packets.syn())
+    if log:
+        recorder.log(
+            "ens192----------I: New packet at ifindex=2; mark=0",
+            f"ens192----------I: IP s={CLIENT} d={NODE_A}",
+            f"ens192----------I: TCP; ports: s={SPORT} d={NODEPORT}",
+            "ens192----------I: SKB too long (len=1512) vs limit=1464",
+            "ens192----------I: Final result=ALLOW rc 7. Program execution time: 37786ns",
+        )
+    recorder.hop(QUEUE, A_NS, UPLINK, packets.icmp_error(NODE_A, CLIENT, packets.syn(), code=4, mtu=1450))
+    verdict = judged(recorder, Outcome.REFUSED, detail="ICMP fragmentation needed (MTU 1450) from 10.10.0.1")
+    assert (verdict.kind, verdict.by_calico) == (Kind.TOO_BIG, True)
+    assert verdict.cause == "the probe's 40 bytes do not fit into Calico's tunnel to the backend; MTU 1450"
+    assert verdict.confidence is (Confidence.PROVEN if log else Confidence.LIKELY)
+
+
+@pytest.mark.parametrize("mtu", [1400, 0])
+def test_too_big_for_a_router(mtu: int) -> None:
+    recorder = Recorder()
+    recorder.hop(QUEUE, CLIENT_NS, UPLINK, packets.syn())
+    error = packets.icmp_error("10.10.0.254", CLIENT, packets.syn(), code=4, mtu=mtu)
+    recorder.hop(RECEIVE, CLIENT_NS, UPLINK, error, skb=0xBB)
+    verdict = judged(recorder, Outcome.REFUSED, detail="ICMP fragmentation needed from 10.10.0.254")
+    assert (verdict.kind, verdict.by_calico, verdict.confidence) == (Kind.TOO_BIG, False, Confidence.PROVEN)
+    assert verdict.cause == "the probe's 40 bytes are too many for 10.10.0.254" + ("; MTU 1400" if mtu else "")
+
+
+def test_another_error_in_place_is_not_for_want_of_endpoints() -> None:
+    recorder = Recorder()
+    recorder.hop(RECEIVE, A_NS, UPLINK, packets.syn())
+    recorder.hop(QUEUE, A_NS, UPLINK, packets.icmp_error(NODE_A, CLIENT, packets.syn(), kind=11, code=0))
+    verdict = judged(recorder, Outcome.REFUSED, detail="ICMP type 11 code 0 from 10.10.0.1")
+    assert verdict.kind is Kind.REFUSED
+    assert verdict.cause == "the node itself (node-a) refused: ICMP type 11 code 0 from 10.10.0.1"
+
+
 def test_refused_by_the_pod() -> None:
     recorder = Recorder()
     to_pod(recorder)

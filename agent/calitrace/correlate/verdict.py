@@ -8,6 +8,7 @@
 | delivered to the pod, no reply         | NO_REPLY: application or pod                               |
 | reply left B, never reached A or client| RETURN_PATH                                                |
 | refused by Calico: no endpoints        | NO_BACKEND                                                 |
+| an ICMP error says that it does not fit| TOO_BIG: who has no room for it, and how much there is     |
 | evidence does not carry                | UNKNOWN                                                    |
 
 An absence proves something only where we looked and lost nothing: with lost events, or at a node that is not
@@ -25,12 +26,13 @@ from calitrace.correlate.drops import Confidence, Place, explain, place_of
 from calitrace.correlate.journey import Direction, Journey, Step
 from calitrace.events import HopKind
 from calitrace.model import Drop, Hop, Outcome, Role
-from calitrace.packet import PROTOCOLS
+from calitrace.packet import PROTOCOLS, TCP
 
 if TYPE_CHECKING:
     from calitrace.calico.passage import Passage
     from calitrace.correlate.drops import Names
     from calitrace.model import Namespace, Topology
+    from calitrace.packet import Layer
 
 
 class Kind(str, Enum):
@@ -39,6 +41,7 @@ class Kind(str, Enum):
     ANSWERED = "answered"
     DROPPED = "dropped"
     NO_BACKEND = "no-backend"
+    TOO_BIG = "too-big"
     REFUSED = "refused"
     UNDERLAY = "underlay"
     NO_REPLY = "no-reply"
@@ -109,8 +112,14 @@ class _Judge:
         last = next((s for s in reversed(requests) if s.event.ktime_ns <= first.event.ktime_ns), requests[-1])
         in_place = (last.event.netns, last.event.skbaddr) == (first.event.netns, first.event.skbaddr)
         said = any(p.no_backend() for s in self.journey.steps for p in s.passages)
-        if namespace and namespace.role is Role.NODE and (in_place or said):
-            evidence = [f"{name}: the probe's own sk_buff became the ICMP error ({first.event.packet.inner})"]
+        by_calico = namespace is not None and namespace.role is Role.NODE and in_place
+        error = first.event.packet.inner
+        assert error is not None  # or it would have joined no probe
+        became = f"{name}: the probe's own sk_buff became the ICMP error ({error})"
+        if error.is_too_big:
+            return self._too_big(error, by_calico, last if by_calico else first, became)
+        if (by_calico and error.is_port_unreachable) or (namespace and namespace.role is Role.NODE and said):
+            evidence = [became]
             evidence += [f"{p.interface}-{p.direction}: {line}" for p, line in self._lines("NAT: ")]
             return Verdict(
                 Kind.NO_BACKEND,
@@ -127,7 +136,9 @@ class _Judge:
             cause = f"refused: {probe.detail}; the side that refused is not observed"
         else:
             where = "the pod" if seen_at is Role.POD else "the node itself"
-            cause = f"{where} ({name}) refused: {probe.detail}; nothing listens there"
+            cause = f"{where} ({name}) refused: {probe.detail}"
+            if error.proto == TCP or error.is_port_unreachable:
+                cause += "; nothing listens there"
         return Verdict(
             Kind.REFUSED,
             Confidence.LIKELY if seen_at is Role.CLIENT else Confidence.PROVEN,
@@ -135,6 +146,24 @@ class _Judge:
             place=self._place(first),
             skb_drop_reason=self.names.drop_reason(drops[-1]) if drops else "",
             evidence=self._path(),
+        )
+
+    def _too_big(self, error: Layer, by_calico: bool, step: Step, became: str) -> Verdict:
+        size, room = self.journey.probe.size_bytes, f"; MTU {error.mtu}" if error.mtu else ""
+        said = self._lines("SKB too long") + self._lines("Return ICMP mtu is too big")
+        if by_calico:
+            cause = f"the probe's {size} bytes do not fit into Calico's tunnel to the backend{room}"
+        else:
+            cause = f"the probe's {size} bytes are too many for {error.src}{room}"
+        evidence = [became] if by_calico else []
+        evidence += [f"{p.interface}-{p.direction}: {line}" for p, line in said]
+        return Verdict(
+            Kind.TOO_BIG,
+            Confidence.PROVEN if said or not by_calico else Confidence.LIKELY,
+            cause,
+            place=self._place(step, "tc ingress" if by_calico else ""),
+            by_calico=by_calico,
+            evidence=tuple(evidence) + self._path(),
         )
 
     # -- unanswered -------------------------------------------------------------------------------------

@@ -44,7 +44,8 @@ MAX_TIMEOUT_S = 3600
 _PORTS = 256  # at most; probes cycle through them
 _CATCH_UP_S = 0.02  # a sender that was held up longer than this does not make up for it in a burst
 _SO_ATTACH_FILTER, _SO_MEMINFO = 26, 55
-_ICMP_UNREACHABLE = {0: "net", 1: "host", 2: "protocol", 3: "port", 4: "fragmentation needed", 13: "prohibited"}
+_IP_MTU_DISCOVER, _IP_PMTUDISC_PROBE = 10, 3  # include/uapi/linux/in.h
+_ICMP_UNREACHABLE = {0: "net", 1: "host", 2: "protocol", 3: "port", 13: "prohibited"}
 _RECEIVE_BYTES = 1 << 20
 
 
@@ -141,6 +142,8 @@ class ProbeRun:
         self._sockets += [self._wake, self._woken]
         self._bind()
         self._out = self._raw(socket.IPPROTO_RAW)
+        # Each probe finds the path's MTU by itself: what an earlier one was told must not hold the next one back.
+        self._out.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _IP_PMTUDISC_PROBE)
         low, high = self.ports
         self._hear: list[socket.socket] = []
         if settings.proto == TCP:
@@ -393,6 +396,8 @@ def _address(host: str) -> str:
 
 
 def _icmp_name(layer: Layer) -> str:
+    if layer.is_too_big:
+        return "fragmentation needed" + (f" (MTU {layer.mtu})" if layer.mtu else "")
     if layer.proto == ICMP and layer.icmp_type == 3:
         return f"{_ICMP_UNREACHABLE.get(layer.icmp_code, f'code {layer.icmp_code}')} unreachable"
     return f"type {layer.icmp_type} code {layer.icmp_code}"
