@@ -223,6 +223,7 @@ def _layouts() -> Iterator[Layout]:
     yield layout("cali_v4_srmsg", 1, (16, "0 u64 cookie;8 ip4 addr;12 port_be port"), before4)
     yield layout("cali_v6_srmsg", 1, (32, "0 u64 cookie;8 ip6 addr;24 port_be port"), before6)
     yield layout("cali_v4_ct_nats", 1, (24, "0 u64 cookie;8 ip4 addr;12 port_be port;16 u8 proto"), before4)
+    yield layout("cali_v6_ct_nats", 1, (32, "0 u64 cookie;8 ip6 addr;24 port_be port;28 u8 proto"), before6)
     for version in (1, 2):
         for base, key, rev, at, size in (("v4", ct4, "ip4", 16, 32), ("v6", ct6, "ip6", 40, 56)):
             wide = 4 if rev == "ip4" else 16

@@ -248,18 +248,21 @@ def _stored(found: Journal) -> Source:
     )
 
 
-def of_bpftool(path: Path, name: str) -> Source:
-    """The one map of such a file. Raises UsageError."""
+def of_bpftool(files: Iterable[tuple[Path, str]]) -> Source:
+    """The maps of such files, each with its map's name. Raises UsageError."""
     from calitrace.calico import bpftool
 
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as failure:
-        raise UsageError(f"cannot read {path}: {failure}") from failure
-    try:
-        return Source([bpftool.read(text, name)], set())
-    except Malformed as wrong:
-        raise UsageError(f"{path}: {wrong.cause}", "is it what `bpftool -j map dump` wrote?") from wrong
+    found = []
+    for path, name in files:
+        try:
+            text = path.read_text()
+        except (OSError, UnicodeDecodeError) as failure:
+            raise UsageError(f"cannot read {path}: {failure}") from failure
+        try:
+            found.append(bpftool.read(text, name))
+        except Malformed as wrong:
+            raise UsageError(f"{path}: {wrong.cause}", "`bpftool -j map dump` writes what is read here") from wrong
+    return Source(found, set())
 
 
 def refused(wrong: LayoutMismatch) -> Error:
