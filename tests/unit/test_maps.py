@@ -826,13 +826,37 @@ def test_policy_programs() -> None:
         ("policy", "program 77 at 5 of cali_jump_ing decides"),
         ("policy", "program 78 at 6 of cali_jump_egr decides"),
     ]
-    for index, told in ((7, "cali_jump is empty at 7"), (-1, "none is set")):
+    for index, told, broken in (
+        (7, "cali_jump is empty at 7", [walk.NO_POLICY]),
+        (-1, "not known: ifstate names none", []),
+    ):
         rows = changed("interfaces", 1, egress_v4=index)
         lost = walk.Tables(**{**vars(rows), "programs": {"cali_jump": {}}})
         assert found_by("policy", lost) == [("policy", "none: everything is allowed"), ("policy", told)]
-        assert kinds(walk.walk(PACKET, lost)) == [walk.NO_POLICY]
+        assert kinds(walk.walk(PACKET, lost)) == broken
+    netkit = {"cali_jump_ing": {5: 77}, "cali_jump_egr": {}, "cali_j_nk_egr": {6: 79}}
+    other = walk.Tables(**{**vars(changed("interfaces", 1, **wanted)), "programs": netkit})
+    assert found_by("policy", other)[1] == ("policy", "program 79 at 6 of cali_j_nk_egr decides")
     out = walk.Packet("10.65.0.2", 4000, "10.10.0.1", 30080, "tcp", "cali1")
-    assert kinds(walk.walk(out, walk.Tables(**{**vars(tables()), "programs": at}))) == [walk.NO_POLICY]
+    unset = walk.Tables(**{**vars(changed("interfaces", 1, ingress_v4=4)), "programs": at})
+    assert kinds(walk.walk(out, unset)) == [walk.NO_POLICY]
+
+
+def test_a_connection_that_is_older_than_the_service() -> None:
+    old = entry("normal", "10.10.0.1", port_a=30080)
+    assert kinds(walk.walk(PACKET, tables(conntrack=[old]))) == [walk.DISAGREE]
+    assert verdict(PACKET, tables(conntrack=[old])).startswith("not translated, and sent to 10.10.0.1:30080 as before")
+    assert kinds(walk.walk(PACKET, tables(conntrack=[old], frontends=[]))) == []
+    for members in ({"flags": ["nat-exclude"]}, {"drop": True}, {"count": 0}):
+        found = walk.Tables(**{**vars(changed("frontends", 0, **members)), "conntrack": [old]})
+        assert kinds(walk.walk(PACKET, found)) == []
+    reply = walk.Packet("10.10.0.1", 30080, "10.10.0.100", 4000, "tcp")
+    assert kinds(walk.walk(reply, tables(conntrack=[old]))) == []
+
+
+def test_a_pod_s_packet_to_its_own_host() -> None:
+    packet = walk.Packet("10.65.0.2", 0, "10.10.0.1", 22, "tcp")
+    assert "dropped when defaultEndpointToHostAction is Drop" in verdict(packet, tables())
 
 
 def test_maglev_and_excluded_services() -> None:
@@ -856,7 +880,11 @@ def test_maglev_and_excluded_services() -> None:
     ("members", "wanted"),
     [
         ({}, "source becomes 10.10.0.1:30080, sent to 10.10.0.100:4000"),
-        ({"tun_ip": "10.10.0.2"}, "source becomes 10.10.0.1:30080, tunnelled back to node 10.10.0.2"),
+        (
+            {"tun_ip": "10.10.0.2"},
+            "source becomes 10.10.0.1:30080, tunnelled back to node 10.10.0.2, "
+            "with DSR sent straight to 10.10.0.100:4000",
+        ),
         (
             {"tun_ip": "10.10.0.2", "flags": ["np-fwd"]},
             "source becomes 10.10.0.1:30080, sent to 10.10.0.100:4000",

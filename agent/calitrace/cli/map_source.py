@@ -129,6 +129,7 @@ def _programs(source: Source, found: Iterable[Found]) -> dict[str, dict[int, int
     """Of the jump maps, by base name: the policy programs at the indices that ifstate has."""
     from calitrace.calico import maptables
     from calitrace.calico.maps import identify
+    from calitrace.correlate.walk import JUMPS
     from calitrace.kernel import maps
 
     wanted: set[int] = set()
@@ -136,8 +137,10 @@ def _programs(source: Source, found: Iterable[Found]) -> dict[str, dict[int, int
         with suppress(LayoutMismatch):
             for entry in maptables.iter_entries(raw, maptables.resolve(raw)):
                 wanted |= {v for name, v in entry.items() if name.startswith(("ingress_v", "egress_v")) and v >= 0}
-    names = {"cali_jump", "cali_jump_ing", "cali_jump_egr"}
-    newest = {identify(each.name)[0]: each for each in found if identify(each.name)[0] in names}
+    names = {name for each in JUMPS.values() for name in each}
+    # Where several versions are here, that which programs use, else the newest, comes last and stays.
+    several = sorted(found, key=lambda each: (each.in_use, identify(each.name)[1]))
+    newest = {identify(each.name)[0]: each for each in several if identify(each.name)[0] in names}
     return {base: maps.programs_at(each, wanted) for base, each in newest.items()}
 
 

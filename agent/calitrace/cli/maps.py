@@ -676,10 +676,11 @@ def _walk(source_end: str, target: str, ingress: str, **options: Any) -> int:
         raise UsageError("source and destination are of different families")
     source = _whole(_source(options))
     family = 6 if ":" in dst else 4
-    lost = [base for base in ("nat_fe", "nat_be", "routes", "ct") if not source.pick((base,), ipv6=family == 6)]
+    needed = ("nat_fe", "nat_be", "routes", *(("ct",) if sport else ()))
+    lost = [base for base in needed if not source.pick((base,), ipv6=family == 6)]
     if lost:
         names = ", ".join(f"cali_v{family}_{base}" for base in lost)
-        why = f": Calico does not handle IPv{family} here" if len(lost) == 4 else ", without which walk would guess"
+        why = f": Calico does not handle IPv{family} here" if lost == [*needed] else ", without which walk would guess"
         raise NotCalico(f"no {names} map{why}", "`calitrace maps versions dump` lists the maps that are here")
     known = set(source.context().interfaces.values())
     if ingress and known and ingress not in known:
