@@ -680,6 +680,8 @@ def _walk(source_end: str, target: str, ingress: str, **options: Any) -> int:
     lost = [base for base in needed if not source.pick((base,), ipv6=family == 6)]
     if lost:
         names = ", ".join(f"cali_v{family}_{base}" for base in lost)
+        if options["bpftool"]:
+            raise UsageError(f"walk needs {names} too", "add its dump with --bpftool and --map")
         why = f": Calico does not handle IPv{family} here" if lost == [*needed] else ", without which walk would guess"
         raise NotCalico(f"no {names} map{why}", "`calitrace maps versions dump` lists the maps that are here")
     known = set(source.context().interfaces.values())
@@ -796,13 +798,18 @@ def _may_change(options: dict[str, Any]) -> bool:
 
 
 def _live_maps(options: dict[str, Any], base: str) -> list[tuple[Any, RawMap]]:
-    """(what discovery found, the map) of every version and family that programs may use."""
+    """(what discovery found, the map) of every version that programs may use, or of that which --ver asks for."""
     from calitrace.calico.maps import identify
     from calitrace.kernel import maps
 
     found = maps.find(maps.root(options["bpffs"], options["netns"], options["pid"]))
-    wanted = {f"cali_{base}", f"cali_v4_{base}", f"cali_v6_{base}"}
-    chosen = [(each, maps.read(each)) for each in found if identify(each.name)[0] in wanted]
+    wanted = {f"cali_{base}", f"cali_v{6 if options.get('ipv6') else 4}_{base}"}
+    version = options.get("version")
+    chosen = [
+        (each, maps.read(each))
+        for each in found
+        if identify(each.name)[0] in wanted and version in (None, identify(each.name)[1])
+    ]
     if not chosen:
         raise NotCalico(f"no map cali_*{base}*", "`calitrace maps versions dump` lists the maps that are here")
     return chosen
@@ -857,6 +864,7 @@ def _remove_conntrack(proto: str, ip1: str, ip2: str, **options: Any) -> int:
     """Remove the entries between two addresses. PROTO: tcp, udp or a number."""
     name = _proto(proto)
     ends = {_address(ip1), _address(ip2)}
+    options["ipv6"] = options["ipv6"] or ":" in ip1
     return _remove(options, "ct", lambda e: e["proto"] == name and {e["addr_a"], e["addr_b"]} == ends)
 
 
@@ -930,9 +938,18 @@ _policy_group.add_command(click.command("dump")(_with((_policy_words, _asm, *_RE
 _kept = click.option(
     "-w", "--write", "kept", type=click.Path(path_type=Path), help="Keep what goes in this journal, for -r."
 )
-_add("arp clean", _clean_arp, _kept)
-_add("conntrack clean", _clean_conntrack, _kept)
-_add("conntrack remove", _remove_conntrack, *(click.argument(each) for each in ("proto", "ip1", "ip2")), _kept)
+_family = click.option("-6", "--ipv6", is_flag=True, help="The IPv6 map.")
+_version = click.option("--ver", "version", type=int, help="Only the map of this version.")
+_add("arp clean", _clean_arp, _family, _kept)
+_add("conntrack clean", _clean_conntrack, _family, _version, _kept)
+_add(
+    "conntrack remove",
+    _remove_conntrack,
+    *(click.argument(each) for each in ("proto", "ip1", "ip2")),
+    _family,
+    _version,
+    _kept,
+)
 _add("counters flush", _flush_counters, click.option("--iface", help="Only this interface."), _kept)
 _add("connect-time clean", _clean_connect_time)
 for _with_reading in (_walk, _diff):
