@@ -354,7 +354,7 @@ def between(lab: Lab, *words: str) -> str:
 def test_diff_now_and_later(lab: Lab) -> None:
     lines = between(lab, "maps", "diff", "--wait", "2")
     assert "conntrack  tcp " in lines
-    assert "counter    ens192 tc ingress UNKNOWN: " in lines
+    assert "counter    ens192 tc ingress TOTAL_PACKETS: " in lines
 
 
 def test_conntrack_remove_needs_permission_and_takes_only_what_it_names(lab: Lab) -> None:
