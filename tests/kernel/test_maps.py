@@ -534,6 +534,17 @@ def test_several_versions_side_by_side(bpffs: Path) -> None:
     done = calitrace("conntrack", "dump", "--bpffs", str(bpffs))
     assert len(done.stdout.splitlines()) == 2
     assert "mid-upgrade" in done.stderr
+    rows = calitrace("versions", "get", "cali_v4_ct", "--bpffs", str(bpffs)).stdout.splitlines()
+    assert [row.split()[:3] for row in rows] == [["cali_v4_ct3", "v3", "16+88"], ["cali_v4_ct4", "v4", "16+88"]]
+    assert len(calitrace("versions", "get", "cali_v4_ct3", "--bpffs", str(bpffs)).stdout.splitlines()) == 1
+    assert calitrace("versions", "get", "cali_v4_arp", "--bpffs", str(bpffs)).returncode == 1
+    assert calitrace("versions", "summary", "--bpffs", str(bpffs)).stdout.splitlines() == [
+        *("maps:          2", "in use:        0", "unknown:       none", "side by side:  cali_v4_ct3, cali_v4_ct4"),
+    ]
+    summary = json.loads(calitrace("versions", "summary", "-j", "--bpffs", str(bpffs)).stdout)
+    assert summary["side_by_side"] == ["cali_v4_ct3", "cali_v4_ct4"]
+    lost = calitrace("ifstate", "dump", "--bpffs", str(bpffs))
+    assert (lost.returncode, "no ifstate map (cali_iface)" in lost.stderr) == (4, True)
     chosen = calitrace("conntrack", "dump", "--ver", "3", "--bpffs", str(bpffs))
     assert len(chosen.stdout.splitlines()) == 1
 

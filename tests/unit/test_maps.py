@@ -350,6 +350,10 @@ def test_a_connection_at_length() -> None:
         "  reply      from 10.0.0.2:4000, nothing seen",
     ]
     assert mapdump.text("ct", only("cali_v4_ct4", KEY, conntrack(4, ab=3, ba=3))).endswith("expires in 60 min")
+    direct = only("cali_v4_ct4", KEY, conntrack(4, ab=0x31, ba=0x10, flags=6))
+    assert list(mapdump.iter_connection(direct, [], context.timeouts))[4] == (
+        "  reply      from 10.0.0.2:4000, 0 packets, 0 bytes, approved: with DSR it goes straight to the client"
+    )
 
 
 def test_pairing_names_what_stays_alone() -> None:

@@ -156,8 +156,12 @@ def _chosen(source: map_source.Source, name: str, options: dict[str, Any]) -> li
         return found
     found = source.pick(bases, ipv6=options["ipv6"], version=version)
     if not found and source.broken is None:
-        family = 6 if options["ipv6"] else 4
-        wanted = " or ".join(f"cali_v{family}_{base}" for base in bases) + (f" of version {version}" if version else "")
+        from calitrace.calico import maptables
+
+        family = f"cali_v{6 if options['ipv6'] else 4}_"
+        bare = {each.base.removeprefix("cali_") for each in maptables.layouts()}
+        wanted = " or ".join(f"{'cali_' if base in bare else family}{base}" for base in bases)
+        wanted += f" of version {version}" if version else ""
         raise NotCalico(f"no {name} map ({wanted})", "`calitrace maps versions dump` lists the maps that are here")
     return found
 
@@ -561,12 +565,10 @@ for _name in SUBJECTS:
     command.add_command(_subject(_name))
 
 
-def _versions(**options: Any) -> int:
-    """Print which maps are here: version, sizes, whether we know their layout and programs use them."""
+def _iter_versions(source: map_source.Source) -> Iterator[dict[str, Any]]:
     from calitrace.calico import maptables
     from calitrace.calico.maps import identify
 
-    source = _source(options)
     for raw in source.maps:
         base, version, old = identify(raw.name)
         try:
@@ -574,25 +576,65 @@ def _versions(**options: Any) -> int:
             layout = f"v{known.version}{' BTF' if known.origin else ''}"
         except LayoutMismatch:
             layout = "unknown" if any(each.base == base for each in maptables.layouts()) else "not shown"
-        in_use = raw.pin in source.in_use if source.now_ns else None
-        about = {
+        yield {
             "map": raw.name, "version": version, "old": old, "layout": layout, "key_bytes": raw.key_size,
             "value_bytes": raw.value_size, "max_entries": raw.max_entries or None,
-            "in_use": in_use, "pin": raw.pin,
+            "in_use": raw.pin in source.in_use if source.now_ns else None, "pin": raw.pin,
         }  # fmt: skip
+
+
+def _versions(words: tuple[str, ...] = (), **options: Any) -> int:
+    """Print which maps are here: version, sizes, whether we know their layout and programs use them."""
+    from calitrace.calico.maps import identify
+
+    source = _source(options)
+    found = [e for e in _iter_versions(source) if not words or {e["map"], identify(e["map"])[0]} & set(words)]
+    for about in found:
         if options["as_json"] or options["output"] == "json":
             click.echo(json.dumps(about))
-        else:
-            used = {True: "in use", False: "not used", None: "use unknown"}[in_use]
-            click.echo(
-                f"{raw.name:18} v{version:<2} {raw.key_size:>3}+{raw.value_size:<5} layout {layout:9} "
-                f"max {raw.max_entries or 'unknown':<8} {used:9} {raw.pin}"
-            )
+            continue
+        used = {True: "in use", False: "not used", None: "use unknown"}[about["in_use"]]
+        click.echo(
+            f"{about['map']:18} v{about['version']:<2} {about['key_bytes']:>3}+{about['value_bytes']:<5} "
+            f"layout {about['layout']:9} max {about['max_entries'] or 'unknown':<8} {used:9} {about['pin']}"
+        )
+    _finish(source)
+    return int(Exit.DONE if found else Exit.FINDINGS)
+
+
+def _versions_summary(**options: Any) -> int:
+    """Say how many maps are here, and of which several versions are side by side."""
+    from calitrace.calico.maps import identify
+
+    source = _source(options)
+    found = list(_iter_versions(source))
+    names: dict[str, set[str]] = {}
+    for each in found:
+        names.setdefault(identify(each["map"])[0], set()).add(each["map"])
+    about = {
+        "maps": len(found),
+        "in_use": sum(bool(each["in_use"]) for each in found) if source.now_ns else None,
+        "unknown": sorted(each["map"] for each in found if each["layout"] == "unknown"),
+        "side_by_side": sorted(name for group in names.values() if len(group) > 1 for name in group),
+    }
+    if options["as_json"] or options["output"] == "json":
+        click.echo(json.dumps(about))
+    else:
+        for key, value in about.items():
+            shown = "unknown" if value is None else ", ".join(value) or "none" if isinstance(value, list) else value
+            click.echo(f"{key.replace('_', ' ') + ':':14} {shown}")
     return _finish(source)
 
 
 _versions_group = click.Group("versions", help="Which maps are here, and of which version.")
 _versions_group.add_command(click.command("dump")(_with(_READ, _versions)))
+_names = click.argument("words", nargs=-1, required=True, metavar="MAP...")
+_versions_group.add_command(
+    click.command("get", help="The same of these maps, by name with or without version.")(
+        _with((_names, *_READ), lambda **given: _versions(**given))
+    )
+)
+_versions_group.add_command(click.command("summary")(_with(_READ, _versions_summary)))
 command.add_command(_versions_group)
 
 

@@ -402,7 +402,9 @@ def iter_connection(entry: dict[str, Any], partners: Sequence[dict[str, Any]], t
     for title, end in (("request", request), ("reply", "a" if request == "b" else "b")):
         leg = entry.get("ab" if end == "a" else "ba")
         if leg is not None:
-            yield f"  {title:10} {_leg(entry, leg, end)}"
+            straight = title == "reply" and "fwd-dsr" in entry["flags"]
+            dsr = ": with DSR it goes straight to the client" if straight else ""
+            yield f"  {title:10} {_leg(entry, leg, end)}{dsr}"
     for each in partners:
         yield f"  pair       {each['type']}: {_pair(each)}"
     if not partners and entry["type"] == "nat-fwd":
