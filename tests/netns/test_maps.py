@@ -305,6 +305,17 @@ def test_live_and_offline_say_the_same(lab: Lab, tmp_path: Path) -> None:
     assert calitrace(*packet, *where).stdout == calitrace(*packet, "-r", file).stdout
 
 
+def test_the_namespace_chooses_between_the_maps_of_two_nodes(lab: Lab) -> None:
+    for node in ("node-a", "node-b"):
+        done = calitrace("maps", "routes", "dump", "--bpffs", str(lab.pins), "--netns", lab.namespace(node))
+        assert (done.returncode, done.stdout) == (
+            0, calitrace("maps", "routes", "dump", "--bpffs", str(lab.pins / node)).stdout,
+        )  # fmt: skip
+    for where in ((), ("--netns", lab.namespace("client"))):
+        done = calitrace("maps", "routes", "dump", "--bpffs", str(lab.pins), *where)
+        assert (done.returncode, "the maps of 2 nodes lie below" in done.stderr) == (2, True)
+
+
 def test_diff_finds_the_service_that_differs(lab: Lab, edit: Edit, tmp_path: Path) -> None:
     where = ("--bpffs", str(lab.pins / "node-a"))
     files = [str(tmp_path / name) for name in ("a", "b")]

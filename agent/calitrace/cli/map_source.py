@@ -110,7 +110,7 @@ def live(bpffs: Path | None, netns: str | None, pid: int | None, policy_dir: Pat
 
     # Maps from elsewhere with ifindices of elsewhere: ours would give them wrong names.
     interfaces = {} if bpffs is not None and netns is None and pid is None else maps.interfaces(netns, pid)
-    source = of_maps(maps.find(maps.root(bpffs, netns, pid)), interfaces)
+    source = of_maps(maps.find(maps.root(bpffs, netns, pid), netns or str(pid or "")), interfaces)
     source.sysctls = maps.sysctls(SYSCTLS.values(), netns, pid)
     source.rules = _rules(policy_dir, source)
     return source

@@ -844,7 +844,8 @@ def _live_maps(options: dict[str, Any], base: str) -> list[tuple[Any, RawMap]]:
     from calitrace.calico.maps import identify
     from calitrace.kernel import maps
 
-    found = maps.find(maps.root(options["bpffs"], options["netns"], options["pid"]))
+    where = maps.root(options["bpffs"], options["netns"], options["pid"])
+    found = maps.find(where, options["netns"] or str(options["pid"] or ""))
     wanted = {f"cali_{base}", f"cali_v{6 if options.get('ipv6') else 4}_{base}"}
     version = options.get("version")
     chosen = [
