@@ -469,6 +469,9 @@ def test_counters() -> None:
     ]
     assert [line.split("|")[3].strip() for line in lines if "packets with unknown route" in line] == ["12"]
     assert {len(line) for line in lines[:-2]} == {len(lines[0])}
+    assert len(lines[0]) <= 80
+    (at,) = [index for index, line in enumerate(lines) if "Maglev lookup found no backends for" in line]
+    assert [cell.strip() for cell in lines[at + 1].split("|")[1:-1]] == ["", "service IP", "", "", ""]
     assert lines[-2:] == ["dumped eth0 counters.", ""]
     assert "| Other    | RESERVED1 " in "\n".join(lines)
     assert list(mapdump.iter_counters(entries))[-2] == "dumped ifindex 9 counters."

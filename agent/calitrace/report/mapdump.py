@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 from ipaddress import ip_address
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from calitrace.calico import maptables, reasons
@@ -633,6 +634,7 @@ def per_second(
 
 
 _COLUMNS = ("INGRESS", "EGRESS", "XDP")
+_CAPTION_WIDTH = 40  # for the table to fit a terminal of 80 columns
 
 
 def iter_counters(entries: Iterable[dict[str, Any]], interface: str | None = None) -> Iterator[str]:
@@ -646,11 +648,13 @@ def iter_counters(entries: Iterable[dict[str, Any]], interface: str | None = Non
             continue
         known = max((entry["counters"] for entry in hooks.values()), key=len)
         columns = [*_COLUMNS, *(hook for hook in hooks if hook not in _COLUMNS)]
-        rows = [
-            (*_caption(reason), *(_cell(hooks.get(hook), reason) for hook in columns))
-            for reason in sorted(known, key=_caption)
-            if reason in reasons.CAPTIONS or any(entry["counters"].get(reason) for entry in hooks.values())
-        ]
+        rows: list[tuple[str, ...]] = []
+        for reason in sorted(known, key=_caption):
+            if reason in reasons.CAPTIONS or any(entry["counters"].get(reason) for entry in hooks.values()):
+                category, kind = _caption(reason)
+                first, *more = wrap(kind, _CAPTION_WIDTH)
+                rows.append((category, first, *(_cell(hooks.get(hook), reason) for hook in columns)))
+                rows += [(category, rest, *("" for _ in columns)) for rest in more]
         yield from _bordered(("CATEGORY", "TYPE", *columns), rows)
         rates = any("per_second" in entry for entry in hooks.values())
         yield f"dumped {name} counters{' in packets per second' if rates else ''}."
