@@ -57,17 +57,6 @@ _MEANING: dict[str, Callable[[bytes], Any]] = {
 }  # fmt: skip
 
 
-_BIG_CODES = {"be16": "H", "be32": "I", "be64": "Q"}
-
-
-def _packed(order: str, rows: Sequence[tuple[int, str, str]], size: int, codes: Mapping[str, str]) -> struct.Struct:
-    code, at = order, 0
-    for offset, kind, _ in rows:
-        code += f"{offset - at}x{codes[kind]}"
-        at = offset + struct.calcsize(f"<{codes[kind]}")
-    return struct.Struct(f"{code}{size - at}x")
-
-
 @dataclass(frozen=True)
 class Table:
     """The members of a key or a value of *size* bytes. *text*: ``offset type name`` rows, separated by ``;``."""
@@ -81,7 +70,11 @@ class Table:
         parts = (part.split() for part in self.text.split(";") if part)
         rows = tuple((int(offset), kind, name) for offset, kind, name in parts)
         object.__setattr__(self, "rows", rows)
-        object.__setattr__(self, "_struct", _packed("<", rows, self.size, _CODES))
+        code, at = "<", 0
+        for offset, kind, _ in rows:
+            code += f"{offset - at}x{_CODES[kind]}"
+            at = offset + struct.calcsize(f"<{_CODES[kind]}")
+        object.__setattr__(self, "_struct", struct.Struct(f"{code}{self.size - at}x"))
 
     def decode(self, raw: bytes) -> dict[str, Any]:
         """The members by name: numbers, and text for addresses and names."""
@@ -99,18 +92,9 @@ class Table:
         return bytes(raw)
 
     def iter_columns(self, raw: bytes) -> Iterator[tuple[str, Sequence[Any]]]:
-        """Packed records, member by member: (name, its value in each record). Addresses are decoded once each."""
-        for order, codes in (("<", _CODES), (">", _BIG_CODES)):
-            rows = [row for row in self.rows if (row[1] in _BIG_CODES) is (order == ">")]
-            if not rows:
-                continue
-            columns = zip(*_packed(order, rows, self.size, codes).iter_unpack(raw), strict=True)
-            for (_, kind, name), column in zip(rows, columns, strict=True):
-                if kind in _MEANING and order == "<":
-                    known = {each: _MEANING[kind](each) for each in set(column)}
-                    yield name, [known[each] for each in column]
-                else:
-                    yield name, column
+        """Packed records of numbers, member by member: (name, its value in each record)."""
+        columns = zip(*self._struct.iter_unpack(raw), strict=True)
+        yield from ((name, column) for (_, _, name), column in zip(self.rows, columns, strict=True))
 
 
 @dataclass(frozen=True)
