@@ -14,6 +14,7 @@ from ipaddress import IPv6Address
 from typing import TYPE_CHECKING
 
 import pytest
+from click.testing import CliRunner
 
 from calitrace import journal
 from calitrace.calico import maptables
@@ -21,6 +22,7 @@ from calitrace.calico.maps import RawMap
 from calitrace.cli.maps import command
 from calitrace.errors import EnvironmentUnfit, NotCalico, UsageError
 from calitrace.kernel import maps, mounts, syscall
+from tests.known_maps import KNOWN
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -320,6 +322,24 @@ def test_maps_that_only_other_commands_used(bpffs: Path) -> None:
         "cookie 5  addr fd65::2  port 8080  proto tcp  orig_dst fd96::1  orig_dport 80\n"
     )
     assert calitrace("spoofing", "dump", *where).stdout == "ifindex 3  interface ifindex 3  cidr 10.1.2.0/24\n"
+
+
+@pytest.mark.parametrize("name", sorted({(each.name, len(each.value)) for each in KNOWN}), ids=str)
+def test_known_bytes_of_every_version_in_pinned_maps(bpffs: Path, name: tuple[str, int]) -> None:
+    entries = [each for each in KNOWN if (each.name, len(each.value)) == name]
+    first = entries[0]
+    found = pin(bpffs, first.name, first.map_type, (len(first.key), len(first.value)), 10)
+    spare = bytes(len(first.value) * (syscall.possible_cpus() - 1)) if first.map_type == PERCPU_HASH else b""
+    write(found, {each.key: each.value + spare for each in entries})
+    words = [first.subject, "dump", "--bpffs", str(bpffs), *(["-6"] if first.ipv6 else [])]
+    done = CliRunner().invoke(command, [*words, "-j"], standalone_mode=False)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert (done.exception, len(rows)) == (None, len(entries))
+    for each in entries:
+        assert any({name: row.get(name) for name in each.meaning} == each.meaning for row in rows), each
+    text = CliRunner().invoke(command, words, standalone_mode=False)
+    assert text.exception is None
+    assert text.stdout or first.name.endswith("nat_be")  # backends are shown with their frontends
 
 
 def test_walk_over_ipv6_maps(bpffs: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.known_maps import KNOWN, PERCPU_HASH, Known
 
 from calitrace.calico import bpftool, maptables, reasons
 from calitrace.calico.maps import RawMap, identify
@@ -82,6 +83,24 @@ def test_any_bytes_of_the_right_size_decode(layout: maptables.Layout, data: st.D
     assert mapdump.summary(raw)["entries"] == 1
 
 
+@pytest.mark.parametrize("known", KNOWN, ids=lambda each: f"{each.name}-{len(each.value)}")
+def test_known_bytes_out_of_bpftool_s_files(known: Known) -> None:
+    """Every version of every map, as JSON and as text; of per-CPU maps two CPUs, the other with zeros."""
+    hexadecimal = [[f"{byte:#04x}" for byte in part] for part in (known.key, known.value, bytes(len(known.value)))]
+    about: dict[str, Any] = {"key": hexadecimal[0], "value": hexadecimal[1]}
+    per_cpu = known.map_type == PERCPU_HASH
+    if per_cpu:
+        about = {"key": about["key"], "values": [{"cpu": n, "value": each} for n, each in enumerate(hexadecimal[1:])]}
+    raw = bpftool.read(json.dumps([about]), known.name)
+    assert bpftool.read(plain(raw), known.name) == raw
+    (found,) = mapdump.iter_objects(raw, mapdump.Context())
+    assert {name: found.get(name) for name in known.meaning} == known.meaning
+    if known.subject == "counters":
+        assert list(found["counters"].values()) == list(struct.unpack(f"<{len(known.value) // 8}Q", known.value))
+    if known.subject == "conntrack":
+        assert [json.loads(b"".join(conntrack_json.iter_blocks(raw, mapdump.Context())))] == [found]
+
+
 @pytest.mark.parametrize("name", ["cali_v4_ct3", "cali_v4_ct4", "cali_v6_ct4"])
 def test_many_lines_at_once_are_those_of_one_at_a_time(name: str) -> None:
     """More entries than one block has rows, of all types, with members of all widths."""
@@ -122,6 +141,14 @@ def test_entries_at_keys() -> None:
     members = {"proto": KEY[:4], "addr_a": KEY[4:8], "addr_b": KEY[8:12], "port_a": KEY[12:14], "port_b": KEY[14:]}
     assert layout.key.encode({**members, "other": b"x"}) == KEY
     assert layout.key.encode({}) == bytes(16)
+
+
+def test_every_version_of_every_map_has_known_bytes() -> None:
+    shown = {
+        (e.base, e.version, e.value.size) for e in maptables.layouts() if e.base != "cali_counters" or e.version > 1
+    }
+    known = {(*identify(each.name)[:2], len(each.value)) for each in KNOWN}
+    assert shown - known == {("cali_qos", 1, 24)}  # of which only the size is known
 
 
 def test_an_unknown_size_is_refused_with_what_is_known() -> None:
