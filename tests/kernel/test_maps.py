@@ -285,6 +285,25 @@ def test_names_and_numbers_that_look_like_addresses(bpffs: Path) -> None:
     assert calitrace("policy", "get", "0xzz", *where).returncode == 1
 
 
+def test_policy_files_are_read_where_rules_are_named(bpffs: Path, tmp_path: Path) -> None:
+    write(
+        pin(bpffs, "cali_rule_ctrs2", PERCPU_HASH, (8, 8), 10),
+        {struct.pack("<Q", 7): bytes(8 * syscall.possible_cpus())},
+    )
+    pin(bpffs, "cali_v4_routes", LPM_TRIE, (8, 8), 10)
+    comments = ["Start of policy default.p", 'Start of rule action:"deny"', "Rule MatchID: 7"]
+    (tmp_path / "cali1_ingress_v4.json").write_text(json.dumps({"policyInfo": [{"comments": comments}]}))
+    (tmp_path / "broken.json").write_text("{")
+    where = ("--bpffs", str(bpffs), "--policy-dir", str(tmp_path))
+    assert calitrace("routes", "dump", *where).stderr == ""
+    named = calitrace("policy", "dump", *where)
+    assert named.stdout == "0x0000000000000007           0  default.p rule 0 (deny)\n"
+    assert "no rule names from broken.json" in named.stderr
+    file = str(tmp_path / "a.calitrace")
+    assert calitrace("snapshot", "-w", file, *where).returncode == 0
+    assert calitrace("policy", "dump", "-r", file).stdout == named.stdout
+
+
 def test_counters_of_an_interface_that_has_none(bpffs: Path) -> None:
     zero = bytes(216 * syscall.possible_cpus())
     write(pin(bpffs, "cali_counters6", PERCPU_HASH, (8, 216), 10), {struct.pack("<II", 2, 0): zero})

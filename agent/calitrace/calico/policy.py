@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from calitrace.errors import Malformed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
 _MATCH_ID = re.compile(r"Rule MatchID:\s*(0x[0-9a-fA-F]+|\d+)")
 _START = re.compile(r"Start of (?P<kind>\S+)\s*(?P<rest>.*)", re.DOTALL)
@@ -30,25 +30,28 @@ class Instruction:
     """An instruction of a policy program: its bytes, the labels and comments before it."""
 
     code: bytes
-    labels: tuple[str, ...] = ()
-    comments: tuple[str, ...] = ()
-    annotation: str = ""
+    labels: Iterable[str]
+    comments: Iterable[str]
+    annotation: str
 
 
 @dataclass(frozen=True)
 class DebugFile:
-    """What Felix wrote of one interface and hook. *hook*: the kernel's, such as ``tc egress``."""
+    """What Felix wrote of one interface and hook. *hook*: the kernel's, such as ``tc egress``.
+
+    *listed*: thousands of instructions as JSON has them, which are looked at as they are asked for.
+    """
 
     interface: str
     hook: str
     error: str
-    instructions: tuple[Instruction, ...]
+    listed: tuple[object, ...]
 
     def rule_names(self) -> dict[int, str]:
         """Rule id to ``POLICY rule N (action)``; rules behind all policies are those of profiles."""
         names: dict[int, str] = {}
         policy, rule, number = "profile", "", -1
-        for comment in (each for instruction in self.instructions for each in instruction.comments):
+        for comment in (comment for each in self.listed for comment in _texts(each, "comments")):
             if found := _START.match(comment):
                 if found["kind"] == "rule":
                     rule, number = found["rest"], number + 1
@@ -71,7 +74,7 @@ class DebugFile:
         yield f"Hook: {self.hook}"
         yield f"Error: {self.error}".rstrip()
         yield "Policy Info:"
-        for each in self.instructions:
+        for each in map(_instruction, self.listed):
             for comment in each.comments:
                 if found := _MATCH_ID.match(comment):
                     yield f"// count = {hits.get(int(found[1], 0), 0)}"
@@ -92,9 +95,8 @@ def read(raw: bytes) -> DebugFile:
         raise Malformed(0, "an object", type(document).__name__, "policy debug file")
     found = {name.lower(): value for name, value in document.items()}
     listed = found.get("policyinfo")
-    instructions = tuple(_instruction(each) for each in (listed if isinstance(listed, list) else ()))
     interface, hook, error = (str(found.get(name, "")) for name in ("ifacename", "hook", "error"))
-    return DebugFile(interface, hook, error, instructions)
+    return DebugFile(interface, hook, error, tuple(listed) if isinstance(listed, list) else ())
 
 
 def rule_names(raw: bytes) -> dict[int, str]:
@@ -103,12 +105,19 @@ def rule_names(raw: bytes) -> dict[int, str]:
 
 
 def _instruction(listed: object) -> Instruction:
-    found = {name.lower(): value for name, value in listed.items()} if isinstance(listed, dict) else {}
-    code = found.get("inst")
+    code = _member(listed, "inst")
     numbers = code if isinstance(code, list) and all(isinstance(n, int) and 0 <= n < 256 for n in code) else []
-    labels, comments = (_texts(found.get(name)) for name in ("labels", "comments"))
-    return Instruction(bytes(numbers), labels, comments, str(found.get("annotation", "")))
+    annotation = _member(listed, "annotation")
+    return Instruction(bytes(numbers), _texts(listed, "labels"), _texts(listed, "comments"), str(annotation or ""))
 
 
-def _texts(listed: object) -> tuple[str, ...]:
-    return tuple(each.strip() for each in listed if isinstance(each, str)) if isinstance(listed, list) else ()
+def _texts(listed: object, name: str) -> Iterator[str]:
+    found = _member(listed, name)
+    return (each.strip() for each in (found if isinstance(found, list) else ()) if isinstance(each, str))
+
+
+def _member(listed: object, name: str) -> object:
+    """One of an instruction's, whose names Felix has written in small letters and with capitals."""
+    if not isinstance(listed, dict):
+        return None
+    return listed.get(name, listed.get(name.capitalize()))

@@ -43,6 +43,7 @@ class Source:
     programs: dict[str, dict[int, int]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     felix_config: Path | None = None
+    policy_dir: Path | None = None
     broken: Malformed | None = None
     differing: dict[str, str] = field(default_factory=dict)
 
@@ -55,7 +56,13 @@ class Source:
         for raw in self.pick(("iface",)):
             with suppress(LayoutMismatch):
                 known.update({e["ifindex"]: e["name"] for e in maptables.iter_entries(raw, maptables.resolve(raw))})
-        return Context(self.now_ns, {**self.interfaces, **known}, self.rules, self._timeouts())
+        return Context(self.now_ns, {**self.interfaces, **known}, timeouts=self._timeouts())
+
+    def rule_names(self) -> dict[int, str]:
+        """Rule id to its name: out of Felix's debug files, which are many and large, when they are asked for."""
+        if self.policy_dir is not None:
+            self.rules, self.policy_dir = _rules(self.policy_dir, self), None
+        return self.rules
 
     def _timeouts(self) -> Timeouts:
         """Felix's conntrack time-outs: of --felix-config, or its defaults."""
@@ -112,7 +119,7 @@ def live(bpffs: Path | None, netns: str | None, pid: int | None, policy_dir: Pat
     interfaces = {} if bpffs is not None and netns is None and pid is None else maps.interfaces(netns, pid)
     source = of_maps(maps.find(maps.root(bpffs, netns, pid), netns or str(pid or "")), interfaces)
     source.sysctls = maps.sysctls(SYSCTLS.values(), netns, pid)
-    source.rules = _rules(policy_dir, source)
+    source.policy_dir = policy_dir
     return source
 
 
@@ -281,6 +288,7 @@ def only_members(raw: RawMap) -> bool:
 
 def objects(source: Source, maps: Iterable[RawMap], *, understood: bool = False) -> Iterator[dict[str, Any]]:
     """The maps' entries in words. *understood*: refuse those that we know by their BTF's names only."""
+    from calitrace.calico.maps import identify
     from calitrace.report import mapdump
 
     context = source.context()
@@ -289,6 +297,8 @@ def objects(source: Source, maps: Iterable[RawMap], *, understood: bool = False)
             raise Error(f"map {raw.name} is of no version that we know, and its BTF lacks members that we need",
                         NEVER_GUESS)  # fmt: skip
         try:
+            if identify(raw.name)[0] == "cali_rule_ctrs":
+                context = replace(context, rules=source.rule_names())
             yield from mapdump.iter_objects(raw, context)
         except LayoutMismatch as wrong:
             raise refused(wrong) from wrong

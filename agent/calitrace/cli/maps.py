@@ -667,7 +667,7 @@ def save(source: map_source.Source, path: Path) -> None:
             "version": __version__, "node": source.node, "sysctls": source.sysctls,
             **({"boot_id": discover.boot_id(), "kernel": os.uname().release} if source.now_ns else {}),
             "mono_ns": source.now_ns, "wall_ns": time.time_ns(),
-            "interfaces": source.interfaces, "rules": source.rules, "in_use": sorted(source.in_use),
+            "interfaces": source.interfaces, "rules": source.rule_names(), "in_use": sorted(source.in_use),
             "programs": source.programs,
             "layouts": {raw.pin: mapbtf.to_plain(raw.described) for raw in source.maps if raw.described is not None},
         })  # fmt: skip
