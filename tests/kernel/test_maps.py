@@ -267,6 +267,13 @@ def test_a_service_by_one_of_its_frontends(bpffs: Path) -> None:
     assert json.loads(group)["backends"] == [{"addr": "10.65.0.2", "port": 8080}, None]
     rows = map(json.loads, calitrace("nat", "dump", "-j", *where).stdout.splitlines())
     assert {row["id"]: row["backends"] for row in rows if "backends" in row}[8] == [None, None]
+    for key in ("10.96.0.1:80", "10.65.0.2"):
+        lines = calitrace("nat", "get", key, *where).stdout.splitlines()
+        assert lines[-2:] == backends
+        assert set(lines[::3]) == ({"10.96.0.1 port 80 proto 6 id 7 count 2 local 0"} if ":" in key else fronts)
+    rows = map(json.loads, calitrace("nat", "get", "10.96.0.1", "7", "-j", *where).stdout.splitlines())
+    assert sorted(row["id"] for row in rows) == [7, 7, 8]  # of service 7 a frontend and the backend
+    assert calitrace("nat", "get", "10.65.0.3", *where).returncode == 1
     for words in (("10.96.0.1", "80"), ("10.96.0.1", "81", "tcp"), ("10.96.0.1", "x", "tcp"), ("x", "80", "tcp"),
                   ("10.96.0.1", "80", "what")):  # fmt: skip
         done = calitrace("nat", "dump", *words, *where)

@@ -176,9 +176,9 @@ def _text(name: str, objects: Iterable[dict[str, Any]], options: dict[str, Any])
     from calitrace.report import mapdump
 
     if name == "nat":
-        yield from mapdump.iter_nat(
-            objects, both=len(options["bpftool"]) != 1, grouped=bool(options.get("group_by_service"))
-        )
+        entries = list(objects)
+        both = len(options["bpftool"]) != 1 and any("count" in entry for entry in entries)
+        yield from mapdump.iter_nat(entries, both=both, grouped=bool(options.get("group_by_service")))
     elif name == "ipsets":
         yield from mapdump.iter_ip_sets(objects)
     elif name == "counters":
@@ -345,13 +345,17 @@ def _missing_interfaces(source: map_source.Source, maps: list[RawMap]) -> None:
 
 
 def _matches(entry: dict[str, Any], words: tuple[str, ...]) -> bool:
-    """Whether each word is a value of the entry, or an address inside one of its networks.
+    """Whether each word is a value of the entry, or an address inside one of its networks."""
+    return all(any(_is(value, word) for key, value in entry.items() if key != "map") for word in words)
 
-    Backends of the nat maps always match: it is the frontends that are asked for.
-    """
-    return _base(entry["map"]) == "nat_be" or all(
-        any(_is(value, word) for key, value in entry.items() if key != "map") for word in words
-    )
+
+def _services(entries: list[dict[str, Any]], words: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The frontends that have these words, or a backend that has them, with their backends; and such backends alone."""
+    asked = [entry for entry in entries if _matches(entry, words)]
+    having = {e["id"] for e in asked if "ordinal" in e}
+    fronts = [e for e in entries if "count" in e and (e in asked or e["id"] in having)]
+    wanted = {e["id"] for e in fronts} | having
+    return [*fronts, *(e for e in entries if "ordinal" in e and e["id"] in wanted)]
 
 
 def _is(value: object, word: str) -> bool:
@@ -410,15 +414,16 @@ def _get(name: str, words: tuple[str, ...], **options: Any) -> int:
     source = _source(options)
     if name == "conntrack" and not any(map(map_source.only_members, source.pick(("ct",), ipv6=options["ipv6"]))):
         return _connections(source, words, options)
-    found = [e for e in map_source.objects(source, _chosen(source, name, options)) if _matches(e, words)]
-    if all(_base(entry["map"]) == "nat_be" for entry in found):
-        found = []
+    entries = map_source.objects(source, _chosen(source, name, options))
+    maps = source.maps if options["bpftool"] else source.pick(SUBJECTS[name][1], ipv6=options["ipv6"])
+    services = name == "nat" and not any(map(map_source.only_members, maps))
+    found = _services(list(entries), words) if services else [e for e in entries if _matches(e, words)]
     if options["as_json"] or options["output"] == "json":
-        for entry in found:
+        for entry in _with_backends(found, options) if services else found:
             click.echo(json.dumps(entry))
     else:
-        name = "" if any(entry.get("layout") == "members" for entry in found) else name
-        for line in _text(name, iter(found), {**options, "raw": True}) if found else ():
+        shown = "" if any(entry.get("layout") == "members" for entry in found) else name
+        for line in _text(shown, iter(found), {**options, "raw": True}) if found else ():
             click.echo(line)
     status = _finish(source)
     if not found:
