@@ -247,6 +247,11 @@ def test_calico_s_own_names_of_commands(bpffs: Path) -> None:
 
 def test_a_service_by_one_of_its_frontends(bpffs: Path) -> None:
     where = ("--bpffs", str(bpffs))
+    front = struct.pack("<I16sHB17x", 152, IPv6Address("fd96::1").packed, 80, 6)
+    write(pin(bpffs, "cali_v6_nat_fe3", LPM_TRIE, (40, 20), 10), {front: struct.pack("<5I", 9, 0, 0, 0, 0)})
+    six = "fd96::1 port 80 proto 6 id 9 count 0 local 0\n"
+    for asked in ("dump fd96::1 80 tcp", "get fd96::1", "get [fd96::1]:80", "dump -6"):
+        assert calitrace("nat", *asked.split(), *where).stdout == six
     cluster, node = bytes([10, 96, 0, 1]), bytes([10, 10, 0, 1])
     keys = {(a, p, s): struct.pack("<I4sHB5x", 56, a, p, 6) for a, p, s in ((cluster, 80, 7), (node, 30080, 7),
                                                                              (cluster, 7, 8))}  # fmt: skip

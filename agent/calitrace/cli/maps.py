@@ -8,6 +8,7 @@ import re
 import socket
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
 from pathlib import Path
@@ -204,6 +205,7 @@ def _watched(source: map_source.Source, objects: Iterable[dict[str, Any]]) -> It
 
 
 def _dump(name: str, **options: Any) -> int:
+    options["ipv6"] = options["ipv6"] or _any_ipv6(options.get("words") or ())
     source = _source(options)
     maps = _chosen(source, name, options)
     objects: Iterable[dict[str, Any]] = map_source.objects(source, maps)
@@ -369,6 +371,15 @@ def _is(value: object, word: str) -> bool:
         return False
 
 
+def _any_ipv6(words: Iterable[str]) -> bool:
+    """Whether what is asked for is in IPv6 maps, though nobody said -6."""
+    for word in words:
+        with suppress(ValueError):
+            if ip_network(word, strict=False).version == 6:
+                return True
+    return False
+
+
 def _hexadecimal(word: str) -> int:
     try:
         return int(word, 16)
@@ -411,6 +422,7 @@ def _get(name: str, words: tuple[str, ...], **options: Any) -> int:
     if not words:
         raise UsageError("get needs a key", f"such as `calitrace maps {name} get 10.0.0.1`")
     words = tuple(part for word in words for part in _key_parts(word))
+    options["ipv6"] = options["ipv6"] or _any_ipv6(words)
     source = _source(options)
     if name == "conntrack" and not any(map(map_source.only_members, source.pick(("ct",), ipv6=options["ipv6"]))):
         return _connections(source, words, options)
