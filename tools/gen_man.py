@@ -43,8 +43,8 @@ what is missing.""",
     },
     "maps": {
         "FIELDS": """\
-The text of dump is close to that of calico-node -bpf; JSON keys in
-docs/json.md. Active ago, expires in: since the last packet, and until Felix
+The text of dump is that of calico-node -bpf, conntrack's with what follows
+expires in; JSON keys in docs/json.md. Active ago, expires in: since the last packet, and until Felix
 removes the entry with its default timeouts.""",
         "OVERHEAD": """\
 Reading costs the node a batch of system calls: half a second of one CPU for a

@@ -216,7 +216,8 @@ def _take_map(journal: Journal, body: dict[str, Any], at: int) -> None:
     if not (
         isinstance(keys, bytes)
         and isinstance(values, bytes)
-        and all(isinstance(each, int) and each > 0 for each in numbers.values())
+        and all(isinstance(each, int) and each >= 0 for each in numbers.values())
+        and min(numbers[name] for name in ("key_size", "value_size", "cpus")) > 0
         and all(isinstance(each, str) for each in (*texts.values(), *body["notes"]))
     ):
         raise Malformed(at, "a block of a map", "other types", "journal")

@@ -154,7 +154,9 @@ def test_members_that_we_do_not_know_are_shown_and_not_interpreted(bpffs: Path) 
     key, _ = conntrack(types)
     value = types.struct("mine", 24, ("hits", "u64", 0), ("last", "u64", 8), ("more", "u32", 16))
     blob = loaded(types)
-    pin(bpffs, "cali_v4_nat_fe3", LPM_TRIE, (16, 20), 10)
+    for name, kind, sizes in (("cali_v4_nat_fe3", LPM_TRIE, (16, 20)), ("cali_v4_nat_be", HASH, (8, 8)),
+                              ("cali_v4_routes", LPM_TRIE, (8, 8))):  # fmt: skip
+        pin(bpffs, name, kind, sizes, 10)
     descriptor = make(bpffs, blob, (key, value), NAME, 24)
     with closing(blob, descriptor):
         syscall.map_update(descriptor, KEY, struct.pack("<QQII", 11, 12, 13, 0))

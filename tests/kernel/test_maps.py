@@ -14,6 +14,7 @@ from ipaddress import IPv6Address
 from typing import TYPE_CHECKING
 
 import pytest
+from click.testing import CliRunner
 
 from calitrace import journal
 from calitrace.calico import maptables
@@ -21,6 +22,7 @@ from calitrace.calico.maps import RawMap
 from calitrace.cli.maps import command
 from calitrace.errors import EnvironmentUnfit, NotCalico, UsageError
 from calitrace.kernel import maps, mounts, syscall
+from tests.known_maps import KNOWN
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -232,15 +234,143 @@ def test_calico_s_own_names_of_commands(bpffs: Path) -> None:
     write(pin(bpffs, "cali_profiling2", PERCPU_HASH, (8, 16), 10), {struct.pack("<II", 3, 0): profile})
     for words, line in (
         (("conntrack", "stats"), "TCP Syn-sent: 3"),
-        (("nat", "aff"), "client 10.0.0.9 svc proto 6 10.0.0.1:80 -> 10.65.0.2:8080 ts 5"),
+        (("nat", "aff"), "client 10.0.0.9 svc proto 6 10.0.0.1:80 -> 10.65.0.2:8080 ts 5ns"),
         (("nat", "maglev"), "svc 1 ordinal 9 -> 10.65.0.2:8080"),
-        (("affinity", "get", "10.65.0.2:8080"), "client 10.0.0.9 svc proto 6 10.0.0.1:80 -> 10.65.0.2:8080 ts 5"),
+        (("affinity", "get", "10.65.0.2:8080"), "client 10.0.0.9 svc proto 6 10.0.0.1:80 -> 10.65.0.2:8080 ts 5ns"),
     ):
         assert calitrace(*words, *where).stdout.splitlines()[-1] == line
     latency = calitrace("profiling", "e2e", *where).stdout.splitlines()
     assert "25.000 ns" in latency[3]
     assert json.loads(calitrace("conntrack", "stats", "-j", *where).stdout)["entries"] == 3
     assert json.loads(calitrace("profiling", "e2e", "-j", *where).stdout)["samples"] == 4
+
+
+def test_a_service_by_one_of_its_frontends(bpffs: Path) -> None:
+    where = ("--bpffs", str(bpffs))
+    front = struct.pack("<I16sHB17x", 152, IPv6Address("fd96::1").packed, 80, 6)
+    write(pin(bpffs, "cali_v6_nat_fe3", LPM_TRIE, (40, 20), 10), {front: struct.pack("<5I", 9, 0, 0, 0, 0)})
+    six = "fd96::1 port 80 proto 6 id 9 count 0 local 0\n"
+    for asked in ("dump fd96::1 80 tcp", "get fd96::1", "get [fd96::1]:80", "dump -6"):
+        assert calitrace("nat", *asked.split(), *where).stdout == six
+    cluster, node = bytes([10, 96, 0, 1]), bytes([10, 10, 0, 1])
+    keys = {(a, p, s): struct.pack("<I4sHB5x", 56, a, p, 6) for a, p, s in ((cluster, 80, 7), (node, 30080, 7),
+                                                                             (cluster, 7, 8))}  # fmt: skip
+    write(pin(bpffs, "cali_v4_nat_fe3", LPM_TRIE, (16, 20), 10),
+          {key: struct.pack("<5I", service, 2, 0, 0, 0) for (_, _, service), key in keys.items()})  # fmt: skip
+    write(pin(bpffs, "cali_v4_nat_be", HASH, (8, 8), 10),
+          {struct.pack("<II", 7, 0): struct.pack("<4sHxx", bytes([10, 65, 0, 2]), 8080)})  # fmt: skip
+    backends = ["\t7:0\t 10.65.0.2:8080", "\t7:1\t is missing"]
+    fronts = {"10.10.0.1 port 30080 proto 6 id 7 count 2 local 0", "10.96.0.1 port 80 proto 6 id 7 count 2 local 0"}
+    for proto in ("tcp", "TCP", "6"):
+        lines = calitrace("nat", "dump", "10.96.0.1", "80", proto, *where).stdout.splitlines()
+        assert (set(lines[::3]), lines[1:3], lines[4:6]) == (fronts, backends, backends)
+    grouped = calitrace("nat", "dump", "10.10.0.1", "30080", "tcp", "--group-by-service", *where).stdout.splitlines()
+    assert (set(grouped[:2]), grouped[2:]) == (fronts, backends)
+    (group,) = calitrace(
+        "nat", "dump", "10.10.0.1", "30080", "tcp", "--group-by-service", "-j", *where
+    ).stdout.splitlines()
+    assert json.loads(group)["backends"] == [{"addr": "10.65.0.2", "port": 8080}, None]
+    rows = map(json.loads, calitrace("nat", "dump", "-j", *where).stdout.splitlines())
+    assert {row["id"]: row["backends"] for row in rows if "backends" in row}[8] == [None, None]
+    for key in ("10.96.0.1:80", "10.65.0.2"):
+        lines = calitrace("nat", "get", key, *where).stdout.splitlines()
+        assert lines[-2:] == backends
+        assert set(lines[::3]) == ({"10.96.0.1 port 80 proto 6 id 7 count 2 local 0"} if ":" in key else fronts)
+    rows = map(json.loads, calitrace("nat", "get", "10.96.0.1", "7", "-j", *where).stdout.splitlines())
+    assert sorted(row["id"] for row in rows) == [7, 7, 8]  # of service 7 a frontend and the backend
+    assert calitrace("nat", "get", "10.65.0.3", *where).returncode == 1
+    for words in (("10.96.0.1", "80"), ("10.96.0.1", "81", "tcp"), ("10.96.0.1", "x", "tcp"), ("x", "80", "tcp"),
+                  ("10.96.0.1", "80", "what")):  # fmt: skip
+        done = calitrace("nat", "dump", *words, *where)
+        assert (done.returncode, done.stdout, done.stderr[:7]) == (2, "", "error: ")
+
+
+def test_names_and_numbers_that_look_like_addresses(bpffs: Path) -> None:
+    where = ("--bpffs", str(bpffs))
+    write(pin(bpffs, "cali_iface4", HASH, (4, 52), 10),
+          {struct.pack("<I", n): struct.pack("<I16s32x", 8, name)
+           for n, name in ((4, b"vxlan.calico"), (5, b"bond0.10"))})  # fmt: skip
+    rules = pin(bpffs, "cali_rule_ctrs2", PERCPU_HASH, (8, 8), 10)
+    write(rules, {struct.pack("<Q", 0x99AABBCC): struct.pack("<Q", 1) + bytes(8 * (syscall.possible_cpus() - 1))})
+    for words in (("ifstate", "get", "vxlan.calico"), ("ifstate", "get", "bond0.10"), ("policy", "get", "0x99aabbcc")):
+        assert len(calitrace(*words, *where).stdout.splitlines()) == 1
+    assert calitrace("policy", "get", "0xzz", *where).returncode == 1
+
+
+def test_policy_files_are_read_where_rules_are_named(bpffs: Path, tmp_path: Path) -> None:
+    write(
+        pin(bpffs, "cali_rule_ctrs2", PERCPU_HASH, (8, 8), 10),
+        {struct.pack("<Q", 7): bytes(8 * syscall.possible_cpus())},
+    )
+    pin(bpffs, "cali_v4_routes", LPM_TRIE, (8, 8), 10)
+    comments = ["Start of policy default.p", 'Start of rule action:"deny"', "Rule MatchID: 7"]
+    (tmp_path / "cali1_ingress_v4.json").write_text(json.dumps({"policyInfo": [{"comments": comments}]}))
+    (tmp_path / "broken.json").write_text("{")
+    where = ("--bpffs", str(bpffs), "--policy-dir", str(tmp_path))
+    assert calitrace("routes", "dump", *where).stderr == ""
+    named = calitrace("policy", "dump", *where)
+    assert named.stdout == "0x0000000000000007           0  default.p rule 0 (deny)\n"
+    assert "no rule names from broken.json" in named.stderr
+    file = str(tmp_path / "a.calitrace")
+    assert calitrace("snapshot", "-w", file, *where).returncode == 0
+    assert calitrace("policy", "dump", "-r", file).stdout == named.stdout
+
+
+def test_counters_of_an_interface_that_has_none(bpffs: Path) -> None:
+    zero = bytes(216 * syscall.possible_cpus())
+    write(pin(bpffs, "cali_counters6", PERCPU_HASH, (8, 216), 10), {struct.pack("<II", 2, 0): zero})
+    write(pin(bpffs, "cali_iface4", HASH, (4, 52), 10), {struct.pack("<I", 2): struct.pack("<I16s32x", 8, b"eth9")})
+    where = ("--bpffs", str(bpffs))
+    assert calitrace("counters", "dump", "--iface=eth9", *where).stdout.endswith("dumped eth9 counters.\n\n")
+    done = calitrace("counters", "dump", "--iface=eth8", *where)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: no counters of eth8\nhint: there are those of eth9\n"
+
+
+def test_neighbours_are_removed_as_calico_does(bpffs: Path) -> None:
+    neighbours = pin(bpffs, "cali_v4_arp2", LRU_HASH, (8, 12), 10)
+    write(neighbours, {struct.pack("<4sI", bytes([10, 10, 0, 2]), 2): bytes(12)})
+    where = ("--bpffs", str(bpffs))
+    shown = calitrace("arp", "clean", "--dry-run", *where)
+    assert shown.stdout == "dev    2:       10.10.0.2 : 00:00:00:00:00:00 -> 00:00:00:00:00:00\n"
+    assert (calitrace("arp", "clean", *where).returncode, len(list(maps.read(neighbours).entries))) == (2, 1)
+    assert calitrace("arp", "clean", "--allow-system-changes", *where).returncode == 0
+    assert list(maps.read(neighbours).entries) == []
+
+
+def test_maps_that_only_other_commands_used(bpffs: Path) -> None:
+    where = ("--bpffs", str(bpffs))
+    queued = struct.pack("<I", 6) + struct.pack("<I4s4sHH", 6, bytes([10, 0, 0, 1]), bytes([10, 0, 0, 2]), 80, 9)[4:]
+    write(pin(bpffs, "cali_v4_ccq2", HASH, (16, 32), 10), {queued: queued + struct.pack("<QQ", 5, 6)})
+    write(pin(bpffs, "cali_v6_ct_nats", LRU_HASH, (32, 20), 10),
+          {struct.pack("<Q16s2s2xB3x", 5, IPv6Address("fd65::2").packed, b"\x1f\x90", 6):
+           IPv6Address("fd96::1").packed + b"\0\x50\0\0"})  # fmt: skip
+    write(pin(bpffs, "cali_v4_sprefix", LPM_TRIE, (12, 4), 10),
+          {struct.pack("<II4s", 56, 3, bytes([10, 1, 2, 0])): bytes(4)})  # fmt: skip
+    (row,) = map(json.loads, calitrace("cleanup-queue", "dump", "-j", *where).stdout.splitlines())
+    assert (row["addr_a"], row["rev_port_b"], row["rev_last_seen_ns"]) == ("10.0.0.1", 9, 6)
+    assert calitrace("connect-time", "dump", "-6", *where).stdout == (
+        "cookie 5  addr fd65::2  port 8080  proto tcp  orig_dst fd96::1  orig_dport 80\n"
+    )
+    assert calitrace("spoofing", "dump", *where).stdout == "ifindex 3  interface ifindex 3  cidr 10.1.2.0/24\n"
+
+
+@pytest.mark.parametrize("name", sorted({(each.name, len(each.value)) for each in KNOWN}), ids=str)
+def test_known_bytes_of_every_version_in_pinned_maps(bpffs: Path, name: tuple[str, int]) -> None:
+    entries = [each for each in KNOWN if (each.name, len(each.value)) == name]
+    first = entries[0]
+    found = pin(bpffs, first.name, first.map_type, (len(first.key), len(first.value)), 10)
+    spare = bytes(len(first.value) * (syscall.possible_cpus() - 1)) if first.map_type == PERCPU_HASH else b""
+    write(found, {each.key: each.value + spare for each in entries})
+    words = [first.subject, "dump", "--bpffs", str(bpffs), *(["-6"] if first.ipv6 else [])]
+    done = CliRunner().invoke(command, [*words, "-j"], standalone_mode=False)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert (done.exception, len(rows)) == (None, len(entries))
+    for each in entries:
+        assert any({name: row.get(name) for name in each.meaning} == each.meaning for row in rows), each
+    text = CliRunner().invoke(command, words, standalone_mode=False)
+    assert text.exception is None
+    assert text.stdout or first.name.endswith("nat_be")  # backends are shown with their frontends
 
 
 def test_walk_over_ipv6_maps(bpffs: Path) -> None:
@@ -389,6 +519,21 @@ def test_a_snapshot_cut_short_is_shown_and_then_told(bpffs: Path, tmp_path: Path
         assert "error: the snapshot is incomplete" in done.stderr
 
 
+def test_half_a_snapshot_is_not_walked_nor_compared(bpffs: Path, tmp_path: Path) -> None:
+    for name, kind, sizes in (("cali_v4_nat_fe3", LPM_TRIE, (16, 20)), ("cali_v4_nat_be", HASH, (8, 8)),
+                              ("cali_v4_routes", LPM_TRIE, (8, 8)), ("cali_v4_ct4", LRU_HASH, (16, 88))):  # fmt: skip
+        pin(bpffs, name, kind, sizes, 10)
+    whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
+    assert calitrace("snapshot", "-w", whole, "--bpffs", str(bpffs)).returncode == 0
+    (tmp_path / "cut").write_bytes((tmp_path / "whole").read_bytes()[:-5])
+    walked = ("walk", "10.0.0.9", "10.0.0.1:80/tcp", "-r")
+    assert calitrace(*walked, whole).returncode == 1
+    for words in ((*walked, cut), ("diff", whole, cut)):
+        done = calitrace(*words)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "error: the snapshot is incomplete" in done.stderr
+
+
 @pytest.mark.parametrize(
     "wrong",
     [{"interfaces": {"x": 1}}, {"programs": {"cali_jump": 1}}, {"mono_ns": "now"}, {"sysctls": [1]}, {"rules": 7},
@@ -412,8 +557,11 @@ def test_walk_wants_the_maps_of_its_family(bpffs: Path, tmp_path: Path) -> None:
     lost = calitrace("walk", "fd00::9", "[fd00::1]:80/tcp", "--bpffs", str(bpffs))
     assert (lost.returncode, "Calico does not handle IPv6 here" in lost.stderr) == (4, True)
     (tmp_path / "one").write_text("[]")
+    half = calitrace("walk", "10.0.0.9", "10.0.0.1:80/tcp", "--bpffs", str(bpffs))
+    assert (half.returncode, "no cali_v4_nat_be, cali_v4_routes map" in half.stderr) == (4, True)
     one = ("--bpftool", str(tmp_path / "one"), "--map", "cali_v4_ct4")
-    assert calitrace("walk", "10.0.0.9", "10.0.0.1:80/tcp", *one).returncode == 2
+    done = calitrace("walk", "10.0.0.9:1", "10.0.0.1:80/tcp", *one)
+    assert (done.returncode, "walk needs cali_v4_nat_fe, cali_v4_nat_be" in done.stderr) == (2, True)
     assert calitrace("diff", "--wait", "0.1", *one).returncode == 2
 
 
@@ -437,6 +585,17 @@ def test_several_versions_side_by_side(bpffs: Path) -> None:
     done = calitrace("conntrack", "dump", "--bpffs", str(bpffs))
     assert len(done.stdout.splitlines()) == 2
     assert "mid-upgrade" in done.stderr
+    rows = calitrace("versions", "get", "cali_v4_ct", "--bpffs", str(bpffs)).stdout.splitlines()
+    assert [row.split()[:3] for row in rows] == [["cali_v4_ct3", "v3", "16+88"], ["cali_v4_ct4", "v4", "16+88"]]
+    assert len(calitrace("versions", "get", "cali_v4_ct3", "--bpffs", str(bpffs)).stdout.splitlines()) == 1
+    assert calitrace("versions", "get", "cali_v4_arp", "--bpffs", str(bpffs)).returncode == 1
+    assert calitrace("versions", "summary", "--bpffs", str(bpffs)).stdout.splitlines() == [
+        *("maps:          2", "in use:        0", "unknown:       none", "side by side:  cali_v4_ct3, cali_v4_ct4"),
+    ]
+    summary = json.loads(calitrace("versions", "summary", "-j", "--bpffs", str(bpffs)).stdout)
+    assert summary["side_by_side"] == ["cali_v4_ct3", "cali_v4_ct4"]
+    lost = calitrace("ifstate", "dump", "--bpffs", str(bpffs))
+    assert (lost.returncode, "no ifstate map (cali_iface)" in lost.stderr) == (4, True)
     chosen = calitrace("conntrack", "dump", "--ver", "3", "--bpffs", str(bpffs))
     assert len(chosen.stdout.splitlines()) == 1
 
@@ -464,7 +623,10 @@ def test_a_dry_run_shows_what_goes_and_a_journal_keeps_it(bpffs: Path, tmp_path:
     counters = pin(bpffs, "cali_counters6", PERCPU_HASH, (8, 216), 10)
     write(counters, {struct.pack("<II", 1, hook): b"\1" * 216 * syscall.possible_cpus() for hook in (0, 1)})
     where = ("--bpffs", str(bpffs))
-    assert len(calitrace("conntrack", "clean", "--dry-run", *where).stdout.splitlines()) == 4
+    assert len(calitrace("conntrack", "clean", "--dry-run", *where).stdout.splitlines()) == 3
+    assert len(calitrace("conntrack", "clean", "--dry-run", "-6", *where).stdout.splitlines()) == 1
+    none = calitrace("conntrack", "clean", "--dry-run", "--ver", "3", *where)
+    assert (none.returncode, none.stdout) == (4, "")
     shown = calitrace("counters", "flush", "--dry-run", *where).stdout.splitlines()
     assert sorted(line.partition(": ")[0].split(" ", 2)[-1] for line in shown)[0].endswith("egress")
     assert all("dropped by policy " in line for line in shown)

@@ -143,6 +143,36 @@ def test_rule_names() -> None:
     assert policy.rule_names(b"{}") == {}
 
 
+def test_rules_behind_the_policies_are_a_profile_s() -> None:
+    """As Calico v3.31 writes them: the profile's rule stands alone behind the tier."""
+    raw = debug_file(
+        *("Start of tier default", "Start of policy default/knp.default.allow", 'Start of rule action:"allow"'),
+        *("Rule MatchID: 1", "End of rule 29vMYc", "End of policy default/knp.default.allow"),
+        *("End of tier default: deny", 'Start of rule action:"allow"  rule_id:"aBMQ"', "Rule MatchID: 2"),
+    )
+    assert policy.rule_names(raw) == {1: "default/knp.default.allow rule 0 (allow)", 2: "profile rule 0 (allow)"}
+
+
+def test_a_policy_in_calico_s_lines() -> None:
+    code = [0xBF, 0x16, 0, 0, 0, 0, 0, 0]
+    raw = json.dumps({
+        "ifacename": "cali1", "hook": "tc egress", "error": "",
+        "policyInfo": [
+            {"inst": code, "labels": ["start"]},
+            {"inst": code, "comments": ["Load packet metadata"], "annotation": "goto exit"},
+            {"inst": [999], "labels": 1, "comments": [" Start of rule x", "Rule MatchID: 7", "Rule MatchID: 8"]},
+        ],
+    }).encode()  # fmt: skip
+    found = policy.read(raw)
+    head = ["IfaceName: cali1", "Hook: tc egress", "Error:", "Policy Info:"]
+    rules = ["// Start of rule x", "// count = 42", "// count = 0"]
+    assert list(found.iter_lines({7: 42}, instructions=False)) == head + rules
+    assert list(found.iter_lines({7: 42}, instructions=True)) == [
+        *(*head, "start:", "      bf16000000000000", "// Load packet metadata", "      bf16000000000000 goto exit"),
+        *(*rules, ""),
+    ]
+
+
 @pytest.mark.parametrize("raw", [b"", b"[]", b"3", b"\xff", b"{", b"[" * 100_000], ids=len)
 def test_any_other_file_is_malformed(raw: bytes) -> None:
     with pytest.raises(Malformed):

@@ -92,7 +92,7 @@ def test_a_conntrack_version_to_come() -> None:
     found = described("cali_v4_ct9", types, ids, (KEY, bytes(reverse)), (service, bytes(forward)))
     first, second = mapdump.iter_objects(found, mapdump.Context())
     assert (first["layout"], first["type"], first["state"]) == ("btf", "nat-rev", "ESTABLISHED")
-    assert first["flags"] == ["np-fwd", "B-A", "cluster-external"]
+    assert first["flags"] == ["np-fwd", "B-A", "dscp"]
     assert (first["ab"]["packets"], first["ba"]["ifindex"], first["orig_dst"]) == (2, 8, "10.9.0.1")
     assert (second["type"], second["rev_addr_a"], second["rev_port_b"]) == ("nat-fwd", "10.0.0.1", 4000)
     layout = maptables.resolve(found)

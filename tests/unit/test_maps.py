@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import socket
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.known_maps import KNOWN, PERCPU_HASH, Known
 
 from calitrace.calico import bpftool, maptables, reasons
 from calitrace.calico.maps import RawMap, identify
@@ -81,6 +83,24 @@ def test_any_bytes_of_the_right_size_decode(layout: maptables.Layout, data: st.D
     assert mapdump.summary(raw)["entries"] == 1
 
 
+@pytest.mark.parametrize("known", KNOWN, ids=lambda each: f"{each.name}-{len(each.value)}")
+def test_known_bytes_out_of_bpftool_s_files(known: Known) -> None:
+    """Every version of every map, as JSON and as text; of per-CPU maps two CPUs, the other with zeros."""
+    hexadecimal = [[f"{byte:#04x}" for byte in part] for part in (known.key, known.value, bytes(len(known.value)))]
+    about: dict[str, Any] = {"key": hexadecimal[0], "value": hexadecimal[1]}
+    per_cpu = known.map_type == PERCPU_HASH
+    if per_cpu:
+        about = {"key": about["key"], "values": [{"cpu": n, "value": each} for n, each in enumerate(hexadecimal[1:])]}
+    raw = bpftool.read(json.dumps([about]), known.name)
+    assert bpftool.read(plain(raw), known.name) == raw
+    (found,) = mapdump.iter_objects(raw, mapdump.Context())
+    assert {name: found.get(name) for name in known.meaning} == known.meaning
+    if known.subject == "counters":
+        assert list(found["counters"].values()) == list(struct.unpack(f"<{len(known.value) // 8}Q", known.value))
+    if known.subject == "conntrack":
+        assert [json.loads(b"".join(conntrack_json.iter_blocks(raw, mapdump.Context())))] == [found]
+
+
 @pytest.mark.parametrize("name", ["cali_v4_ct3", "cali_v4_ct4", "cali_v6_ct4"])
 def test_many_lines_at_once_are_those_of_one_at_a_time(name: str) -> None:
     """More entries than one block has rows, of all types, with members of all widths."""
@@ -121,6 +141,14 @@ def test_entries_at_keys() -> None:
     members = {"proto": KEY[:4], "addr_a": KEY[4:8], "addr_b": KEY[8:12], "port_a": KEY[12:14], "port_b": KEY[14:]}
     assert layout.key.encode({**members, "other": b"x"}) == KEY
     assert layout.key.encode({}) == bytes(16)
+
+
+def test_every_version_of_every_map_has_known_bytes() -> None:
+    shown = {
+        (e.base, e.version, e.value.size) for e in maptables.layouts() if e.base != "cali_counters" or e.version > 1
+    }
+    known = {(*identify(each.name)[:2], len(each.value)) for each in KNOWN}
+    assert shown - known == {("cali_qos", 1, 24)}  # of which only the size is known
 
 
 def test_an_unknown_size_is_refused_with_what_is_known() -> None:
@@ -167,7 +195,7 @@ def test_states(version: int, ab: int, ba: int, flags: int, state: str, timeout:
     )
     assert (entry["state"], entry["timeout_s"], entry["age_ns"]) == (state, timeout, 1_000_000_000)
     assert (entry["from"], entry["ab"]["flags"][-1]) == ("a", "rst" if ab & 8 and not ab & 0x20 else "opener")
-    assert mapdump.text("ct", entry).startswith("TCP 10.0.0.1:80 -> 10.0.0.2:4000  Active ago 1.000s " + state)
+    assert mapdump.text("ct", entry).startswith("TCP 10.0.0.1:80 -> 10.0.0.2:4000  Active ago 1s " + state)
 
 
 @pytest.mark.parametrize(("proto", "limit"), [(17, 60), (1, 5), (58, 5), (132, 600)])
@@ -187,12 +215,12 @@ def test_forward_and_reverse_of_one_block_and_expiry() -> None:
     forward, reverse = mapdump.iter_objects(raw, late)
     assert forward["type"] == "nat-fwd"
     line = mapdump.text("ct", forward)
-    assert line.startswith("TCP 10.0.0.1:80 -> 10.0.0.2:4000  forward to 0.0.0.0:0 <-> 0.0.0.0:0  Active ago 991")
+    assert line.startswith("TCP 10.0.0.1:80 -> 10.0.0.2:4000  forward to 0.0.0.0:0 <-> 0.0.0.0:0  Active ago 16m31s")
     assert "REVKey: ConntrackKey{proto=6 0.0.0.0:0 <-> 0.0.0.0:0} NATSPort: 0}" in mapdump.text("ct", forward, raw=True)
     assert "A2B:{Bytes:0 Packets:0 Seqno:0 SynSeen:false" in mapdump.text("ct", reverse, raw=True)
     assert mapdump.text("ct", reverse) == (
-        "TCP 10.0.0.2:4000 -> 10.9.0.1:443 -> 10.0.0.1:80, service forwarded from 10.9.9.9"
-        "  source port changed from 55  Active ago 1000.000s SYN-SENT  expired: Felix removes it at its next sweep"
+        "TCP 10.0.0.2:4000 -> 10.9.0.1:443 -> 10.0.0.1:80 external client, service forwarded to/from 10.9.9.9 "
+        " source port changed from 55  Active ago 16m40s SYN-SENT  expired: Felix removes it at its next sweep"
     )
     lines = b"".join(conntrack_json.iter_blocks(raw, mapdump.Context())).splitlines()
     assert [json.loads(line)["age_ns"] for line in lines] == [None, None]
@@ -214,12 +242,58 @@ def test_forward_and_reverse_of_one_block_and_expiry() -> None:
     assert list(conntrack_json.iter_blocks(empty, late)) == []
 
 
+def test_durations_are_those_of_go() -> None:
+    texts = {0: "0s", 999: "999ns", 1500: "1.5µs", 250_000_000: "250ms", 1_500_000_000: "1.5s", 61 * 10**9: "1m1s",
+             3605 * 10**9 + 1: "1h0m5.000000001s"}  # fmt: skip
+    assert {each: mapdump.duration(each) for each in texts} == texts
+
+
+@pytest.mark.parametrize(
+    ("version", "bits", "head", "leg", "age"),
+    [
+        (1, 0x20, "Created:1, ", "{Seqno:0 SynSeen:false", " Age: 9.999999999s"),
+        (2, 0x20, "Created:1, ", "{Seqno:0 SynSeen:false", " Age: 9.999999999s"),
+        (3, 0x20, "Created:1, ", "{Bytes:0 Packets:0 Seqno:0 SynSeen:false", " Age: 9.999999999s"),
+        (3, 0x28, "", "{Bytes:0 Packets:0 Seqno:0 SynSeen:false", ""),
+        (4, 0x20, "", "{Bytes:0 Packets:0 Seqno:0 SynSeen:false", ""),
+    ],
+)
+def test_raw_entries_show_what_their_version_has(version: int, bits: int, head: str, leg: str, age: str) -> None:
+    name = f"cali_v4_ct{version}" if version > 1 else "cali_v4_ct"
+    (found,) = mapdump.iter_objects(made(name, (KEY, conntrack(version, ab=bits, flags=0x14))), NOW)
+    line = mapdump.text("ct", found, raw=True)
+    start = "ConntrackKey{proto=6 10.0.0.1:80 <-> 10.0.0.2:4000} -> Entry{Type:0, "
+    assert line.startswith(f"{start}{head}LastSeen:9000000000, Flags: 0x14 np-fwd res-0x10 Data: {{A2B:{leg}")
+    state = "RESET" if bits & 8 else "SYN-SENT"
+    assert line.endswith(f"TunIP:0.0.0.0}}}}{age} Active ago 1s {state}")
+    assert ("Whitelisted:false Opener:true" in line) is (version < 3)
+    assert ("Approved:false Opener:true" in line) is (version >= 3)
+    assert ("Ifindex:0" in line) is (version > 1)
+
+
+def test_raw_flags_without_a_name() -> None:
+    (found,) = mapdump.iter_objects(made("cali_v6_ct4", (bytes(40), bytes(19) + b"\x80" + bytes(108))), NOW)
+    assert "Flags: 0x80000000 0x80000000 Data:" in mapdump.text("ct", found, raw=True)
+
+
+def test_the_client_of_a_forward_entry_to_a_host_networked_backend() -> None:
+    """The node's address is in both keys: the end that keeps its port is the client."""
+    node, client = bytes([10, 0, 0, 2]), bytes([10, 0, 0, 1])
+    key = struct.pack("<I4s4sHH", 6, client, node, 4000, 30080)
+    value = bytearray(conntrack(4, type=1))
+    value[24:40] = struct.pack("<I4s4sHH", 6, client, node, 4000, 8080)
+    raw = made("cali_v4_ct4", (key, bytes(value)))
+    (found,) = mapdump.iter_objects(raw, NOW)
+    assert found["from"] == "a"
+    assert json.loads(b"".join(conntrack_json.iter_blocks(raw, NOW))) == found
+
+
 def test_what_a_real_connection_left() -> None:
     forward, reverse = mapdump.iter_objects(real("a", "cali_v4_ct4"), mapdump.Context())
     assert (forward["type"], forward["addr_a"], forward["port_a"]) == ("nat-fwd", "10.10.0.1", 30080)
     assert mapdump.text("ct", reverse) == (
         "TCP 10.10.0.100:40001 -> 10.10.0.1:30080 -> 10.65.1.2:8080 external client, "
-        "service forwarded to 10.10.0.2 CLOSED"
+        "service forwarded to/from 10.10.0.2 CLOSED"
     )
     remote = [e for e in mapdump.iter_objects(real("b", "cali_v4_ct4"), mapdump.Context()) if e["type"] != "nat-fwd"]
     assert [e["tun_ip"] for e in remote] == ["10.10.0.1"]
@@ -283,9 +357,9 @@ def test_a_connection_at_length() -> None:
     forward, reverse = sorted(in_words(raw, context).values(), key=lambda e: e["type"])
     assert list(mapdump.iter_connection(reverse, [forward], context.timeouts)) == [
         "TCP 10.10.0.100:40001 -> 10.10.0.1:30080 -> 10.65.1.2:8080 external client, "
-        "service forwarded to 10.10.0.2 CLOSED",
+        "service forwarded to/from 10.10.0.2 CLOSED",
         "  time-out   30 s (tcpFinsSeen, Felix's default)",
-        "  flags      np-fwd B-A cluster-external",
+        "  flags      np-fwd B-A dscp",
         "  request    from 10.10.0.100:40001 by ens192, 6 packets, 406 bytes, syn ack fin approved opener",
         "  reply      from 10.65.1.2:8080 by ens192, 5 packets, 345 bytes, syn ack fin approved",
         "  pair       nat-fwd: 10.10.0.100:40001 -> 10.10.0.1:30080",
@@ -303,6 +377,10 @@ def test_a_connection_at_length() -> None:
         "  reply      from 10.0.0.2:4000, nothing seen",
     ]
     assert mapdump.text("ct", only("cali_v4_ct4", KEY, conntrack(4, ab=3, ba=3))).endswith("expires in 60 min")
+    direct = only("cali_v4_ct4", KEY, conntrack(4, ab=0x31, ba=0x10, flags=6))
+    assert list(mapdump.iter_connection(direct, [], context.timeouts))[4] == (
+        "  reply      from 10.0.0.2:4000, 0 packets, 0 bytes, approved: with DSR it goes straight to the client"
+    )
 
 
 def test_pairing_names_what_stays_alone() -> None:
@@ -326,27 +404,55 @@ def test_pairing_names_what_stays_alone() -> None:
     assert several.endswith("; ...")
 
 
+def nat(node: str, *names: str) -> list[dict[str, Any]]:
+    """What a real node had in these NAT maps, in words."""
+    return [entry for name in names for entry in mapdump.iter_objects(real(node, f"cali_v4_nat_{name}"), NOW)]
+
+
 def test_nat_and_its_backends() -> None:
-    fronts = list(mapdump.iter_objects(real("a", "cali_v4_nat_fe3"), NOW))
-    backs = list(mapdump.iter_objects(real("a", "cali_v4_nat_be"), NOW))
-    lines = list(mapdump.iter_nat(fronts, backs))
+    fronts, backs = nat("a", "fe3"), nat("a", "be")
+    lines = list(mapdump.iter_nat([*backs, *fronts]))
     assert "10.10.0.200 port 80 proto 6 id 6 count 1 local 0 src 198.51.100.0/24" in lines
     assert "10.10.0.200 port 80 proto 6 id 6 count -1 local 0" in lines
     assert lines[lines.index("10.10.0.1 port 30080 proto 6 id 1 count 1 local 0") + 1] == "\t1:0\t 10.65.1.2:8080"
-    assert "\t1:0\t  is missing" in list(mapdump.iter_nat(fronts, []))
-    assert next(iter(mapdump.iter_nat([], backs, both=False))) == "1:0\t 10.65.1.2:8080"
-    assert "\t1:0\t  (backends were not read)" in list(mapdump.iter_nat(fronts, [], both=False))
+    assert "\t1:0\t is missing" in list(mapdump.iter_nat(fronts))
+    assert next(iter(mapdump.iter_nat(backs, both=False))) == "1:0\t 10.65.1.2:8080"
+    assert "\t1:0\t (backends were not read)" in list(mapdump.iter_nat(fronts, both=False))
     sticky = [{**fronts[0], "affinity_s": 10800, "source": "10.0.0.0/8", "count": 0}]
-    assert next(iter(mapdump.iter_nat(sticky, []))).endswith(" src 10.0.0.0/8 affinity 10800s")
+    assert next(iter(mapdump.iter_nat(sticky))).endswith(" src 10.0.0.0/8 affinity 10800s")
     old = only("cali_v4_nat_fe", struct.pack("<4sHBx", bytes([10, 96, 0, 1]), 443, 6), struct.pack("<4I", 1, 0, 0, 0))
     assert (old["source"], old["flags"]) == (None, [])
+    six = {**backs[0], "id": 9, "ordinal": 0, "addr": "fd00::9", "port": 80}
+    assert list(mapdump.iter_nat([{**fronts[0], "id": 9}, six]))[1] == "\t9:0\t [fd00::9]:80"
+
+
+def test_a_service_with_all_of_its_frontends() -> None:
+    entries = [*nat("a", "fe3"), *nat("a", "be")]
+    found = mapdump.siblings(entries, "10.96.0.10", 80, "tcp")
+    assert list(mapdump.iter_nat(found, grouped=True)) == [
+        "10.10.0.1 port 30080 proto 6 id 1 count 1 local 0",
+        "10.96.0.10 port 80 proto 6 id 1 count 1 local 0",
+        "255.255.255.255 port 30080 proto 6 id 1 count 1 local 0",
+        "\t1:0\t 10.65.1.2:8080",
+    ]
+    (group,) = mapdump.iter_groups(found)
+    assert (group["id"], group["backends"]) == (1, [{"addr": "10.65.1.2", "port": 8080}])
+    assert "backends" not in group["frontends"][0]
+    assert mapdump.siblings(entries, "10.96.0.10", 80, "udp") == []
+    (drop,) = [e for e in mapdump.with_backends(entries) if e.get("drop")]
+    assert drop["backends"] == []
+    lost = [e for e in mapdump.with_backends(nat("a", "fe3")) if e["port"] == 30080]
+    assert lost[0]["backends"] == [None]
 
 
 def test_the_other_maps() -> None:
     ip_set = struct.pack("<I", 64 + 24) + struct.pack(">Q", 0xABC) + bytes([10, 1, 2, 0, 0, 0, 0, 0])
     member = struct.pack("<I", 120) + struct.pack(">Q", 0xABC) + struct.pack("<4sHBx", bytes([10, 1, 2, 3]), 53, 17)
     sets = objects(made("cali_v4_ip_sets", (ip_set, bytes(4)), (member, bytes(4))))
-    assert list(mapdump.iter_ip_sets(sets)) == ["IP set 0xabc", "   10.1.2.0/24", "   10.1.2.3:53 (proto udp)", ""]
+    assert list(mapdump.iter_ip_sets(sets)) == ["IP set 0xabc", "   10.1.2.0/24", "   10.1.2.3:53 (proto 17)", ""]
+    ids = [f"{each['set_id']}" for each in sets] + ["0x2"]
+    lines = list(mapdump.iter_ip_sets({"set_id": each, "cidr": "10.0.0.0/8"} for each in ids))
+    assert [line for line in lines if line.startswith("IP")] == ["IP set 0x2", "IP set 0xabc"]
     assert list(mapdump.iter_ip_sets([])) == ["No IP sets found."]
     safe = only("cali_v4_fsafes2", struct.pack("<IHBB4s", 32, 22, 6, 1, bytes(4)), bytes(4))
     assert safe == {"proto": "tcp", "port": 22, "direction": "outbound", "cidr": "0.0.0.0/0"}
@@ -358,7 +464,7 @@ def test_the_other_maps() -> None:
     assert only("cali_profiling2", bytes(8), bytes(16))["mean_ns"] is None
     sticky = only("cali_v4_nat_aff", struct.pack("<4sHBx4s4x", bytes([10, 96, 0, 1]), 80, 6, bytes([10, 0, 0, 9])),
                   struct.pack("<4sH2xQ", bytes([10, 65, 0, 2]), 8080, 5))  # fmt: skip
-    line = "client 10.0.0.9 svc proto 6 10.96.0.1:80 -> 10.65.0.2:8080 ts 5"
+    line = "client 10.0.0.9 svc proto 6 10.96.0.1:80 -> 10.65.0.2:8080 ts 5ns"
     assert mapdump.text("nat_aff", sticky) == line
     maglev = only("cali_v4_mglv2", struct.pack("<II", 1, 9), struct.pack("<4sHxx", bytes([10, 65, 0, 2]), 80))
     assert mapdump.text("mglv", maglev) == "svc 1 ordinal 9 -> 10.65.0.2:80"
@@ -390,6 +496,9 @@ def test_counters() -> None:
     ]
     assert [line.split("|")[3].strip() for line in lines if "packets with unknown route" in line] == ["12"]
     assert {len(line) for line in lines[:-2]} == {len(lines[0])}
+    assert len(lines[0]) <= 80
+    (at,) = [index for index, line in enumerate(lines) if "Maglev lookup found no backends for" in line]
+    assert [cell.strip() for cell in lines[at + 1].split("|")[1:-1]] == ["", "service IP", "", "", ""]
     assert lines[-2:] == ["dumped eth0 counters.", ""]
     assert "| Other    | RESERVED1 " in "\n".join(lines)
     assert list(mapdump.iter_counters(entries))[-2] == "dumped ifindex 9 counters."
@@ -402,6 +511,22 @@ def test_counters() -> None:
     shown = list(mapdump.iter_counters([lost]))
     assert shown[1].split("|")[-2].strip() == "TC"
     assert shown[-2] == "dumped (no pin) counters."
+
+
+def test_routes_in_calico_s_words_and_order() -> None:
+    flags = {"10.0.0.0/8": 0x1 | 0x2, "10.0.0.0/16": 0x5 | 0x80 | 0x40 | 0x20, "9.0.0.0/8": 0x10 | 0x40 | 0x800,
+             "10.0.0.1/32": 0xC | 0x200 | 0x400}  # fmt: skip
+    hops = {"9.0.0.0/8": bytes([10, 1, 1, 1])}
+    keys = {each: struct.pack("<I4s", int(each.split("/")[1]), socket.inet_aton(each.split("/")[0])) for each in flags}
+    raw = made(
+        "cali_v4_routes", *((keys[each], struct.pack("<I", flags[each]) + hops.get(each, bytes(4))) for each in flags)
+    )
+    assert [mapdump.text("routes", e) for e in sorted(objects(raw), key=mapdump.route_order)] == [
+        "      9.0.0.0/8: remote host tunneled skip-ingress-redir nh 10.1.1.1",
+        "     10.0.0.0/8: remote in-pool nat-out",
+        "    10.0.0.0/16: remote workload in-pool same-subnet no-dsr tunneled nh 0.0.0.0",
+        "    10.0.0.1/32: local workload vxlan idx 0 blackhole-reject",
+    ]
 
 
 def test_stats_and_latency_as_calico_prints_them() -> None:
@@ -429,7 +554,7 @@ def test_a_pod_s_packet_enters_by_its_own_interface() -> None:
 
 
 def test_captions() -> None:
-    names = ("UNKNOWN", "SHORT", "RESERVED1")
+    names = ("TOTAL_PACKETS", "SHORT", "RESERVED1")
     assert [reasons.caption(name) for name in names] == ["total packets", "dropped too short packets", "RESERVED1"]
 
 
@@ -439,9 +564,9 @@ def test_counters_a_second() -> None:
         (10, 5, *([0] * 25)), (14, 2, *([0] * 25))))  # fmt: skip
     named = [[{"map": "cali_counters6", **each} for each in found] for found in (before, after)]
     (rates,) = mapdump.per_second(named[0], named[1], 2)
-    assert (rates["per_second"]["UNKNOWN"], rates["per_second"]["ACCEPTED_BY_FAILSAFE"]) == (2, 1)
+    assert (rates["per_second"]["TOTAL_PACKETS"], rates["per_second"]["ACCEPTED_BY_FAILSAFE"]) == (2, 1)
     (fresh,) = mapdump.per_second([], named[1], 2)
-    assert fresh["per_second"]["UNKNOWN"] == 7
+    assert fresh["per_second"]["TOTAL_PACKETS"] == 7
     lines = list(mapdump.iter_counters([rates]))
     assert [line.split("|")[3].strip() for line in lines if "| Total" in line] == ["2.0"]
     assert lines[-2] == "dumped eth0 counters in packets per second."
@@ -450,17 +575,68 @@ def test_counters_a_second() -> None:
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("{", "JSON"),
+        ("", "the end of the dump"),
+        ("[{", "JSON"),
         ("{}", "a list of entries"),
-        ("[1]", "TypeError"),
-        ('[{"key": ["0x1"]}]', "KeyError"),
-        ('[{"key": ["x"], "value": ["0x1"]}]', "ValueError"),
-        ('[{"key": ["0x1"], "value": []}, {"key": [], "value": []}]', "2 sizes"),
+        ("[1]", "a key and a value"),
+        ('[{"key": ["0x1"]}]', "a key and a value"),
+        ('[{"key": ["x"], "value": ["0x1"]}]', "hexadecimal bytes"),
+        ('[{"key": ["0x1"], "values": [{"cpu": 0}]}]', "a value for each CPU, found KeyError"),
+        ('[{"key": ["0x1"], "values": [1]}]', "a value for each CPU, found TypeError"),
+        ('[{"key": ["0x1"], "value": []}, {"key": [], "value": []}]', "several sizes"),
+        ('[{"key": ["0x1"], "values": [{"value": ["0x1"]}, {"value": []}]}]', "several sizes"),
+        ('[{"key": 2, "value": {"flags": 10}}]', "members of a map with BTF"),
+        ('[{\n        "key": {\n            "id": 1}, "value": {"syn_seen": 0x0}}]', "members of a map with BTF"),
+        ('[{"id": 1, "elements": []}, {"id": 2, "elements": []}]', "one map, found 2 of that name"),
+        ("1054: lru_hash  name cali_v4_ct4  flags 0x0\n", "found '1054: lru_hash"),
+        ("key: 01 00 00 00  value: 02 00", "the end of the dump"),
+        ("value: 02 00\nFound 1 element\n", "a value without one"),
+        ("key: 01 00  value: 02 00\nkey: 01  value: 02 00\nFound 2 elements\n", "several sizes"),
     ],
 )
 def test_what_bpftool_did_not_write(text: str, why: str) -> None:
     with pytest.raises(Malformed, match=why):
         bpftool.read(text, "cali_v4_ct4")
+
+
+def plain(raw: RawMap) -> str:
+    """The map as bpftool writes one without BTF as text."""
+
+    def shown(part: bytes) -> str:
+        rows = (part[at : at + 16] for at in range(0, len(part), 16))
+        return "\n".join(row.hex(" ") for row in rows)
+
+    lines = []
+    for key, value in raw.entries:
+        size = len(value) // raw.cpus
+        if raw.cpus > 1:
+            lines.append(f"key:\n{shown(key)}")
+            gap = "\n" if size > 16 else " "
+            lines += [f"value (CPU {n:02}):{gap}{shown(value[n * size :][:size])}" for n in range(raw.cpus)]
+        elif len(key) > 16 or size > 16:
+            lines.append(f"key:\n{shown(key)}\nvalue:\n{shown(value)}")
+        else:
+            lines.append(f"key: {shown(key)}{'  ' if len(key) + size <= 24 else chr(10)}value: {shown(value)}")
+    return "\n".join([*lines, f"Found {len(lines)} elements", ""])
+
+
+@pytest.mark.parametrize("name", ["cali_v4_ct4", "cali_v4_routes", "cali_v4_arp2", "cali_v4_nat_fe3", "cali_iface4"])
+def test_text_of_a_map_without_btf_has_the_same_bytes(name: str) -> None:
+    raw = real("a", name)
+    assert bpftool.read(plain(raw), name) == raw
+
+
+def test_text_of_a_per_cpu_map_and_of_empty_ones() -> None:
+    value = struct.pack("<54Q", *range(54))
+    raw = bpftool.read(plain(made("cali_counters6", (bytes(8), value), cpus=2)), "cali_counters6")
+    assert (raw.cpus, raw.value_size, raw.max_entries, list(raw.entries)) == (2, 216, 0, [(bytes(8), value)])
+    assert bpftool.read("Found 0 elements\n", "cali_v4_ct4").value_size == 88
+    gone = "key:\n00 00 00 00\nvalue:\n<no entry>\nFound 0 elements\n"
+    assert list(bpftool.read(gone, "cali_v4_arp2").entries) == []
+    gone = '[{"key": ["0x00"], "value": {"error": "No such file or directory"}}]'
+    assert list(bpftool.read(gone, "cali_v4_arp2").entries) == []
+    assert mapdump.summary(bpftool.read("[]", "cali_v4_routes"))["max_entries"] is None
+    assert next(mapdump.iter_stats(mapdump.summary(real("a", "cali_v4_ct4")))) == "Conntrack map size: unknown"
 
 
 def test_decoded_entries_and_sources_of_blocks() -> None:
@@ -473,7 +649,8 @@ def test_decoded_entries_and_sources_of_blocks() -> None:
 def test_empty_and_per_cpu_dumps() -> None:
     empty = bpftool.read("[]", "cali_v4_ct4")
     assert (empty.key_size, empty.value_size, maptables.blocks(empty)) == (16, 88, [])
-    assert bpftool.read("[]", "cali_new").key_size == 0
+    with pytest.raises(Malformed, match="do not know the sizes of cali_new"):
+        bpftool.read("[]", "cali_new")
     cells = [{"cpu": n, "value": ["0x02"] + ["0x00"] * 7} for n in range(2)]
     raw = bpftool.read(json.dumps([{"key": ["0x00"] * 8, "values": cells}]), "cali_rule_ctrs2")
     assert (raw.cpus, raw.value_size, objects(raw)[0]["packets"]) == (2, 8, 4)
@@ -578,7 +755,7 @@ def test_missing_backends_count_among_new_connections() -> None:
     assert len(walk.walk(PACKET, nonsense)) < 20
     assert len(mapdiff.services(nonsense)["255.255.255.255:30080/tcp"]["backends"]) == 10_000
     (front,) = [{**front, "count": 10_002, "local": 0} for front in tables().frontends]
-    assert list(mapdump.iter_nat([front], []))[-1] == "\t... and 2 more: is that count right?"
+    assert list(mapdump.iter_nat([front]))[-1] == "\t... and 2 more: is that count right?"
 
 
 def test_networks_that_are_none() -> None:
@@ -683,13 +860,37 @@ def test_policy_programs() -> None:
         ("policy", "program 77 at 5 of cali_jump_ing decides"),
         ("policy", "program 78 at 6 of cali_jump_egr decides"),
     ]
-    for index, told in ((7, "cali_jump is empty at 7"), (-1, "none is set")):
+    for index, told, broken in (
+        (7, "cali_jump is empty at 7", [walk.NO_POLICY]),
+        (-1, "not known: ifstate names none", []),
+    ):
         rows = changed("interfaces", 1, egress_v4=index)
         lost = walk.Tables(**{**vars(rows), "programs": {"cali_jump": {}}})
         assert found_by("policy", lost) == [("policy", "none: everything is allowed"), ("policy", told)]
-        assert kinds(walk.walk(PACKET, lost)) == [walk.NO_POLICY]
+        assert kinds(walk.walk(PACKET, lost)) == broken
+    netkit = {"cali_jump_ing": {5: 77}, "cali_jump_egr": {}, "cali_j_nk_egr": {6: 79}}
+    other = walk.Tables(**{**vars(changed("interfaces", 1, **wanted)), "programs": netkit})
+    assert found_by("policy", other)[1] == ("policy", "program 79 at 6 of cali_j_nk_egr decides")
     out = walk.Packet("10.65.0.2", 4000, "10.10.0.1", 30080, "tcp", "cali1")
-    assert kinds(walk.walk(out, walk.Tables(**{**vars(tables()), "programs": at}))) == [walk.NO_POLICY]
+    unset = walk.Tables(**{**vars(changed("interfaces", 1, ingress_v4=4)), "programs": at})
+    assert kinds(walk.walk(out, unset)) == [walk.NO_POLICY]
+
+
+def test_a_connection_that_is_older_than_the_service() -> None:
+    old = entry("normal", "10.10.0.1", port_a=30080)
+    assert kinds(walk.walk(PACKET, tables(conntrack=[old]))) == [walk.DISAGREE]
+    assert verdict(PACKET, tables(conntrack=[old])).startswith("not translated, and sent to 10.10.0.1:30080 as before")
+    assert kinds(walk.walk(PACKET, tables(conntrack=[old], frontends=[]))) == []
+    for members in ({"flags": ["nat-exclude"]}, {"drop": True}, {"count": 0}):
+        found = walk.Tables(**{**vars(changed("frontends", 0, **members)), "conntrack": [old]})
+        assert kinds(walk.walk(PACKET, found)) == []
+    reply = walk.Packet("10.10.0.1", 30080, "10.10.0.100", 4000, "tcp")
+    assert kinds(walk.walk(reply, tables(conntrack=[old]))) == []
+
+
+def test_a_pod_s_packet_to_its_own_host() -> None:
+    packet = walk.Packet("10.65.0.2", 0, "10.10.0.1", 22, "tcp")
+    assert "dropped when defaultEndpointToHostAction is Drop" in verdict(packet, tables())
 
 
 def test_maglev_and_excluded_services() -> None:
@@ -713,7 +914,11 @@ def test_maglev_and_excluded_services() -> None:
     ("members", "wanted"),
     [
         ({}, "source becomes 10.10.0.1:30080, sent to 10.10.0.100:4000"),
-        ({"tun_ip": "10.10.0.2"}, "source becomes 10.10.0.1:30080, tunnelled back to node 10.10.0.2"),
+        (
+            {"tun_ip": "10.10.0.2"},
+            "source becomes 10.10.0.1:30080, tunnelled back to node 10.10.0.2, "
+            "with DSR sent straight to 10.10.0.100:4000",
+        ),
         (
             {"tun_ip": "10.10.0.2", "flags": ["np-fwd"]},
             "source becomes 10.10.0.1:30080, sent to 10.10.0.100:4000",

@@ -92,7 +92,7 @@ class Table:
         return bytes(raw)
 
     def iter_columns(self, raw: bytes) -> Iterator[tuple[str, Sequence[Any]]]:
-        """Packed records, member by member: (name, its value in each record), not put into words."""
+        """Packed records of numbers, member by member: (name, its value in each record)."""
         columns = zip(*self._struct.iter_unpack(raw), strict=True)
         yield from ((name, column) for (_, _, name), column in zip(self.rows, columns, strict=True))
 
@@ -207,6 +207,7 @@ def _layouts() -> Iterator[Layout]:
     yield layout("cali_v4_srmsg", 1, (16, "0 u64 cookie;8 ip4 addr;12 port_be port"), before4)
     yield layout("cali_v6_srmsg", 1, (32, "0 u64 cookie;8 ip6 addr;24 port_be port"), before6)
     yield layout("cali_v4_ct_nats", 1, (24, "0 u64 cookie;8 ip4 addr;12 port_be port;16 u8 proto"), before4)
+    yield layout("cali_v6_ct_nats", 1, (32, "0 u64 cookie;8 ip6 addr;24 port_be port;28 u8 proto"), before6)
     for version in (1, 2):
         for base, key, rev, at, size in (("v4", ct4, "ip4", 16, 32), ("v6", ct6, "ip6", 40, 56)):
             wide = 4 if rev == "ip4" else 16

@@ -1,4 +1,4 @@
-"""Felix's policy debug files: which rule a rule id stands for.
+"""Felix's policy debug files: the policy program of an interface, and which rule a rule id stands for.
 
 Felix writes one JSON file per interface and hook (``/var/run/calico/bpf/policy/*.json``, needs
 bpfPolicyDebugEnabled, since v3.24): the policy program's instructions, some with comments. Those that we read:
@@ -10,45 +10,114 @@ from __future__ import annotations
 
 import json
 import re
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from calitrace.errors import Malformed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
 _MATCH_ID = re.compile(r"Rule MatchID:\s*(0x[0-9a-fA-F]+|\d+)")
 _START = re.compile(r"Start of (?P<kind>\S+)\s*(?P<rest>.*)", re.DOTALL)
+_END_OF_RULE = "End of rule"
+_CONCISE = ("Start of ", "End of ", "IPSets ")
 _ACTION = re.compile(r'action:\s*"(?P<action>\w+)"', re.IGNORECASE)
 
 
-def rule_names(raw: bytes) -> dict[int, str]:
-    """Rule id to ``POLICY rule N (action)``. *raw*: one file. Raises Malformed when it is not such a file."""
+@dataclass(frozen=True)
+class Instruction:
+    """An instruction of a policy program: its bytes, the labels and comments before it."""
+
+    code: bytes
+    labels: Iterable[str]
+    comments: Iterable[str]
+    annotation: str
+
+
+@dataclass(frozen=True)
+class DebugFile:
+    """What Felix wrote of one interface and hook. *hook*: the kernel's, such as ``tc egress``.
+
+    *listed*: thousands of instructions as JSON has them, which are looked at as they are asked for.
+    """
+
+    interface: str
+    hook: str
+    error: str
+    listed: tuple[object, ...]
+
+    def rule_names(self) -> dict[int, str]:
+        """Rule id to ``POLICY rule N (action)``; rules behind all policies are those of profiles."""
+        names: dict[int, str] = {}
+        policy, rule, number = "profile", "", -1
+        for comment in (comment for each in self.listed for comment in _texts(each, "comments")):
+            if found := _START.match(comment):
+                if found["kind"] == "rule":
+                    rule, number = found["rest"], number + 1
+                elif found["kind"] != "tier":
+                    policy, rule, number = f"{found['kind']} {found['rest']}".strip(), "", -1
+            elif comment.startswith("End of ") and not comment.startswith(_END_OF_RULE):
+                policy, rule, number = "profile", "", -1 if policy != "profile" else number
+            elif found := _MATCH_ID.match(comment):
+                action = _ACTION.search(rule)
+                shown = f"{policy.removeprefix('policy ')} rule {max(number, 0)}"
+                names[int(found[1], 0)] = f"{shown} ({action['action'].lower()})" if action else shown
+        return names
+
+    def iter_lines(self, hits: Mapping[int, int], *, instructions: bool) -> Iterator[str]:
+        """As ``calico-node -bpf policy dump`` up to v3.32: rules with their hits, with *instructions* everything.
+
+        *hits*: by rule id. Instructions are shown as bytes, not disassembled.
+        """
+        yield f"IfaceName: {self.interface}"
+        yield f"Hook: {self.hook}"
+        yield f"Error: {self.error}".rstrip()
+        yield "Policy Info:"
+        for each in map(_instruction, self.listed):
+            for comment in each.comments:
+                if found := _MATCH_ID.match(comment):
+                    yield f"// count = {hits.get(int(found[1], 0), 0)}"
+                elif instructions or comment.startswith(_CONCISE):
+                    yield f"// {comment}"
+            if instructions:
+                yield from (f"{label}:" for label in each.labels)
+                yield f"      {each.code.hex()} {each.annotation}".rstrip()
+
+
+def read(raw: bytes) -> DebugFile:
+    """One file. Raises Malformed when it is not such a file; parts that are not as they should be are left out."""
     try:
         document = json.loads(raw)
     except (ValueError, RecursionError) as wrong:
         raise Malformed(0, "JSON", str(wrong), "policy debug file") from wrong
     if not isinstance(document, dict):
         raise Malformed(0, "an object", type(document).__name__, "policy debug file")
-    names: dict[int, str] = {}
-    policy, rule, number = "", "", -1
-    for comment in _iter_comments(document):
-        if found := _START.match(comment):
-            if found["kind"] == "rule":
-                rule, number = found["rest"], number + 1
-            elif found["kind"] != "tier":
-                policy, rule, number = f"{found['kind']} {found['rest']}".strip(), "", -1
-        elif found := _MATCH_ID.match(comment):
-            action = _ACTION.search(rule)
-            shown = f"{policy.removeprefix('policy ')} rule {max(number, 0)}"
-            names[int(found[1], 0)] = f"{shown} ({action['action'].lower()})" if action else shown
-    return names
+    found = {name.lower(): value for name, value in document.items()}
+    listed = found.get("policyinfo")
+    interface, hook, error = (str(found.get(name, "")) for name in ("ifacename", "hook", "error"))
+    return DebugFile(interface, hook, error, tuple(listed) if isinstance(listed, list) else ())
 
 
-def _iter_comments(document: dict[str, Any]) -> Iterator[str]:
-    instructions = document.get("policyInfo")
-    for instruction in instructions if isinstance(instructions, list) else ():
-        if isinstance(instruction, dict):
-            for key, value in instruction.items():
-                if key.lower() == "comments" and isinstance(value, list):
-                    yield from (each for each in value if isinstance(each, str))
+def rule_names(raw: bytes) -> dict[int, str]:
+    """The names of one file's rules. Raises Malformed as :func:`read`."""
+    return read(raw).rule_names()
+
+
+def _instruction(listed: object) -> Instruction:
+    code = _member(listed, "inst")
+    numbers = code if isinstance(code, list) and all(isinstance(n, int) and 0 <= n < 256 for n in code) else []
+    annotation = _member(listed, "annotation")
+    return Instruction(bytes(numbers), _texts(listed, "labels"), _texts(listed, "comments"), str(annotation or ""))
+
+
+def _texts(listed: object, name: str) -> Iterator[str]:
+    found = _member(listed, name)
+    return (each.strip() for each in (found if isinstance(found, list) else ()) if isinstance(each, str))
+
+
+def _member(listed: object, name: str) -> object:
+    """One of an instruction's, whose names Felix has written in small letters and with capitals."""
+    if not isinstance(listed, dict):
+        return None
+    return listed.get(name, listed.get(name.capitalize()))

@@ -65,7 +65,7 @@ OLD_REASONS = {
 }
 # As `calico-node -bpf counters dump` shows them: category and type. Source: felix/bpf/counters/counters.go.
 CAPTIONS = {
-    "UNKNOWN": ("Total", "packets"),
+    "TOTAL_PACKETS": ("Total", "packets"),
     "ACCEPTED_BY_FAILSAFE": ("Accepted", "by failsafe"),
     "ACCEPTED_BY_POLICY": ("Accepted", "by policy"),
     "BYPASS": ("Accepted", "by another program"),
@@ -89,7 +89,7 @@ CAPTIONS = {
     "FRAG_REORDER": ("Dropped", "fragment out of order within host"),
     "FRAG_UNSUPPORTED": ("Dropped", "fragments not supported"),
     "DROPPED_BY_QOS": ("Dropped", "QoS control limit"),
-    "MAGLEV_NO_BACKEND": ("Dropped", "Maglev lookup found no backends"),
+    "MAGLEV_NO_BACKEND": ("Dropped", "Maglev lookup found no backends for service IP"),
     "NO_HOST_IP": ("Dropped", "VXLAN encap when host IP unknown"),
 }
 DROPS = frozenset(name for name, (category, _) in CAPTIONS.items() if category == "Dropped")

@@ -43,6 +43,7 @@ class Source:
     programs: dict[str, dict[int, int]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     felix_config: Path | None = None
+    policy_dir: Path | None = None
     broken: Malformed | None = None
     differing: dict[str, str] = field(default_factory=dict)
 
@@ -55,7 +56,13 @@ class Source:
         for raw in self.pick(("iface",)):
             with suppress(LayoutMismatch):
                 known.update({e["ifindex"]: e["name"] for e in maptables.iter_entries(raw, maptables.resolve(raw))})
-        return Context(self.now_ns, {**self.interfaces, **known}, self.rules, self._timeouts())
+        return Context(self.now_ns, {**self.interfaces, **known}, timeouts=self._timeouts())
+
+    def rule_names(self) -> dict[int, str]:
+        """Rule id to its name: out of Felix's debug files, which are many and large, when they are asked for."""
+        if self.policy_dir is not None:
+            self.rules, self.policy_dir = _rules(self.policy_dir, self), None
+        return self.rules
 
     def _timeouts(self) -> Timeouts:
         """Felix's conntrack time-outs: of --felix-config, or its defaults."""
@@ -110,9 +117,9 @@ def live(bpffs: Path | None, netns: str | None, pid: int | None, policy_dir: Pat
 
     # Maps from elsewhere with ifindices of elsewhere: ours would give them wrong names.
     interfaces = {} if bpffs is not None and netns is None and pid is None else maps.interfaces(netns, pid)
-    source = of_maps(maps.find(maps.root(bpffs, netns, pid)), interfaces)
+    source = of_maps(maps.find(maps.root(bpffs, netns, pid), netns or str(pid or "")), interfaces)
     source.sysctls = maps.sysctls(SYSCTLS.values(), netns, pid)
-    source.rules = _rules(policy_dir, source)
+    source.policy_dir = policy_dir
     return source
 
 
@@ -129,6 +136,7 @@ def _programs(source: Source, found: Iterable[Found]) -> dict[str, dict[int, int
     """Of the jump maps, by base name: the policy programs at the indices that ifstate has."""
     from calitrace.calico import maptables
     from calitrace.calico.maps import identify
+    from calitrace.correlate.walk import JUMPS
     from calitrace.kernel import maps
 
     wanted: set[int] = set()
@@ -136,8 +144,10 @@ def _programs(source: Source, found: Iterable[Found]) -> dict[str, dict[int, int
         with suppress(LayoutMismatch):
             for entry in maptables.iter_entries(raw, maptables.resolve(raw)):
                 wanted |= {v for name, v in entry.items() if name.startswith(("ingress_v", "egress_v")) and v >= 0}
-    names = {"cali_jump", "cali_jump_ing", "cali_jump_egr"}
-    newest = {identify(each.name)[0]: each for each in found if identify(each.name)[0] in names}
+    names = {name for each in JUMPS.values() for name in each}
+    # Where several versions are here, that which programs use, else the newest, comes last and stays.
+    several = sorted(found, key=lambda each: (each.in_use, identify(each.name)[1]))
+    newest = {identify(each.name)[0]: each for each in several if identify(each.name)[0] in names}
     return {base: maps.programs_at(each, wanted) for base, each in newest.items()}
 
 
@@ -248,18 +258,21 @@ def _stored(found: Journal) -> Source:
     )
 
 
-def of_bpftool(path: Path, name: str) -> Source:
-    """The one map of such a file. Raises UsageError."""
+def of_bpftool(files: Iterable[tuple[Path, str]]) -> Source:
+    """The maps of such files, each with its map's name. Raises UsageError."""
     from calitrace.calico import bpftool
 
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as failure:
-        raise UsageError(f"cannot read {path}: {failure}") from failure
-    try:
-        return Source([bpftool.read(text, name)], set())
-    except Malformed as wrong:
-        raise UsageError(f"{path}: {wrong.cause}", "is it what `bpftool -j map dump` wrote?") from wrong
+    found = []
+    for path, name in files:
+        try:
+            text = path.read_text()
+        except (OSError, UnicodeDecodeError) as failure:
+            raise UsageError(f"cannot read {path}: {failure}") from failure
+        try:
+            found.append(bpftool.read(text, name))
+        except Malformed as wrong:
+            raise UsageError(f"{path}: {wrong.cause}", "`bpftool -j map dump` writes what is read here") from wrong
+    return Source(found, set())
 
 
 def refused(wrong: LayoutMismatch) -> Error:
@@ -275,6 +288,7 @@ def only_members(raw: RawMap) -> bool:
 
 def objects(source: Source, maps: Iterable[RawMap], *, understood: bool = False) -> Iterator[dict[str, Any]]:
     """The maps' entries in words. *understood*: refuse those that we know by their BTF's names only."""
+    from calitrace.calico.maps import identify
     from calitrace.report import mapdump
 
     context = source.context()
@@ -283,6 +297,8 @@ def objects(source: Source, maps: Iterable[RawMap], *, understood: bool = False)
             raise Error(f"map {raw.name} is of no version that we know, and its BTF lacks members that we need",
                         NEVER_GUESS)  # fmt: skip
         try:
+            if identify(raw.name)[0] == "cali_rule_ctrs":
+                context = replace(context, rules=source.rule_names())
             yield from mapdump.iter_objects(raw, context)
         except LayoutMismatch as wrong:
             raise refused(wrong) from wrong

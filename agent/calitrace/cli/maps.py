@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
 from pathlib import Path
@@ -41,6 +43,8 @@ SUBJECTS = {
     "profiling": ("Time that Calico's programs take.", ("profiling",)),
     "qos": ("Limits of packet rate and connections.", ("qos", "qos_conn")),
     "routes": ("Calico's routes.", ("routes",)),
+    "cleanup-queue": ("Conntrack entries that Felix has queued for removal.", ("ccq",)),
+    "spoofing": ("Sources that workloads may send from besides their own addresses.", ("sprefix",)),
     "fragments": ("Fragments that wait, and those that were forwarded.", ("frags", "frgfwd")),
 }
 
@@ -52,20 +56,20 @@ def _source(options: dict[str, Any]) -> map_source.Source:
     return source
 
 
-def _whole_source(options: dict[str, Any]) -> map_source.Source:
-    """The same, for questions that one map alone does not answer."""
-    if options["bpftool"] is not None:
-        raise UsageError("this needs several maps, and --bpftool has one", "give a snapshot with -r, or none of both")
-    return _source(options)
+def _whole(source: map_source.Source) -> map_source.Source:
+    """The same, for questions that half a map would answer wrongly. Raises UsageError for a snapshot cut short."""
+    if source.broken is not None:
+        raise UsageError(f"the snapshot is incomplete: {source.broken.cause}", "dump and get show what was read")
+    return source
 
 
 def _maps_of(options: dict[str, Any]) -> map_source.Source:
     if options["path"] is not None:
         return map_source.of_journal(options["path"])
-    if options["bpftool"] is not None:
-        if not options["map_name"]:
-            raise UsageError("--bpftool needs the name of the map", "add --map, such as --map cali_v4_ct4")
-        return map_source.of_bpftool(options["bpftool"], options["map_name"])
+    if options["bpftool"]:
+        if len(options["bpftool"]) != len(options["map_name"]):
+            raise UsageError("each --bpftool needs the name of its map", "add --map, such as --map cali_v4_ct4")
+        return map_source.of_bpftool(zip(options["bpftool"], options["map_name"], strict=True))
     return map_source.live(options["bpffs"], options["netns"], options["pid"], options["policy_dir"])
 
 
@@ -78,10 +82,16 @@ _WHERE = (
         help="Felix's policy debug files.",
     ),
 )  # fmt: skip
+_BPFTOOL = (
+    click.option(
+        "--bpftool", type=click.Path(path_type=Path), multiple=True,
+        help="What `bpftool -j map dump` wrote. Several for several maps.",
+    ),
+    click.option("--map", "map_name", multiple=True, help="The name of the map in --bpftool's file."),
+)  # fmt: skip
 _READ = (
     click.option("-r", "--read", "path", type=click.Path(path_type=Path), help="A snapshot in place of this node."),
-    click.option("--bpftool", type=click.Path(path_type=Path), help="What `bpftool -j map dump` wrote."),
-    click.option("--map", "map_name", help="The name of the map in --bpftool's file."),
+    *_BPFTOOL,
     *_WHERE,
     click.option("-6", "--ipv6", is_flag=True, help="The IPv6 maps."),
     click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True),
@@ -139,12 +149,20 @@ def _finish(source: map_source.Source) -> int:
 def _chosen(source: map_source.Source, name: str, options: dict[str, Any]) -> list[RawMap]:
     bases = SUBJECTS[name][1]
     version = options.get("version")
-    if options["bpftool"] is not None:
-        return source.maps
+    if options["bpftool"]:
+        found = [raw for raw in source.maps if _base(raw.name) in bases]
+        if not found:
+            given = ", ".join(options["map_name"])
+            raise UsageError(f"{given} is no {name} map", f"that is cali_v4_{bases[0]} or alike, with its version")
+        return found
     found = source.pick(bases, ipv6=options["ipv6"], version=version)
     if not found and source.broken is None:
-        family = 6 if options["ipv6"] else 4
-        wanted = " or ".join(f"cali_v{family}_{base}" for base in bases) + (f" of version {version}" if version else "")
+        from calitrace.calico import maptables
+
+        family = f"cali_v{6 if options['ipv6'] else 4}_"
+        bare = {each.base.removeprefix("cali_") for each in maptables.layouts()}
+        wanted = " or ".join(f"{'cali_' if base in bare else family}{base}" for base in bases)
+        wanted += f" of version {version}" if version else ""
         raise NotCalico(f"no {name} map ({wanted})", "`calitrace maps versions dump` lists the maps that are here")
     return found
 
@@ -160,16 +178,15 @@ def _text(name: str, objects: Iterable[dict[str, Any]], options: dict[str, Any])
 
     if name == "nat":
         entries = list(objects)
-        yield from mapdump.iter_nat(
-            (e for e in entries if _base(e["map"]) == "nat_fe"),
-            (e for e in entries if _base(e["map"]) == "nat_be"),
-            both=options["bpftool"] is None,
-        )
+        both = len(options["bpftool"]) != 1 and any("count" in entry for entry in entries)
+        yield from mapdump.iter_nat(entries, both=both, grouped=bool(options.get("group_by_service")))
     elif name == "ipsets":
         yield from mapdump.iter_ip_sets(objects)
     elif name == "counters":
-        yield from mapdump.iter_counters(objects, options.get("iface"))
+        yield from mapdump.iter_counters(objects)
     else:
+        if name == "routes":
+            objects = sorted(objects, key=mapdump.route_order)
         for entry in objects:
             if not (name == "conntrack" and entry["type"] == "nat-fwd" and not options.get("raw")):
                 yield mapdump.text(_base(entry["map"]), entry, raw=bool(options.get("raw")))
@@ -188,16 +205,18 @@ def _watched(source: map_source.Source, objects: Iterable[dict[str, Any]]) -> It
 
 
 def _dump(name: str, **options: Any) -> int:
+    options["ipv6"] = options["ipv6"] or _any_ipv6(options.get("words") or ())
     source = _source(options)
     maps = _chosen(source, name, options)
-    objects = map_source.objects(source, maps)
+    objects: Iterable[dict[str, Any]] = map_source.objects(source, maps)
     if options.get("interval") is not None:
         objects = _rates(source, maps, options)
-    wanted = options.get("words") or ()
-    if wanted:
-        objects = (entry for entry in objects if _matches(entry, wanted))
+    if options.get("words"):
+        objects = _frontends(objects, options["words"])
+    if options.get("iface") is not None:
+        objects = _of_interface(objects, options["iface"])
     if options["as_json"] or options["output"] == "json":
-        if name == "conntrack" and not wanted:
+        if name == "conntrack":
             from calitrace.report import conntrack_json
 
             context = source.context()
@@ -209,9 +228,8 @@ def _dump(name: str, **options: Any) -> int:
             except LayoutMismatch as wrong:
                 raise map_source.refused(wrong) from wrong
         else:
-            for entry in objects:
-                if name != "counters" or options.get("iface") in (None, entry.get("interface")):
-                    click.echo(json.dumps(entry))
+            for entry in _with_backends(objects, options) if name == "nat" else objects:
+                click.echo(json.dumps(entry))
     else:
         if any(map(map_source.only_members, maps)):
             name = ""
@@ -223,11 +241,44 @@ def _dump(name: str, **options: Any) -> int:
     return _finish(source)
 
 
+def _frontends(objects: Iterable[dict[str, Any]], words: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The NAT entries of the service that has the frontend IP PORT PROTO. Raises UsageError when none has."""
+    from calitrace.report import mapdump
+
+    if len(words) != 3:
+        raise UsageError("nat dump takes none or all of IP PORT PROTO", "`calitrace maps nat get` takes any of them")
+    address, (_, port) = _address(words[0]), _endpoint(f"[{words[0]}]:{words[1]}", port=True)
+    proto = _proto(words[2])
+    found = mapdump.siblings(objects, address, port, proto)
+    if not found:
+        raise UsageError(f"no frontend {address} port {port} proto {proto}", "`calitrace maps nat dump` lists them")
+    return found
+
+
+def _of_interface(objects: Iterable[dict[str, Any]], interface: str) -> list[dict[str, Any]]:
+    """The counters of an interface. Raises UsageError when it has none."""
+    rows = list(objects)
+    found = [entry for entry in rows if entry.get("interface") == interface]
+    if not found:
+        here = ", ".join(sorted({str(entry["interface"]) for entry in rows if "interface" in entry}))
+        raise UsageError(f"no counters of {interface}", f"there are those of {here or 'no interface'}")
+    return found
+
+
+def _with_backends(objects: Iterable[dict[str, Any]], options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    from calitrace.report import mapdump
+
+    if options.get("group_by_service"):
+        return mapdump.iter_groups(objects)
+    # Of one file frontends or backends are here, not both.
+    return mapdump.with_backends(objects) if len(options["bpftool"]) != 1 else iter(objects)
+
+
 def _rates(source: map_source.Source, maps: list[RawMap], options: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Counters with what they gained within the interval."""
     from calitrace.report import mapdump
 
-    if options["path"] is not None or options["bpftool"] is not None:
+    if options["path"] is not None or options["bpftool"]:
         raise UsageError("--interval needs a live node", "compare two snapshots with `calitrace maps diff A B`")
     before, start = list(map_source.objects(source, maps)), time.monotonic()
     _wait(options["interval"])
@@ -240,8 +291,8 @@ def _wait(seconds: float) -> None:
     time.sleep(seconds)
 
 
-def _policy(words: tuple[str, ...], **options: Any) -> int:
-    """Print the hits of policy rules: of all, or of the rules of an interface and hook (ingress, egress, xdp, all).
+def _policy(words: tuple[str, ...], asm: bool, **options: Any) -> int:
+    """Print the hits of policy rules, or the policy of an interface and direction (ingress, egress, xdp, all).
 
     Rules are named by Felix's policy debug files (bpfPolicyDebugEnabled).
     """
@@ -253,31 +304,36 @@ def _policy(words: tuple[str, ...], **options: Any) -> int:
     if len(hooks) != 1 or hooks[0] not in ("ingress", "egress", "xdp", "all"):
         raise UsageError("name an interface and a hook", "calitrace maps policy dump cali1234 ingress|egress|xdp|all")
     wanted = ("ingress", "egress", "xdp") if hooks[0] == "all" else (hooks[0],)
-    family = "v6" if options["ipv6"] else "v4"
     source = _source(options)
     hits = {entry["rule_id"]: entry["packets"] for entry in map_source.objects(source, source.pick(("rule_ctrs",)))}
-    found = False
-    for hook in wanted:
-        file = options["policy_dir"] / f"{interface}_{hook}_{family}.json"
-        try:
-            rules = policy.rule_names(file.read_bytes())
-        except FileNotFoundError:
-            continue
-        except (OSError, Malformed) as failure:
-            raise UsageError(f"cannot read {file}: {failure}") from failure
-        found = True
-        if options["as_json"] or options["output"] == "json":
-            for rule, name in rules.items():
-                about = {"interface": interface, "policy_direction": hook, "rule_id": rule, "rule": name}
-                click.echo(json.dumps({**about, "packets": hits.get(rule, 0)}))
-            continue
-        click.echo(f"IfaceName: {interface}\nPolicy: {hook}")
-        for rule, name in rules.items():
-            click.echo(f"  {name}  hit count {hits.get(rule, 0)}")
-    if not found:
+    files = {
+        direction: file
+        for direction in wanted
+        for file in _debug_files(options["policy_dir"], interface, direction, ipv6=options["ipv6"])
+    }
+    if not files:
         raise UsageError(f"no policy debug file of {interface} in {options['policy_dir']}",
                          "set bpfPolicyDebugEnabled, or name the directory with --policy-dir")  # fmt: skip
+    for direction, file in files.items():
+        try:
+            found = policy.read(file.read_bytes())
+        except (OSError, Malformed) as failure:
+            raise UsageError(f"cannot read {file}: {failure}") from failure
+        if options["as_json"] or options["output"] == "json":
+            for rule, name in found.rule_names().items():
+                about = {"interface": interface, "policy_direction": direction, "rule_id": rule, "rule": name}
+                click.echo(json.dumps({**about, "packets": hits.get(rule, 0)}))
+            continue
+        for line in found.iter_lines(hits, instructions=asm):
+            click.echo(line)
     return _finish(source)
+
+
+def _debug_files(directory: Path, interface: str, direction: str, *, ipv6: bool) -> Iterator[Path]:
+    """Felix's file, which had no family in its name before v3.27."""
+    names = [f"{interface}_{direction}_{'v6' if ipv6 else 'v4'}.json"]
+    names += [] if ipv6 else [f"{interface}_{direction}.json"]
+    return (each for each in (directory / name for name in names[::-1]) if each.exists())
 
 
 def _missing_interfaces(source: map_source.Source, maps: list[RawMap]) -> None:
@@ -291,24 +347,44 @@ def _missing_interfaces(source: map_source.Source, maps: list[RawMap]) -> None:
 
 
 def _matches(entry: dict[str, Any], words: tuple[str, ...]) -> bool:
-    """Whether each word is a value of the entry, or an address inside one of its networks.
+    """Whether each word is a value of the entry, or an address inside one of its networks."""
+    return all(any(_is(value, word) for key, value in entry.items() if key != "map") for word in words)
 
-    Backends of the nat maps always match: it is the frontends that are asked for.
-    """
-    return _base(entry["map"]) == "nat_be" or all(
-        any(_is(value, word) for key, value in entry.items() if key != "map") for word in words
-    )
+
+def _services(entries: list[dict[str, Any]], words: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The frontends that have these words, or a backend that has them, with their backends; and such backends alone."""
+    asked = [entry for entry in entries if _matches(entry, words)]
+    having = {e["id"] for e in asked if "ordinal" in e}
+    fronts = [e for e in entries if "count" in e and (e in asked or e["id"] in having)]
+    wanted = {e["id"] for e in fronts} | having
+    return [*fronts, *(e for e in entries if "ordinal" in e and e["id"] in wanted)]
 
 
 def _is(value: object, word: str) -> bool:
     if isinstance(value, dict):
         return any(_is(each, word) for each in value.values())
-    if str(value) == word:
+    if str(value) == word or (isinstance(value, int) and word.startswith("0x") and value == _hexadecimal(word)):
         return True
     try:
         return isinstance(value, str) and "/" in value and ip_address(word) in ip_network(value, strict=False)
     except ValueError:
         return False
+
+
+def _any_ipv6(words: Iterable[str]) -> bool:
+    """Whether what is asked for is in IPv6 maps, though nobody said -6."""
+    for word in words:
+        with suppress(ValueError):
+            if ip_network(word, strict=False).version == 6:
+                return True
+    return False
+
+
+def _hexadecimal(word: str) -> int:
+    try:
+        return int(word, 16)
+    except ValueError:
+        return -1
 
 
 def _address(text: str) -> str:
@@ -319,9 +395,21 @@ def _address(text: str) -> str:
         raise UsageError(f"{text!r} is no IP address", "such as 10.96.0.10 or fd00::1") from None
 
 
+def _proto(word: str) -> str:
+    """A protocol as the entries have it, from its name or number. Raises UsageError."""
+    from calitrace.report import mapdump
+
+    if word.lower() in mapdump.PROTOCOLS.values():
+        return word.lower()
+    if word.isdigit() and int(word) < 1 << 8:
+        return mapdump.protocol(int(word))
+    raise UsageError(f"{word!r} is no protocol", "tcp, udp or a number")
+
+
 def _key_parts(word: str) -> Iterator[str]:
     """A word of a key as entries have it; ``1.2.3.4:80`` is two."""
-    if "/" in word or not any(c in word for c in ".:") or word.count(":") == 5:  # a network, a name, a MAC address
+    # A network, a number, a name (vxlan.calico, bond0.10), a MAC address.
+    if "/" in word or not any(c in word for c in ".:") or re.search(r"[g-z_-]", word.lower()) or word.count(":") == 5:
         yield word
         return
     address, port = _endpoint(word, port=False)
@@ -334,18 +422,20 @@ def _get(name: str, words: tuple[str, ...], **options: Any) -> int:
     if not words:
         raise UsageError("get needs a key", f"such as `calitrace maps {name} get 10.0.0.1`")
     words = tuple(part for word in words for part in _key_parts(word))
+    options["ipv6"] = options["ipv6"] or _any_ipv6(words)
     source = _source(options)
     if name == "conntrack" and not any(map(map_source.only_members, source.pick(("ct",), ipv6=options["ipv6"]))):
         return _connections(source, words, options)
-    found = [e for e in map_source.objects(source, _chosen(source, name, options)) if _matches(e, words)]
-    if all(_base(entry["map"]) == "nat_be" for entry in found):
-        found = []
+    entries = map_source.objects(source, _chosen(source, name, options))
+    maps = source.maps if options["bpftool"] else source.pick(SUBJECTS[name][1], ipv6=options["ipv6"])
+    services = name == "nat" and not any(map(map_source.only_members, maps))
+    found = _services(list(entries), words) if services else [e for e in entries if _matches(e, words)]
     if options["as_json"] or options["output"] == "json":
-        for entry in found:
+        for entry in _with_backends(found, options) if services else found:
             click.echo(json.dumps(entry))
     else:
-        name = "" if any(entry.get("layout") == "members" for entry in found) else name
-        for line in _text(name, iter(found), {**options, "raw": True}) if found else ():
+        shown = "" if any(entry.get("layout") == "members" for entry in found) else name
+        for line in _text(shown, iter(found), {**options, "raw": True}) if found else ():
             click.echo(line)
     status = _finish(source)
     if not found:
@@ -408,7 +498,7 @@ def _summary(name: str, **options: Any) -> int:
             continue
         click.echo(f"{found.pop('map')}:")
         for key, value in found.items():
-            click.echo(f"  {key.replace('_', ' ') + ':':18} {value:>9}")
+            click.echo(f"  {key.replace('_', ' ') + ':':18} {'unknown' if value is None else value:>9}")
     return _finish(source)
 
 
@@ -458,6 +548,11 @@ def _subject(name: str) -> click.Group:
                 "--interval", type=click.FloatRange(min=0.1, max=3600), help="Packets per second over so many seconds."
             ),
         )
+    if name == "nat":
+        extra = (
+            click.argument("words", nargs=-1, metavar="[IP PORT PROTO]"),
+            click.option("--group-by-service", is_flag=True, help="A service's backends once, after its frontends."),
+        )
     words = click.argument("words", nargs=-1, metavar="[KEY]...")
 
     def add(
@@ -469,8 +564,7 @@ def _subject(name: str) -> click.Group:
         run.__doc__ = text
         group.add_command(click.command(verb)(_with((*options, *_READ), run)))
 
-    dump_words = (click.argument("words", nargs=-1, metavar="[IP PORT PROTO]"),) if name == "nat" else ()
-    add("dump", _dump, "Print all entries.", (*dump_words, *extra))
+    add("dump", _dump, "Print all entries.", extra)
     add("get", _get, "Print the entries that have these addresses, ports or names.",
         (words, *((_FELIX_CONFIG,) if name == "conntrack" else ())))  # fmt: skip
     if name == "conntrack":
@@ -488,12 +582,10 @@ for _name in SUBJECTS:
     command.add_command(_subject(_name))
 
 
-def _versions(**options: Any) -> int:
-    """Print which maps are here: version, sizes, whether we know their layout and programs use them."""
+def _iter_versions(source: map_source.Source) -> Iterator[dict[str, Any]]:
     from calitrace.calico import maptables
     from calitrace.calico.maps import identify
 
-    source = _source(options)
     for raw in source.maps:
         base, version, old = identify(raw.name)
         try:
@@ -501,37 +593,78 @@ def _versions(**options: Any) -> int:
             layout = f"v{known.version}{' BTF' if known.origin else ''}"
         except LayoutMismatch:
             layout = "unknown" if any(each.base == base for each in maptables.layouts()) else "not shown"
-        about = {
+        yield {
             "map": raw.name, "version": version, "old": old, "layout": layout, "key_bytes": raw.key_size,
-            "value_bytes": raw.value_size, "max_entries": raw.max_entries, "in_use": raw.pin in source.in_use,
-            "pin": raw.pin,
+            "value_bytes": raw.value_size, "max_entries": raw.max_entries or None,
+            "in_use": raw.pin in source.in_use if source.now_ns else None, "pin": raw.pin,
         }  # fmt: skip
+
+
+def _versions(words: tuple[str, ...] = (), **options: Any) -> int:
+    """Print which maps are here: version, sizes, whether we know their layout and programs use them."""
+    from calitrace.calico.maps import identify
+
+    source = _source(options)
+    found = [e for e in _iter_versions(source) if not words or {e["map"], identify(e["map"])[0]} & set(words)]
+    for about in found:
         if options["as_json"] or options["output"] == "json":
             click.echo(json.dumps(about))
-        else:
-            used = "in use" if about["in_use"] else "not used"
-            click.echo(
-                f"{raw.name:18} v{version:<2} {raw.key_size:>3}+{raw.value_size:<5} layout {layout:9} "
-                f"max {raw.max_entries:<8} {used:9} {raw.pin}"
-            )
+            continue
+        used = {True: "in use", False: "not used", None: "use unknown"}[about["in_use"]]
+        click.echo(
+            f"{about['map']:18} v{about['version']:<2} {about['key_bytes']:>3}+{about['value_bytes']:<5} "
+            f"layout {about['layout']:9} max {about['max_entries'] or 'unknown':<8} {used:9} {about['pin']}"
+        )
+    _finish(source)
+    return int(Exit.DONE if found else Exit.FINDINGS)
+
+
+def _versions_summary(**options: Any) -> int:
+    """Say how many maps are here, and of which several versions are side by side."""
+    from calitrace.calico.maps import identify
+
+    source = _source(options)
+    found = list(_iter_versions(source))
+    names: dict[str, set[str]] = {}
+    for each in found:
+        names.setdefault(identify(each["map"])[0], set()).add(each["map"])
+    about = {
+        "maps": len(found),
+        "in_use": sum(bool(each["in_use"]) for each in found) if source.now_ns else None,
+        "unknown": sorted(each["map"] for each in found if each["layout"] == "unknown"),
+        "side_by_side": sorted(name for group in names.values() if len(group) > 1 for name in group),
+    }
+    if options["as_json"] or options["output"] == "json":
+        click.echo(json.dumps(about))
+    else:
+        for key, value in about.items():
+            shown = "unknown" if value is None else ", ".join(value) or "none" if isinstance(value, list) else value
+            click.echo(f"{key.replace('_', ' ') + ':':14} {shown}")
     return _finish(source)
 
 
 _versions_group = click.Group("versions", help="Which maps are here, and of which version.")
 _versions_group.add_command(click.command("dump")(_with(_READ, _versions)))
+_names = click.argument("words", nargs=-1, required=True, metavar="MAP...")
+_versions_group.add_command(
+    click.command("get", help="The same of these maps, by name with or without version.")(
+        _with((_names, *_READ), lambda **given: _versions(**given))
+    )
+)
+_versions_group.add_command(click.command("summary")(_with(_READ, _versions_summary)))
 command.add_command(_versions_group)
 
 
 @command.command("snapshot")
 @click.option("-w", "--write", "path", required=True, type=click.Path(path_type=Path), help="The journal to write.")
 def _snapshot(path: Path, **options: Any) -> int:
-    """Write all maps into a journal, for -r and diff."""
-    source = map_source.live(options["bpffs"], options["netns"], options["pid"], options["policy_dir"])
+    """Write all maps, or those of --bpftool, into a journal, for -r and diff."""
+    source = _maps_of({"path": None, **options})
     save(source, path)
     return _finish(source)
 
 
-_snapshot.params += click.command()(_with(_WHERE, lambda: None)).params
+_snapshot.params += click.command()(_with((*_BPFTOOL, *_WHERE), lambda: None)).params
 
 
 def save(source: map_source.Source, path: Path) -> None:
@@ -548,9 +681,10 @@ def save(source: map_source.Source, path: Path) -> None:
         raise UsageError(f"cannot write {path}: {failure.strerror}") from failure
     with stream:
         writer = journal.Writer(stream, {
-            "version": __version__, "node": source.node, "sysctls": source.sysctls, "boot_id": discover.boot_id(),
-            "kernel": os.uname().release, "mono_ns": source.now_ns, "wall_ns": time.time_ns(),
-            "interfaces": source.interfaces, "rules": source.rules, "in_use": sorted(source.in_use),
+            "version": __version__, "node": source.node, "sysctls": source.sysctls,
+            **({"boot_id": discover.boot_id(), "kernel": os.uname().release} if source.now_ns else {}),
+            "mono_ns": source.now_ns, "wall_ns": time.time_ns(),
+            "interfaces": source.interfaces, "rules": source.rule_names(), "in_use": sorted(source.in_use),
             "programs": source.programs,
             "layouts": {raw.pin: mapbtf.to_plain(raw.described) for raw in source.maps if raw.described is not None},
         })  # fmt: skip
@@ -599,11 +733,16 @@ def _walk(source_end: str, target: str, ingress: str, **options: Any) -> int:
     (src, sport), (dst, dport) = _endpoint(source_end, port=False), _endpoint(place, port=True)
     if (":" in src) is not (":" in dst):
         raise UsageError("source and destination are of different families")
-    source = _whole_source(options)
-    if not source.pick(("nat_fe",), ipv6=":" in dst) and source.broken is None:
-        family = 6 if ":" in dst else 4
-        raise NotCalico(f"no cali_v{family}_nat_fe map: Calico does not handle IPv{family} here",
-                        "`calitrace maps versions dump` lists the maps that are here")  # fmt: skip
+    source = _whole(_source(options))
+    family = 6 if ":" in dst else 4
+    needed = ("nat_fe", "nat_be", "routes", *(("ct",) if sport else ()))
+    lost = [base for base in needed if not source.pick((base,), ipv6=family == 6)]
+    if lost:
+        names = ", ".join(f"cali_v{family}_{base}" for base in lost)
+        if options["bpftool"]:
+            raise UsageError(f"walk needs {names} too", "add its dump with --bpftool and --map")
+        why = f": Calico does not handle IPv{family} here" if lost == [*needed] else ", without which walk would guess"
+        raise NotCalico(f"no {names} map{why}", "`calitrace maps versions dump` lists the maps that are here")
     known = set(source.context().interfaces.values())
     if ingress and known and ingress not in known:
         source.note(f"no interface {ingress} is here")
@@ -634,13 +773,13 @@ def _diff(files: tuple[Path, ...], wait: float | None, check: bool, **options: A
     """
     from calitrace.correlate import mapdiff
 
-    if (len(files), wait is None) not in ((2, True), (0, False)):
+    if (len(files), wait is None) not in ((2, True), (0, False)) or options["bpftool"]:
         raise UsageError("diff needs two snapshots, or --wait SECONDS", "calitrace maps snapshot -w A")
     if wait is None:
-        sides = [map_source.of_journal(path) for path in files]
+        sides = [_whole(map_source.of_journal(path)) for path in files]
         views = [_view(side, options["ipv6"]) for side in sides]
     else:
-        sides = [_whole_source(options)]
+        sides = [_whole(_source(options))]
         views = [_view(sides[0], options["ipv6"])]
         _wait(wait)
         sides.append(_source(options))
@@ -718,13 +857,19 @@ def _may_change(options: dict[str, Any]) -> bool:
 
 
 def _live_maps(options: dict[str, Any], base: str) -> list[tuple[Any, RawMap]]:
-    """(what discovery found, the map) of every version and family that programs may use."""
+    """(what discovery found, the map) of every version that programs may use, or of that which --ver asks for."""
     from calitrace.calico.maps import identify
     from calitrace.kernel import maps
 
-    found = maps.find(maps.root(options["bpffs"], options["netns"], options["pid"]))
-    wanted = {f"cali_{base}", f"cali_v4_{base}", f"cali_v6_{base}"}
-    chosen = [(each, maps.read(each)) for each in found if identify(each.name)[0] in wanted]
+    where = maps.root(options["bpffs"], options["netns"], options["pid"])
+    found = maps.find(where, options["netns"] or str(options["pid"] or ""))
+    wanted = {f"cali_{base}", f"cali_v{6 if options.get('ipv6') else 4}_{base}"}
+    version = options.get("version")
+    chosen = [
+        (each, maps.read(each))
+        for each in found
+        if identify(each.name)[0] in wanted and version in (None, identify(each.name)[1])
+    ]
     if not chosen:
         raise NotCalico(f"no map cali_*{base}*", "`calitrace maps versions dump` lists the maps that are here")
     return chosen
@@ -739,13 +884,13 @@ def _keep(options: dict[str, Any], maps: list[RawMap]) -> None:
         save(source, options["kept"])
 
 
-def _remove_connections(options: dict[str, Any], wanted: Callable[[dict[str, Any]], bool]) -> int:
+def _remove(options: dict[str, Any], base: str, wanted: Callable[[dict[str, Any]], bool]) -> int:
     from calitrace.kernel import maps
     from calitrace.report import mapdump
 
     change = _may_change(options)
     going: list[tuple[Found, RawMap]] = []
-    for found, raw in _live_maps(options, "ct"):
+    for found, raw in _live_maps(options, base):
         try:
             entries = list(raw.entries)  # read once: what is shown is what goes
             objects = mapdump.iter_objects(replace(raw, entries=entries), mapdump.Context(time.monotonic_ns()))
@@ -754,7 +899,7 @@ def _remove_connections(options: dict[str, Any], wanted: Callable[[dict[str, Any
             raise map_source.refused(wrong) from wrong
         for _, entry in chosen:
             if not change:
-                click.echo(mapdump.text("ct", entry, raw=True))
+                click.echo(mapdump.text(base, entry, raw=True))
         going.append((found, replace(raw, entries=[pair for pair, _ in chosen])))
     if change:
         _keep(options, [raw for _, raw in going])
@@ -765,21 +910,22 @@ def _remove_connections(options: dict[str, Any], wanted: Callable[[dict[str, Any
     return int(Exit.DONE)
 
 
-_PROTO_NUMBERS = {"tcp": "tcp", "udp": "udp", "6": "tcp", "17": "udp", "icmp": "icmp", "1": "icmp", "58": "icmp6"}
-
-
 def _clean_conntrack(**options: Any) -> int:
     """Remove all conntrack entries: every connection through Calico starts anew, those with NAT break."""
-    return _remove_connections(options, lambda _: True)
+    return _remove(options, "ct", lambda _: True)
+
+
+def _clean_arp(**options: Any) -> int:
+    """Remove all neighbours: the way back of NodePort tunnels is looked up in the kernel until they are learnt anew."""
+    return _remove(options, "arp", lambda _: True)
 
 
 def _remove_conntrack(proto: str, ip1: str, ip2: str, **options: Any) -> int:
     """Remove the entries between two addresses. PROTO: tcp, udp or a number."""
-    if proto not in _PROTO_NUMBERS and not proto.isdigit():
-        raise UsageError(f"{proto!r} is no protocol", "tcp, udp or a number")
-    name = _PROTO_NUMBERS.get(proto, f"proto-{proto}")
+    name = _proto(proto)
     ends = {_address(ip1), _address(ip2)}
-    return _remove_connections(options, lambda e: e["proto"] == name and {e["addr_a"], e["addr_b"]} == ends)
+    options["ipv6"] = options["ipv6"] or ":" in ip1
+    return _remove(options, "ct", lambda e: e["proto"] == name and {e["addr_a"], e["addr_b"]} == ends)
 
 
 def _flush_counters(iface: str | None, **options: Any) -> int:
@@ -847,12 +993,23 @@ def _add(path: str, function: Callable[..., int], *options: Callable[[Any], Any]
 _policy_group = command.commands["policy"]
 assert isinstance(_policy_group, click.Group)
 _policy_words = click.argument("words", nargs=-1, metavar="[IFACE HOOK]")
-_policy_group.add_command(click.command("dump")(_with((_policy_words, *_READ), _policy)))
+_asm = click.option("-a", "--asm", is_flag=True, help="The program's instructions too, as bytes.")
+_policy_group.add_command(click.command("dump")(_with((_policy_words, _asm, *_READ), _policy)))
 _kept = click.option(
     "-w", "--write", "kept", type=click.Path(path_type=Path), help="Keep what goes in this journal, for -r."
 )
-_add("conntrack clean", _clean_conntrack, _kept)
-_add("conntrack remove", _remove_conntrack, *(click.argument(each) for each in ("proto", "ip1", "ip2")), _kept)
+_family = click.option("-6", "--ipv6", is_flag=True, help="The IPv6 map.")
+_version = click.option("--ver", "version", type=int, help="Only the map of this version.")
+_add("arp clean", _clean_arp, _family, _kept)
+_add("conntrack clean", _clean_conntrack, _family, _version, _kept)
+_add(
+    "conntrack remove",
+    _remove_conntrack,
+    *(click.argument(each) for each in ("proto", "ip1", "ip2")),
+    _family,
+    _version,
+    _kept,
+)
 _add("counters flush", _flush_counters, click.option("--iface", help="Only this interface."), _kept)
 _add("connect-time clean", _clean_connect_time)
 for _with_reading in (_walk, _diff):

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
-from typing import Any
+from typing import Any, TypeGuard
 
 from calitrace.calico.maps import MOST_BACKENDS
 
@@ -27,8 +27,9 @@ STALE, DISAGREE, BAD_SOURCE, BLACKHOLE = (
 SPOOFED, NO_POLICY = "not an address of this pod", "no policy program"
 _BLACKHOLES = {"blackhole-drop", "blackhole-reject"}
 _INGRESS, _EGRESS = "ingress", "egress"
-# Before v3.31 one jump map serves both hooks.
-_JUMPS = {_INGRESS: ("cali_jump_ing", "cali_jump"), _EGRESS: ("cali_jump_egr", "cali_jump")}
+# Up to v3.31 one jump map serves both hooks; netkit devices have theirs, whose hooks are seen from the pod.
+_NETKIT = ("cali_j_nk_ing", "cali_j_nk_egr")
+JUMPS = {_INGRESS: ("cali_jump_ing", "cali_jump", *_NETKIT), _EGRESS: ("cali_jump_egr", "cali_jump", *_NETKIT)}
 
 
 @dataclass(frozen=True)
@@ -180,16 +181,20 @@ class _Walk:
 
     def _policy(self, name: str, row: dict[str, Any] | None, hook: str) -> bool:
         """Whether there is a policy program where one is needed; what it decides is not looked at."""
-        index = -1 if row is None else row.get(f"{hook}_v{self.packet.version}")
-        base = next((each for each in _JUMPS[hook] if each in self.tables.programs), None)
-        if row is None or index is None or base is None:
+        index = None if row is None else row.get(f"{hook}_v{self.packet.version}")
+        bases = [each for each in JUMPS[hook] if each in self.tables.programs]
+        if row is None or index is None or not bases:
             return True  # a release, or a reading, without them
         key = f"{name}, tc {hook}"
+        base = next((each for each in bases if index in self.tables.programs[each]), bases[0])
         program = self.tables.programs[base].get(index)
         if program is not None:
             self._ok("policy", key, f"program {program} at {index} of {base} decides")
+        elif index < 0:
+            # The programs do not read it here: it is what Felix wrote down, and whoever else loads them does not.
+            self._ok("policy", key, "not known: ifstate names none")
         elif "workload" in row["flags"]:
-            where = f"{base} is empty at {index}" if index >= 0 else "none is set"
+            where = f"{base} is empty at {index}"
             self._break("policy", key, where, NO_POLICY, "dropped, as with any pod without one")
             return False
         else:
@@ -229,7 +234,7 @@ class _Walk:
     def _established(self, entry: dict[str, Any], front: dict[str, Any] | None) -> None:
         packet = self.packet
         if entry["type"] != "nat-fwd":
-            self._answer(entry)
+            self._answer(entry, front)
             return
         ends = [(entry["rev_addr_a"], entry["rev_port_a"]), (entry["rev_addr_b"], entry["rev_port_b"])]
         reverse = next(
@@ -258,16 +263,23 @@ class _Walk:
             self._ok("conntrack", self._flow(), found)
             self._forward(addr, port, backend=True, tunnel=reverse.get("tun_ip"))
 
-    def _answer(self, entry: dict[str, Any]) -> None:
+    def _answer(self, entry: dict[str, Any], front: dict[str, Any] | None) -> None:
         """A flow without NAT, or the reply of one with it."""
         packet = self.packet
-        self._ok("conntrack", self._flow(), f"{entry['type']} {entry['state']}".strip() + self._expired(entry))
+        found = f"{entry['type']} {entry['state']}".strip() + self._expired(entry)
         opener = (entry["addr_b"], entry["port_b"]) if entry["from"] == "b" else (entry["addr_a"], entry["port_a"])
+        if entry["type"] == "normal" and opener == (packet.src, packet.sport) and _translated(front):
+            suffers = f"not translated, and sent to {_end(packet.dst, packet.dport)} as before"
+            found = f"{found}: older than service {front['id']} at its destination"
+            self._break("conntrack", self._flow(), found, DISAGREE, suffers)
+            return
+        self._ok("conntrack", self._flow(), found)
         if entry["type"] == "nat-rev" and opener != (packet.src, packet.sport):
             back = f"source becomes {_end(entry['orig_dst'], entry['orig_dport'])}"
             tunnel = entry["tun_ip"]
             if not ip_address(tunnel).is_unspecified and "np-fwd" not in entry["flags"]:
-                self.ends.append(f"{back}, tunnelled back to node {tunnel}")
+                straight = f"with DSR sent straight to {_end(packet.dst, packet.dport)}"
+                self.ends.append(f"{back}, tunnelled back to node {tunnel}, {straight}")
             else:
                 self.ends.append(f"{back}, sent to {_end(packet.dst, packet.dport)}")
             return
@@ -344,6 +356,8 @@ class _Walk:
         if "host" in flags:
             local = "local" in flags
             where = "the host itself answers, and refuses when nothing listens" if local else "goes to another node"
+            if local and self.entry is not None and "workload" in self.entry["flags"]:
+                where = "dropped when defaultEndpointToHostAction is Drop, its default; else the host itself answers"
         if _BLACKHOLES & flags:
             where = "dropped, BLACK_HOLE: a service address without a service"
         self._break("route", packet.dst, _shown(route), NO_FRONTEND, where)
@@ -435,6 +449,11 @@ class _Walk:
             outside = backend and self._local_only() == "external-local"
             by = f"in Calico's VXLAN to node {node}" if outside else "by the host's routes"
             self.ends.append(f"forwarded {by}, for {target}")
+
+
+def _translated(front: dict[str, Any] | None) -> TypeGuard[dict[str, Any]]:
+    """Whether new connections to a frontend are translated."""
+    return front is not None and not front["drop"] and "nat-exclude" not in front["flags"] and front["count"] > 0
 
 
 def _shown(route: dict[str, Any] | None) -> str:

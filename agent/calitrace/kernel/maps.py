@@ -11,7 +11,7 @@ import errno
 import os
 import socket
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -98,8 +98,8 @@ def sysctls(names: Iterable[str], namespace: str | None, pid: int | None) -> dic
         return {name: int(path.read_text()) for name, path in found.items() if path.exists()}
 
 
-def find(where: Path) -> list[Found]:
-    """All of a node's maps, sorted by pin.
+def find(where: Path, namespace: str = "") -> list[Found]:
+    """All of a node's maps, sorted by pin. *namespace*: the node's, by name or process id, to choose between several.
 
     Raises NotCalico when there are none, UsageError when those of several nodes lie below *where*,
     EnvironmentUnfit without the privilege to look.
@@ -111,6 +111,10 @@ def find(where: Path) -> list[Found]:
         raise _no_privilege() from None
     found = [_open_pin(path, where, used) for path in pins]
     maps = [each for each in found if each is not None]
+    if namespace and _several_nodes(maps):
+        here = _attached_maps(namespace)
+        homes = {each.directory for each in maps if each.info.id in here}
+        maps = [each for each in maps if each.directory in homes] or maps
     _one_node(maps, where)
     if not maps and where == BPFFS:
         maps = [
@@ -172,13 +176,32 @@ def _open_pin(path: Path, where: Path, used: dict[int, tuple[syscall.MapInfo, in
     return Found(path.name, str(path.relative_to(where)), path, info, info.id in used, used.get(info.id, (info, 0))[1])
 
 
-def _one_node(maps: list[Found], where: Path) -> None:
-    """Two maps of one name are two nodes, except those that old releases kept for each interface."""
+def _attached_maps(namespace: str) -> set[int]:
+    """Ids of the maps that the programs use which are attached to interfaces of a namespace."""
+    from calitrace.kernel import attached
+
+    found: set[int] = set()
+    for identifier in {each for ids in attached.calico_programs(namespace).values() for each in ids}:
+        with suppress(FileNotFoundError):  # it was unloaded while we looked
+            descriptor = syscall.program_fd(identifier)
+            try:
+                found.update(syscall.program_info(descriptor).map_ids)
+            finally:
+                os.close(descriptor)
+    return found
+
+
+def _several_nodes(maps: list[Found]) -> list[str]:
+    """Where maps of one name are: they are two nodes', except those that old releases kept for each interface."""
     places: dict[str, set[str]] = {}
     for each in maps:
         if not each.directory.endswith(("_igr", "_egr", "_xdp")):
             places.setdefault(each.name, set()).add(each.directory if each.pin else str(each.info.id))
-    several = sorted({place for group in places.values() if len(group) > 1 for place in group})
+    return sorted({place for group in places.values() if len(group) > 1 for place in group})
+
+
+def _one_node(maps: list[Found], where: Path) -> None:
+    several = _several_nodes(maps)
     if several and maps[0].pin:
         raise UsageError(
             f"the maps of {len(several)} nodes lie below {where}",

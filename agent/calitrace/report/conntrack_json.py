@@ -124,8 +124,10 @@ def _words(layout: Layout, context: Context, entries: Array) -> dict[str, Array]
     seen, now = entries["last_seen_ns"], np.uint64(context.now_ns)
     words["age"] = _number(np.where(seen > now, 0, now - seen)) if now else np.array([b"null"])
     if kind == mapdump.NAT_FWD:
-        ends = [(entries["addr_b"] == entries[f"rev_addr_{end}"]).all(axis=1) for end in "ab"]
-        return words | {"from": np.where(ends[0] | ends[1], b"b", b"a")}
+        host = {(e, r): (entries[f"addr_{e}"] == entries[f"rev_addr_{r}"]).all(axis=1) for e in "ab" for r in "ab"}
+        whole = {(e, r): same & (entries[f"port_{e}"] == entries[f"rev_port_{r}"]) for (e, r), same in host.items()}
+        a, b = (whole[e, "a"] | whole[e, "b"] for e in "ab")
+        return words | {"from": np.where(b | (~a & (host["b", "a"] | host["b", "b"])), b"b", b"a")}
     for leg in ("ab", "ba"):
         numbers, which = np.unique(entries[f"{leg}_ifindex"], return_inverse=True)
         places = [json.dumps(context.leg_interface(number)).encode() for number in numbers.tolist()]

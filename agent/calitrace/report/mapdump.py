@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 from ipaddress import ip_address
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from calitrace.calico import maptables, reasons
-from calitrace.calico.maps import MOST_BACKENDS
+from calitrace.calico.maps import MOST_BACKENDS, identify
 from calitrace.calico.maptables import Layout, Table
 from calitrace.calico.timeouts import Timeouts
 
@@ -27,9 +28,9 @@ _TYPES = {NORMAL: "normal", NAT_FWD: "nat-fwd", NAT_REV: "nat-rev"}
 CT_FLAGS = {
     0x1: "nat-out", 0x2: "fwd-dsr", 0x4: "np-fwd", 0x8: "skip-fib", 0x10: "res-0x10", 0x20: "res-0x20",
     0x40: "ext-local", 0x80: "via-nat-iface", 0x100: "B-A", 0x200: "host-psnat", 0x400: "svc-self",
-    0x800: "np-loop", 0x1000: "np-remote", 0x2000: "no-dsr", 0x4000: "no-redir-peer", 0x8000: "cluster-external",
-    0x10000: "maglev", 0x20000: "send-rst", 0x40000: "connlimit-in", 0x80000: "connlimit-in-rejected",
-    0x100000: "connlimit-out", 0x200000: "connlimit-decremented",
+    0x800: "np-loop", 0x1000: "np-remote", 0x2000: "no-dsr", 0x4000: "no-redir-peer", 0x8000: "dscp",
+    0x10000: "maglev", 0x20000: "send-rst", 0x40000: "connlimit-in", 0x80000: "connlimit-in-rej",
+    0x100000: "connlimit-out", 0x200000: "connlimit-dec",
 }  # fmt: skip
 _DSR, _B_A = 0x2, 0x100
 LEG_FLAGS = {1: "syn", 2: "ack", 4: "fin", 8: "rst", 16: "approved", 32: "opener", 64: "workload"}
@@ -85,6 +86,11 @@ def protocol(number: int) -> str:
     return PROTOCOLS.get(number, f"proto-{number}")
 
 
+def number(proto: str) -> str:
+    """The number of a protocol that :func:`protocol` named."""
+    return next((str(n) for n, name in PROTOCOLS.items() if name == proto), proto.removeprefix("proto-"))
+
+
 def state(proto: int, flags: int, ab_bits: int, ba_bits: int) -> str:
     """A TCP entry's state as Felix words it, "" for other protocols."""
     if proto != 6:
@@ -136,9 +142,9 @@ def _kind(layout: Layout) -> str:
 
 def _plain(layout: Layout, key: bytes, value: bytes, context: Context) -> dict[str, Any]:
     found = layout.decode(key, value)
-    for number, text in (("proto", protocol), ("ifindex", context.interface)):
-        if number in found:
-            found["interface" if number == "ifindex" else number] = text(found[number])
+    for member, text in (("proto", protocol), ("ifindex", context.interface)):
+        if member in found:
+            found["interface" if member == "ifindex" else member] = text(found[member])
     return found
 
 
@@ -164,8 +170,11 @@ def _conntrack(layout: Layout, key: bytes, value: bytes, context: Context) -> di
         table = FORWARD[layout.ipv6]
         forward = table.decode(value[layout.forward_at : layout.forward_at + table.size])
         reverse = {name: forward[name] for name in forward if name != "rev_proto"}
-        # Calico leaves its flags empty: the client is the end that the reverse entry's key has too.
-        client = "b" if found["addr_b"] in (reverse["rev_addr_a"], reverse["rev_addr_b"]) else "a"
+        # Calico leaves its flags empty: the client is the end that the reverse entry's key has too, with its port
+        # where that was not changed; a host-networked backend may have the address of the other end.
+        others = [(reverse[f"rev_addr_{end}"], reverse[f"rev_port_{end}"]) for end in "ab"]
+        same = [(found[f"addr_{end}"], found[f"port_{end}"]) in others for end in "ab"]
+        client = "ab"[same[1]] if any(same) else "ab"[found["addr_b"] in (others[0][0], others[1][0])]
         return {**found, "from": client, **reverse}
     ab, ba = entry["ab_bits"], entry["ba_bits"]
     found |= judged(layout, context, proto, flags, ab, ba, entry["created_ns"])
@@ -234,7 +243,7 @@ def _counters(layout: Layout, key: bytes, value: bytes, context: Context) -> dic
     if "hook" in entry:
         found = {"ifindex": entry["ifindex"], "interface": context.interface(entry["ifindex"])}
         found["hook"] = HOOKS.get(entry["hook"], f"hook {entry['hook']}")
-    return {**found, "counters": {reasons.name(index, count): entry[str(index)] for index in range(count)}}
+    return {**found, "counters": {reasons.counter_name(index, count): entry[str(index)] for index in range(count)}}
 
 
 def _rule(layout: Layout, key: bytes, value: bytes, context: Context) -> dict[str, Any]:
@@ -263,14 +272,7 @@ def text(kind: str, entry: dict[str, Any], *, raw: bool = False) -> str:
     if kind == "ct":
         return _raw_conntrack(entry) if raw else _conntrack_line(entry)
     if kind == "routes":
-        flags = entry["flags"]
-        words = [word for word in flags if word not in ("local", "workload", "host")]
-        where = ["local" if "local" in flags else "remote", *(w for w in ("host", "workload") if w in flags)]
-        where = where if {"host", "workload"} & set(flags) else []
-        to = f" idx {entry['ifindex']}" if "ifindex" in entry else ""
-        if not to and not ip_address(entry["next_hop"]).is_unspecified:
-            to = f" nh {entry['next_hop']}"
-        return f"{entry['cidr']:>15}: {' '.join(where + words)}{to}"
+        return f"{entry['cidr']:>15}: {_route_words(entry)}"
     if kind == "arp":
         return f"dev {entry['ifindex']:4d}: {entry['addr']:>15} : {entry['mac_src']} -> {entry['mac_dst']}"
     if kind == "iface":
@@ -290,24 +292,68 @@ def text(kind: str, entry: dict[str, Any], *, raw: bool = False) -> str:
             f"{entry['ifindex']:5d} : {{flags: {','.join(entry['flags'])}, {policies}{filters}name: {entry['name']}}}"
         )
     if kind == "nat_aff":
-        number = next((n for n, name in PROTOCOLS.items() if name == entry["proto"]), entry["proto"])
         return (
-            f"client {entry['client']} svc proto {number} {entry['addr']}:{entry['port']} -> "
-            f"{entry['backend']}:{entry['backend_port']} ts {entry['ts_ns']}"
+            f"client {entry['client']} svc proto {number(entry['proto'])} {_end(entry['addr'], entry['port'])} -> "
+            f"{_end(entry['backend'], entry['backend_port'])} ts {duration(entry['ts_ns'])}"
         )
     if kind == "mglv":
-        return f"svc {entry['id']} ordinal {entry['ordinal']} -> {entry['addr']}:{entry['port']}"
+        return f"svc {entry['id']} ordinal {entry['ordinal']} -> {_end(entry['addr'], entry['port'])}"
     if kind == "rule_ctrs":
         return f"{entry['rule_id']:#018x}  {entry['packets']:>10}  {entry['rule'] or '(no policy debug file names it)'}"
     return "  ".join(f"{name} {_word(value)}" for name, value in entry.items() if name != "map" and value is not None)
+
+
+_BLACKHOLES = ("blackhole-drop", "blackhole-reject")
+# In Calico's order, which is not that of the bits.
+_ROUTE_WORDS = ("in-pool", "nat-out", "same-subnet", "no-dsr", "tunneled", "skip-ingress-redir")
+
+
+def _route_words(entry: dict[str, Any]) -> str:
+    flags = entry["flags"]
+    words = ["local"] if "local" in flags else [] if set(_BLACKHOLES) & set(flags) else ["remote"]
+    words += [word for word in ("host", "workload") if word in flags][:1]
+    words += [word for word in _ROUTE_WORDS if word in flags]
+    words += [word for word in flags if word not in {"local", "host", "workload", *_ROUTE_WORDS, *_BLACKHOLES}]
+    if "ifindex" in entry:
+        words += ["idx", str(entry["ifindex"])]
+    elif "workload" in flags or not ip_address(entry["next_hop"]).is_unspecified:
+        words += ["nh", entry["next_hop"]]
+    return " ".join([*words, *(word for word in _BLACKHOLES if word in flags)])
+
+
+def route_order(entry: dict[str, Any]) -> tuple[bytes, int]:
+    """What Calico sorts routes by."""
+    address, _, length = entry["cidr"].rpartition("/")
+    return ip_address(address).packed, int(length)
 
 
 def _word(value: object) -> str:
     return ",".join(str(each) for each in value) if isinstance(value, list) else str(value)
 
 
+def _end(address: str, port: int) -> str:
+    """As Go's net.JoinHostPort."""
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
+def duration(nanoseconds: int) -> str:
+    """As Go prints a duration: ``1h0m5.25s``, ``250ms``."""
+    for unit, size in (("ns", 1), ("µs", 1000), ("ms", 1_000_000)):
+        if nanoseconds < 1000 * size:
+            return "0s" if not nanoseconds else f"{_decimal(nanoseconds, size)}{unit}"
+    minutes, rest = divmod(nanoseconds, 60 * _S)
+    hours = f"{minutes // 60}h" if minutes >= 60 else ""
+    return f"{hours}{f'{minutes % 60}m' if minutes else ''}{_decimal(rest, _S)}s"
+
+
+def _decimal(number: int, unit: int) -> str:
+    whole, part = divmod(number, unit)
+    digits = str(unit + part)[1:].rstrip("0")
+    return f"{whole}.{digits}" if digits else str(whole)
+
+
 def _ago(entry: dict[str, Any]) -> str:
-    return "" if entry["age_ns"] is None else f"  Active ago {entry['age_ns'] / _S:.3f}s"
+    return "" if entry["age_ns"] is None else f" Active ago {duration(entry['age_ns'])}"
 
 
 def _ends(entry: dict[str, Any]) -> tuple[str, str]:
@@ -321,19 +367,16 @@ def _conntrack_line(entry: dict[str, Any]) -> str:
     line = f"{entry['proto'].upper().replace('PROTO', 'Proto')} {source} -> "
     if entry["type"] == "nat-fwd":
         line += f"{target}  forward to {entry['rev_addr_a']}:{entry['rev_port_a']} <-> "
-        return line + f"{entry['rev_addr_b']}:{entry['rev_port_b']}{_ago(entry)}"
+        return line + f"{entry['rev_addr_b']}:{entry['rev_port_b']} {_ago(entry)}".rstrip()
     if entry["type"] == "nat-rev":
         line += f"{entry['orig_dst']}:{entry['orig_dport']} -> "
-    line += target
-    if {"np-fwd", "np-remote", "ext-local"} & set(entry["flags"]):
-        line += " external client"
-    tunnel = entry["tun_ip"]
-    if tunnel and not ip_address(tunnel).is_unspecified:
-        line += f", service forwarded {'to' if 'np-fwd' in entry['flags'] else 'from'} {tunnel}"
+    line += f"{target} "
+    if entry["type"] == "nat-rev" and not ip_address(entry["tun_ip"]).is_unspecified:
+        line += f"external client, service forwarded to/from {entry['tun_ip']} "
     sport = int(source.rpartition(":")[2])
     if entry.get("orig_sport") and entry["orig_sport"] != sport:
-        line += f"  source port changed from {entry['orig_sport']}"
-    line += _ago(entry) + (f" {entry['state']}" if entry["state"] else "")
+        line += f" source port changed from {entry['orig_sport']} "
+    line = f"{line}{_ago(entry)}".rstrip() + (f" {entry['state']}" if entry["state"] else "")
     expiry = _expiry(entry)
     return f"{line}  {expiry}" if expiry else line
 
@@ -360,7 +403,9 @@ def iter_connection(entry: dict[str, Any], partners: Sequence[dict[str, Any]], t
     for title, end in (("request", request), ("reply", "a" if request == "b" else "b")):
         leg = entry.get("ab" if end == "a" else "ba")
         if leg is not None:
-            yield f"  {title:10} {_leg(entry, leg, end)}"
+            straight = title == "reply" and "fwd-dsr" in entry["flags"]
+            dsr = ": with DSR it goes straight to the client" if straight else ""
+            yield f"  {title:10} {_leg(entry, leg, end)}{dsr}"
     for each in partners:
         yield f"  pair       {each['type']}: {_pair(each)}"
     if not partners and entry["type"] == "nat-fwd":
@@ -447,65 +492,129 @@ _ALONE = (
 
 
 def _raw_conntrack(entry: dict[str, Any]) -> str:
-    number = next((n for n, name in PROTOCOLS.items() if name == entry["proto"]), entry["proto"])
-    key = f"{entry['addr_a']}:{entry['port_a']} <-> {entry['addr_b']}:{entry['port_b']}"
+    proto = number(entry["proto"])
     kind = next((n for n, name in _TYPES.items() if name == entry["type"]), entry["type"])
-    line = f"ConntrackKey{{proto={number} {key}}} -> Entry{{Type:{kind}, LastSeen:{entry['last_seen_ns']}, "
-    line += f"Flags: {' '.join(entry['flags']) or '<none>'}"
+    bits = sum(bit for bit, name in CT_FLAGS.items() if name in entry["flags"])
+    bits |= sum(int(word, 16) for word in entry["flags"] if word not in CT_FLAGS.values())
+    flags = " ".join([hex(bits), *entry["flags"]]) if bits else "<none>"
+    version = identify(entry["map"])[1]
+    reset = any("rst" in entry[leg]["flags"] for leg in ("ab", "ba") if leg in entry)
+    old = version < _RST_OR_CREATED or (version == _RST_OR_CREATED and entry["created_or_rst_ns"] and not reset)
+    created = f"Created:{entry['created_or_rst_ns']}, " if old else ""
+    line = f"{_raw_key(proto, entry)} -> Entry{{Type:{kind}, {created}LastSeen:{entry['last_seen_ns']}, Flags: {flags} "
+    age = ""
+    if old and entry["age_ns"] is not None:
+        age = f" Age: {duration(max(entry['age_ns'] + entry['last_seen_ns'] - entry['created_or_rst_ns'], 0))}"
     if kind == NAT_FWD:
-        line += f" REVKey: ConntrackKey{{proto={number} {entry['rev_addr_a']}:{entry['rev_port_a']} <-> "
-        return line + f"{entry['rev_addr_b']}:{entry['rev_port_b']}}} NATSPort: {entry['nat_sport']}}}{_ago(entry)}"
-    legs = " ".join(
-        f"{name}:{{Bytes:{leg.get('bytes', 0)} Packets:{leg.get('packets', 0)} Seqno:{leg['seqno']} "
-        + " ".join(f"{label}:{str(flag in leg['flags']).lower()}" for label, flag in _RAW_BITS)
-        + f" Ifindex:{leg.get('ifindex', 0)}}}"
-        for name, leg in (("A2B", entry["ab"]), ("B2A", entry["ba"]))
-    )
-    rest = (
-        f"OrigDst:{entry['orig_dst']} OrigSrc:{entry.get('orig_src', '-')} OrigPort:{entry['orig_dport']} "
-        f"OrigSPort:{entry.get('orig_sport', 0)} TunIP:{entry['tun_ip']}"
-    )
-    return f"{line} Data: {{{legs} {rest}}}}}{_ago(entry)} {entry['state']}".rstrip()
+        reverse = {name.removeprefix("rev_"): value for name, value in entry.items() if name.startswith("rev_")}
+        return f"{line}REVKey: {_raw_key(proto, reverse)} NATSPort: {entry['nat_sport']}}}{age}{_ago(entry)}"
+    legs = " ".join(f"{name}:{{{_raw_leg(leg)}}}" for name, leg in (("A2B", entry["ab"]), ("B2A", entry["ba"])))
+    rest = " ".join(f"{label}:{entry[name]}" for label, name in _RAW_MEMBERS if name in entry)
+    return f"{line}Data: {{{legs} {rest}}}}}{age}{_ago(entry)} {entry['state']}".rstrip()
 
 
+def _raw_key(proto: str, ends: dict[str, Any]) -> str:
+    return f"ConntrackKey{{proto={proto} {ends['addr_a']}:{ends['port_a']} <-> {ends['addr_b']}:{ends['port_b']}}}"
+
+
+def _raw_leg(leg: dict[str, Any]) -> str:
+    """What a leg of that version has; before v3 its approval was called another name."""
+    approved = "Approved" if "bytes" in leg else "Whitelisted"
+    cells = [f"{label}:{leg[name]}" for label, name in _RAW_COUNTS if name in leg]
+    cells += [f"{label or approved}:{str(flag in leg['flags']).lower()}" for label, flag in _RAW_BITS]
+    return " ".join([*cells, *([f"Ifindex:{leg['ifindex']}"] if "ifindex" in leg else [])])
+
+
+_RST_OR_CREATED = 3  # the version whose first member is the creation up to v3.29, in v3.30 the first RST
+_RAW_COUNTS = (("Bytes", "bytes"), ("Packets", "packets"), ("Seqno", "seqno"))
+_RAW_MEMBERS = (
+    ("OrigDst", "orig_dst"), ("OrigSrc", "orig_src"), ("OrigPort", "orig_dport"), ("OrigSPort", "orig_sport"),
+    ("TunIP", "tun_ip"),
+)  # fmt: skip
 _RAW_BITS = (
-    ("SynSeen", "syn"), ("AckSeen", "ack"), ("FinSeen", "fin"), ("RstSeen", "rst"), ("Approved", "approved"),
+    ("SynSeen", "syn"), ("AckSeen", "ack"), ("FinSeen", "fin"), ("RstSeen", "rst"), ("", "approved"),
     ("Opener", "opener"),
 )  # fmt: skip
 
 
-def iter_nat(
-    frontends: Iterable[dict[str, Any]], backends: Iterable[dict[str, Any]], *, both: bool = True
-) -> Iterator[str]:
-    """Frontends, each with its backends; those that are missing are named. *both*: both maps were there, not one."""
-    known = {(b["id"], b["ordinal"]): f"{b['addr']}:{b['port']}" for b in backends}
-    if not both:
-        yield from (f"{service}:{ordinal}\t {known[service, ordinal]}" for service, ordinal in sorted(known))
-    for front in frontends:
-        number = next((n for n, name in PROTOCOLS.items() if name == front["proto"]), front["proto"])
-        count = -1 if front["drop"] else front["count"]
-        flags = f" flags {', '.join(front['flags'])}" if front["flags"] else ""
-        source = f" src {front['source']}" if front["source"] else ""
-        source += f" affinity {front['affinity_s']}s" if front["affinity_s"] else ""
-        yield (
-            f"{front['addr']} port {front['port']} proto {number} id {front['id']} count {count} "
-            f"local {front['local']}{flags}{source}"
-        )
-        for ordinal in range(max(min(count, MOST_BACKENDS), 0)):
-            place = known.get((front["id"], ordinal), " is missing" if both else " (backends were not read)")
-            yield f"\t{front['id']}:{ordinal}\t {place}"
-        if count > MOST_BACKENDS:
-            yield f"\t... and {count - MOST_BACKENDS} more: is that count right?"
+def with_backends(entries: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The entries of the NAT maps; each frontend with its ``backends``, null for one that is missing."""
+    kept = list(entries)
+    known = {(e["id"], e["ordinal"]): {"addr": e["addr"], "port": e["port"]} for e in kept if "ordinal" in e}
+    for entry in kept:
+        if "ordinal" in entry:
+            yield entry
+            continue
+        count = 0 if entry["drop"] else min(entry["count"], MOST_BACKENDS)
+        yield {**entry, "backends": [known.get((entry["id"], ordinal)) for ordinal in range(count)]}
+
+
+def siblings(entries: Iterable[dict[str, Any]], addr: str, port: int, proto: str) -> list[dict[str, Any]]:
+    """The NAT entries of the service that has this frontend: its other frontends too, and its backends."""
+    kept = list(entries)
+    wanted = {e["id"] for e in kept if (e["addr"], e["port"], e.get("proto")) == (addr, port, proto)}
+    return [entry for entry in kept if entry["id"] in wanted]
+
+
+def iter_groups(entries: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Frontends that share a service's id, with its backends."""
+    services: dict[int, list[dict[str, Any]]] = {}
+    for entry in with_backends(entries):
+        if "ordinal" not in entry:
+            services.setdefault(entry["id"], []).append(entry)
+    for service, fronts in sorted(services.items()):
+        longest = max((front["backends"] for front in fronts), key=len)
+        bare = [{name: value for name, value in front.items() if name != "backends"} for front in fronts]
+        yield {"id": service, "frontends": bare, "backends": longest}
+
+
+def iter_nat(entries: Iterable[dict[str, Any]], *, both: bool = True, grouped: bool = False) -> Iterator[str]:
+    """Frontends with their backends; those that are missing are named.
+
+    *both*: both maps were there, not one. *grouped*: a service's backends once, after all of its frontends.
+    """
+    kept = list(entries) if both else sorted(entries, key=lambda e: (e["id"], e.get("ordinal", -1)))
+    if grouped:
+        for each in iter_groups(kept):
+            yield from map(_frontend_line, each["frontends"])
+            yield from _backend_lines(each["id"], each["backends"], both=both)
+        return
+    for entry in with_backends(kept):
+        if "ordinal" in entry:
+            if not both:
+                yield f"{entry['id']}:{entry['ordinal']}\t {_end(entry['addr'], entry['port'])}"
+            continue
+        yield _frontend_line(entry)
+        yield from _backend_lines(entry["id"], entry["backends"], both=both)
+        if not entry["drop"] and entry["count"] > MOST_BACKENDS:
+            yield f"\t... and {entry['count'] - MOST_BACKENDS} more: is that count right?"
+
+
+def _frontend_line(front: dict[str, Any]) -> str:
+    count = -1 if front["drop"] else front["count"]
+    flags = f" flags {', '.join(front['flags'])}" if front["flags"] else ""
+    source = f" src {front['source']}" if front["source"] else ""
+    source += f" affinity {front['affinity_s']}s" if front["affinity_s"] else ""
+    return (
+        f"{front['addr']} port {front['port']} proto {number(front['proto'])} id {front['id']} count {count} "
+        f"local {front['local']}{flags}{source}"
+    )
+
+
+def _backend_lines(service: int, backends: Iterable[dict[str, Any] | None], *, both: bool) -> Iterator[str]:
+    lost = "is missing" if both else "(backends were not read)"
+    for ordinal, backend in enumerate(backends):
+        yield f"\t{service}:{ordinal}\t {lost if backend is None else _end(backend['addr'], backend['port'])}"
 
 
 def iter_ip_sets(entries: Iterable[dict[str, Any]]) -> Iterator[str]:
     """IP sets, each with its members."""
-    sets: dict[str, list[str]] = {}
+    sets: dict[int, list[str]] = {}
     for entry in entries:
-        member = entry.get("cidr") or f"{entry['addr']}:{entry['port']} (proto {entry['proto']})"
-        sets.setdefault(entry["set_id"], []).append(member)
+        member = entry.get("cidr") or f"{entry['addr']}:{entry['port']} (proto {number(entry['proto'])})"
+        sets.setdefault(int(entry["set_id"], 16), []).append(member)
     for name in sorted(sets):
-        yield f"IP set {name}"
+        yield f"IP set {name:#x}"
         yield from (f"   {member}" for member in sorted(sets[name]))
         yield ""
     if not sets:
@@ -525,6 +634,7 @@ def per_second(
 
 
 _COLUMNS = ("INGRESS", "EGRESS", "XDP")
+_CAPTION_WIDTH = 40  # for the table to fit a terminal of 80 columns
 
 
 def iter_counters(entries: Iterable[dict[str, Any]], interface: str | None = None) -> Iterator[str]:
@@ -538,11 +648,13 @@ def iter_counters(entries: Iterable[dict[str, Any]], interface: str | None = Non
             continue
         known = max((entry["counters"] for entry in hooks.values()), key=len)
         columns = [*_COLUMNS, *(hook for hook in hooks if hook not in _COLUMNS)]
-        rows = [
-            (*_caption(reason), *(_cell(hooks.get(hook), reason) for hook in columns))
-            for reason in sorted(known, key=_caption)
-            if reason in reasons.CAPTIONS or any(entry["counters"].get(reason) for entry in hooks.values())
-        ]
+        rows: list[tuple[str, ...]] = []
+        for reason in sorted(known, key=_caption):
+            if reason in reasons.CAPTIONS or any(entry["counters"].get(reason) for entry in hooks.values()):
+                category, kind = _caption(reason)
+                first, *more = wrap(kind, _CAPTION_WIDTH)
+                rows.append((category, first, *(_cell(hooks.get(hook), reason) for hook in columns)))
+                rows += [(category, rest, *("" for _ in columns)) for rest in more]
         yield from _bordered(("CATEGORY", "TYPE", *columns), rows)
         rates = any("per_second" in entry for entry in hooks.values())
         yield f"dumped {name} counters{' in packets per second' if rates else ''}."
@@ -570,13 +682,16 @@ def _bordered(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[
     for category, *rest in rows:
         words = ["" if category == last else category, rest[0]]
         cells = [f"{each:<{width}}" for each, width in zip(words, widths, strict=False)]
-        cells += [f"{each:>{width}}" for each, width in zip(rest[1:], widths[2:], strict=True)]
+        cells += [
+            f"{each:>{width}}" if each[:1].isdigit() else f"{each:<{width}}"
+            for each, width in zip(rest[1:], widths[2:], strict=True)
+        ]
         yield "| " + " | ".join(cells) + " |"
         last = category
     yield line
 
 
-def conntrack_summary(raw: RawMap) -> dict[str, int]:
+def conntrack_summary(raw: RawMap) -> dict[str, Any]:
     """How many entries of each protocol, type and state, as ``conntrack stats`` counts them."""
     layout = maptables.resolve(raw)
     wanted = ("type", "flags0", "ab_bits", "ba_bits")
@@ -587,7 +702,8 @@ def conntrack_summary(raw: RawMap) -> dict[str, int]:
         protos = keys[:: layout.key.size]
         columns = dict(narrow.iter_columns(values))
         bits.update(zip(protos, *(columns[name] for name in wanted), strict=True))
-    found = {"entries": sum(bits.values()), "max_entries": raw.max_entries, "connections": 0, "nat_connections": 0}
+    found: dict[str, Any] = {"entries": sum(bits.values()), "max_entries": raw.max_entries or None}
+    found |= dict.fromkeys(("connections", "nat_connections"), 0)
     found |= dict.fromkeys(("tcp", "udp", "others", "established", "closed", "reset", "syn_sent"), 0)
     for (proto, kind, flags, ab, ba), count in bits.items():
         if kind == NAT_FWD:
@@ -603,7 +719,7 @@ def conntrack_summary(raw: RawMap) -> dict[str, int]:
 def iter_stats(found: dict[str, Any]) -> Iterator[str]:
     """A conntrack summary as ``calico-node -bpf conntrack stats`` prints it: NAT connections are forward entries."""
     forwards = found["entries"] - found["connections"]
-    yield f"Conntrack map size: {found['max_entries']}"
+    yield f"Conntrack map size: {found['max_entries'] or 'unknown'}"
     yield f"Total connections: {found['connections']}"
     yield f"Total entries: {found['entries']}"
     yield f"NAT connections: {forwards}"
@@ -631,8 +747,9 @@ def iter_latency(entries: Iterable[dict[str, Any]]) -> Iterator[str]:
 
 
 def summary(raw: RawMap) -> dict[str, Any]:
-    """How full a map is; for conntrack what is in it."""
+    """How full a map is, as far as that is known; for conntrack what is in it."""
     layout = maptables.resolve(raw)
     if _kind(layout) == "ct" and layout.origin != "members":
         return {"map": raw.name, **conntrack_summary(raw)}
-    return {"map": raw.name, "entries": sum(n for n, _, _ in maptables.blocks(raw)), "max_entries": raw.max_entries}
+    count = sum(n for n, _, _ in maptables.blocks(raw))
+    return {"map": raw.name, "entries": count, "max_entries": raw.max_entries or None}
