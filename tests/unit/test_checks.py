@@ -24,6 +24,7 @@ from tests.unit.node_snapshot import (
     MAPS,
     NO_DROPS,
     NODE_ROUTES,
+    NODES,
     POD,
     PREAMBLE,
     ROUTES,
@@ -111,6 +112,11 @@ FIRES: list[tuple[str, dict[str, Any], str]] = [
     ("services.kernel-too-old", {"host": Host("n", "4.19.0-10-amd64", {"ID": "debian"}, 2)}, "4.19.0"),
     ("services.kernel-too-old", {"host": Host("n", "5.4.0", {}, 2)}, "v3.31"),
     (
+        "services.kernel-too-old",
+        {"host": Host("n", "6.1.0", {}, 2, btf=False), "calico_version": "master"},
+        "/sys/kernel/btf/vmlinux: not there",
+    ),
+    (
         "services.felix-started",
         {"links": bare(), "processes": PROXY, "felix_lines": (line("Felix starting up"),)},
         "BPF enabled, starting",
@@ -174,6 +180,32 @@ FIRES: list[tuple[str, dict[str, Any], str]] = [
         "services.api-endpoint",
         {"kubernetes": kubernetes(services_endpoint={"data": {"KUBERNETES_SERVICE_HOST": "10.96.0.1"}})},
         "clusterIP 10.96.0.1",
+    ),
+    (
+        "services.api-endpoint",
+        {"felix_env": {"KUBERNETES_SERVICE_HOST": "10.96.0.1"}, "kubernetes": Missing("no"), "calico_version": "v3.28"},
+        "NAT map: 10.96.0.1:443 proto 6, 1 backends",
+    ),
+    (
+        "services.uplink-programs",
+        {"links": (*LINKS, Link(70, "eth1", addresses=("198.51.100.1/24",)))},
+        "eth1: ingress: nothing",
+    ),
+    (
+        "services.uplink-programs",
+        {"links": (replace(ETH0, programs={}), POD), "routes": (), "kubernetes": Missing("no")}
+        | {"calico_version": "v3.31"},
+        "eth0: ingress: nothing",
+    ),
+    (
+        "services.uplink-programs",
+        {"links": with_link(ETH0, programs={"ingress": (PREAMBLE,)}), "routes": (), "kubernetes": Missing("no")},
+        "egress: nothing",
+    ),
+    (
+        "services.mtu",
+        {"links": with_link(ETH0, mtu=1450), "routes": (), "kubernetes": Missing("no")},
+        "MTU 1450 leaves 1400",
     ),
     ("services.mtu", {"links": with_link(ETH0, mtu=1400)}, "MTU 1400 leaves 1350"),
     (
@@ -321,6 +353,11 @@ FIRES: list[tuple[str, dict[str, Any], str]] = [
         "10.65.1.2:8080 -> 198.51.100.9:3: 4 sent",
     ),
     (
+        "services.nodeport-unanswered",
+        {"maps": with_map("cali_v4_ct4", raw=[connection(40001, 4, 0, 100)])},
+        "198.51.100.9:40001 -> 10.65.1.2:8080: 4 sent, 0 back",
+    ),
+    (
         "services.conntrack-untranslated",
         {
             "maps": (
@@ -349,7 +386,13 @@ FIRES: list[tuple[str, dict[str, Any], str]] = [
         {"drops": Drops(1.0, (counted(4, 0, 2),), (QdiscDrops("eth0", 10, 15),))},
         "clsact dropped: 10 -> 15 within 1 s",
     ),
-    ("drops.since-boot", {"drops": Drops(1.0, (counted(16, 4, 4),))}, "eth0 tc ingress: CT_CREATE_FAILED 4"),
+    (
+        "drops.silent",
+        {"drops": Drops(1.0, Missing("no counters map"), (QdiscDrops("eth0", 10, 15),))},
+        "Calico's counters: no counters map",
+    ),
+    ("drops.since-boot", {"drops": Drops(1.0, (counted(16, 4, 4),))}, "CT_CREATE_FAILED at eth0 tc ingress: 4"),
+    ("drops.since-boot", {"drops": Drops(1.0, (counted(12, 4, 4),))}, "RT_UNKNOWN at eth0 tc ingress: 4"),
     (
         "cpu.calico-node",
         {"thread_times": ThreadTimes(2.0, (ThreadTime(57, "calico-node", "felix", 1.9), ThreadTime(57, "x", "y", 0)))},
@@ -357,6 +400,13 @@ FIRES: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("cpu.kube-proxy-fight", {"processes": PROXY}, "process 99: kube-proxy"),
     ("cpu.kube-proxy-rules", {"chains": ("KUBE-SERVICES", "KUBE-SVC-ABC")}, "2 chains of kube-proxy"),
+    ("cpu.kube-proxy-rules-return", {"chains_later": ("KUBE-SERVICES", "INPUT")}, "KUBE-SERVICES"),
+    (
+        "cpu.conntrack-sweep",
+        {"metrics": {"felix_bpf_conntrack_sweep_duration": 9.1e9, "felix_bpf_conntrack_used": 4e6}},
+        "felix_bpf_conntrack_sweep_duration 9100000000 (9.1 s)",
+    ),
+    ("cpu.conntrack-sweep", {"metrics": {"felix_bpf_conntrack_sweep_duration": 6e9}}, "not there"),
     (
         "cpu.min-sync-period",
         {
@@ -382,6 +432,7 @@ FIRES: list[tuple[str, dict[str, Any], str]] = [
         {"felix_objects": felix(bpfLogLevel="Debug", bpfLogFilters={"all": "tcp"})},
         "bpfLogFilters: {'all': 'tcp'}",
     ),
+    ("debug.conntrack-level", {"felix_objects": felix(bpfConntrackLogLevel="Debug")}, "bpfConntrackLogLevel: Debug"),
     ("debug.info-is-silent", {"felix_objects": felix(bpfLogLevel="Info")}, "bpfLogLevel: Info"),
     ("debug.filters", {"felix_objects": felix(bpfLogFilters={"all": "tcp"})}, "bpfLogLevel: Off"),
     (
@@ -413,6 +464,14 @@ FIRES: list[tuple[str, dict[str, Any], str]] = [
     ("maps.leftovers", {"maps": (*MAPS, replace(CONNTRACK, name="cali_v4_ct4_old", id=9))}, "cali_v4_ct4"),
     ("maps.leftovers", {"maps": (*MAPS, pinned("cali_v4_ct3", (16, 88), [], 512000))}, "versions pinned: 3, 4"),
     ("maps.replaced", {"maps": with_map("cali_v4_ct4", id=99)}, "the program uses id 11, pinned is id 99"),
+    (
+        "maps.empty-programs",
+        {
+            "links": with_link(ETH0, programs={"ingress": (replace(PREAMBLE, maps={"cali_progs_ing2": 30}),)}),
+            "maps": (*MAPS, pinned("cali_progs_ing2", (4, 4), [], 400, id=30, type=3)),
+        },
+        "no program in it",
+    ),
     ("maps.interface-state", {"maps": with_map("cali_iface4", raw=STATES[1:])}, "eth0: ifindex 2, no row among 2"),
     (
         "maps.interface-state",
@@ -425,13 +484,20 @@ FIRES: list[tuple[str, dict[str, Any], str]] = [
         "v4Ready (0x2) is not set",
     ),
     ("maps.conntrack-smaller", {"felix_objects": felix(bpfMapSizeConntrack=1_000_000)}, "512000 entries at most"),
+    ("maps.conntrack-smaller", {"felix_objects": felix(bpfMapSizePerCpuConntrack=100_000)}, "PerCpuConntrack: 100000"),
     ("maps.jit-limit", {"programs": (replace(PREAMBLE, jited_bytes=500_000_000),)}, "500000000 bytes of machine code"),
     ("performance.ipip", {"kubernetes": kubernetes(ip_pools=(pool(ipipMode="Always"),))}, "IPPool default: ipipMode"),
+    (
+        "performance.ipip",
+        {"routes": (*ROUTES, Route("10.65.2.0/26", "tunl0", "192.0.2.12")), "kubernetes": Missing("no")},
+        "route 10.65.2.0/26 via 192.0.2.12 dev tunl0",
+    ),
     (
         "performance.overlay-without-pool",
         {"felix_objects": felix(ipipEnabled=True)},
         "ipipEnabled: true (FelixConfiguration default)",
     ),
+    ("performance.overlay-without-pool", {"felix_objects": felix(ipInIpEnabled="true")}, "ipipEnabled: true"),
     (
         "performance.overlay-not-needed",
         {"kubernetes": kubernetes(ip_pools=(pool(vxlanMode="Always"),))},
@@ -534,8 +600,13 @@ QUIET: list[tuple[str, dict[str, Any]]] = [
             )
         },
     ),
+    ("services.api-endpoint", {"felix_env": {"KUBERNETES_SERVICE_HOST": "192.0.2.10"}, "calico_version": "v3.28"}),
+    (
+        "services.api-endpoint",
+        {"felix_env": {"KUBERNETES_SERVICE_HOST": "10.96.0.1"}, "processes": PROXY, "calico_version": "v3.28"},
+    ),
     ("services.mtu", {"links": with_link(ETH0, mtu=1500)}),
-    ("services.mtu", {"kubernetes": kubernetes(nodes=(*KUBERNETES.nodes, {"metadata": {"name": "worker-1"}}))}),
+    ("services.mtu", {"kubernetes": kubernetes(nodes=(*NODES, {"metadata": {"name": "worker-1"}}))}),
     ("services.data-iface-pattern", {"felix_objects": felix(bpfL3IfacePattern="(")}),
     ("services.vxlan-port-clash", {"links": (*LINKS, Link(23, "flannel.1", "vxlan", udp_port=8472))}),
     (
@@ -549,6 +620,21 @@ QUIET: list[tuple[str, dict[str, Any]]] = [
     (
         "services.nat-interfaces",
         {"links": with_link(BPFIN, up=False), "felix_objects": felix(bpfConnectTimeLoadBalancing="Enabled")},
+    ),
+    (
+        "services.nat-interfaces",
+        {"links": with_link(BPFIN, up=False), "felix_objects": felix(bpfConnectTimeLoadBalancingEnabled=True)},
+    ),
+    (
+        "services.uplink-programs",
+        {
+            "links": (
+                *LINKS,
+                Link(70, "eth1", up=False),
+                Link(71, "eth2", master="br0"),
+                Link(72, "docker0", "bridge", addresses=("172.17.0.1/16",)),
+            )
+        },
     ),
     ("services.dsr-cloud", {"felix_objects": DSR, "cloud": Cloud("azure")}),
     ("services.dsr-load-balancer", {"felix_objects": DSR}),
@@ -660,6 +746,62 @@ QUIET: list[tuple[str, dict[str, Any]]] = [
         },
     ),
     ("services.bandwidth-plugin", {"links": (*LINKS, Link(60, "ifb0", "ifb"))}),
+    (
+        "services.nodeport-unanswered",  # a stream of UDP, such as a log, that nobody answers
+        {"maps": with_map("cali_v4_ct4", raw=[connection(port, 40, 0, 70, proto=17) for port in (1, 2, 3)])},
+    ),
+    (
+        "services.nat-backends-routed",  # the API server outside the cluster: only its cluster IP leads there
+        {"maps": with_map("cali_v4_routes", raw=[each for each in NODE_ROUTES if each is not NODE_ROUTES[1]])},
+    ),
+    (
+        "services.nat-endpoints",
+        {
+            "kubernetes": kubernetes(
+                services=(
+                    SERVICES[1]
+                    | {
+                        "metadata": SERVICES[1]["metadata"]
+                        | {"annotations": {"service.kubernetes.io/topology-mode": "Auto"}}
+                    },
+                ),
+                endpoint_slices=slices("10.65.0.2", "10.65.1.2", "10.65.1.3"),
+            )
+        },
+    ),
+    (
+        "services.nat-endpoints",
+        {
+            "kubernetes": kubernetes(
+                services=(SERVICES[1] | {"spec": SERVICES[1]["spec"] | {"trafficDistribution": "PreferClose"}},),
+                endpoint_slices=slices("10.65.0.2", "10.65.1.2", "10.65.1.3"),
+            )
+        },
+    ),
+    *(
+        ("services.log-attach", {"felix_lines": (*HEALTHY.felix_lines, line(text, "WARNING"))})  # type: ignore[misc]
+        for text in (
+            'Failed to apply policy to interface, will retry error=x iface="eth0"',
+            'Failed to apply policy to endpoint, leaving it dirty error=x name="cali0goneforgood"',
+        )
+    ),
+    ("drops.calico-reasons", {"drops": Drops(1.0, (counted(20, 1, 9),))}),
+    ("drops.since-boot", {"drops": Drops(1.0, (counted(20, 9, 9),))}),
+    ("cpu.kube-proxy-rules-return", {"links": bare(), "chains_later": ("KUBE-SERVICES",)}),
+    ("cpu.kube-proxy-rules-return", {"chains": ("KUBE-SERVICES",), "chains_later": ("KUBE-SERVICES",)}),
+    ("maps.nearly-full", {"maps": (*MAPS, pinned("cali_v4_srmsg", (16, 8), [], 100, type=9, entries=100))}),
+    (
+        "maps.leftovers",  # before v3.27 each interface has its own
+        {"maps": (pinned("cali_jump3", (4, 4), [], id=30), pinned("cali_jump3", (4, 4), [], id=31))},
+    ),
+    (
+        "maps.replaced",
+        {
+            "links": with_link(ETH0, programs={"ingress": (replace(PREAMBLE, maps={"cali_jump3": 30}),)}),
+            "maps": (pinned("cali_jump3", (4, 4), [], id=30), pinned("cali_jump3", (4, 4), [], id=31)),
+        },
+    ),
+    ("maps.conntrack-smaller", {"felix_objects": felix(bpfMapSizePerCpuConntrack=20_000)}),
     ("drops.calico-reasons", {"drops": Drops(1.0, (counted(2, 1, 9), counted(4, 7, 7)), (QdiscDrops("eth1", 0, 0),))}),
     (
         "drops.silent",
@@ -680,6 +822,9 @@ QUIET: list[tuple[str, dict[str, Any]]] = [
     ("maps.unknown-layout", {"maps": (*MAPS, pinned("cali_v9_new7", (1, 1), []))}),
     ("maps.leftovers", {"maps": (pinned("odd", (1, 1), []),)}),
     ("maps.nearly-full", {"maps": with_map("cali_v4_nat_be", max_entries=0)}),
+    ("maps.nearly-full", {"maps": (*MAPS, pinned("cali_progs_ing2", (4, 4), [], 4, id=30, type=3, entries=4))}),
+    ("maps.empty-programs", {"maps": (*MAPS, pinned("cali_progs_ing2", (4, 4), [], 400, id=30, type=3))}),
+    ("services.kernel-too-old", {"host": Host("n", "6.1.0", {}, 2, btf=False)}),
     ("maps.replaced", {"links": with_link(ETH0, programs={"ingress": (replace(FOREIGN, maps={"cali_v4_ct4": 1}),)})}),
     ("maps.conntrack-smaller", {"felix_objects": felix(bpfMapSizeConntrack=100_000)}),
     ("performance.ipip", {"kubernetes": kubernetes(ip_pools=(pool(ipipMode="Always", disabled=True),))}),
@@ -714,13 +859,53 @@ UNKNOWN: list[tuple[str, dict[str, Any], str]] = [
     ("services.workload-programs", {"links": with_link(POD, programs={}, kind="netkit")}, "netkit"),
     ("services.uplink-programs", {"links": bare()}, "no interface carries a Calico program"),
     *(
-        (check, {"routes": (), "kubernetes": Missing("no"), "calico_version": "v3.31"}, "no interface has a gateway")
+        (
+            check,
+            {"links": (LO, BPFIN, POD), "routes": (), "kubernetes": Missing("no"), "calico_version": "v3.31"},
+            "no interface has a gateway",
+        )
         for check in ("services.uplink-programs", "services.data-iface-pattern", "services.mtu", "services.rp-filter")
     ),
     ("services.rp-filter", {"links": bare()}, "no interface carries a Calico program"),
     ("services.rp-filter", {"sysctls": {}}, "could not be read"),
     ("services.api-endpoint", {"links": bare()}, "no interface carries a Calico program"),
     ("services.api-endpoint", {"kubernetes": kubernetes(services_endpoint={})}, "from v3.30 on"),
+    ("services.api-endpoint", {"felix_env": {"KUBERNETES_SERVICE_HOST": "10.96.0.1"}}, "from v3.30 on"),
+    ("services.api-endpoint", {"kubernetes": Missing("no"), "calico_version": "v3.28"}, "could be read"),
+    (
+        "services.api-endpoint",
+        {"kubernetes": kubernetes(services_endpoint={}, kube_proxy=Missing("403")), "calico_version": "v3.28"},
+        "whether kube-proxy serves",
+    ),
+    (
+        "services.checksum-offload",
+        {"links": with_link(ETH0, driver="vmxnet3", features={})},
+        "the offloads of eth0 could not be read",
+    ),
+    ("performance.gro-off", {"links": with_link(ETH0, features={})}, "the offloads of eth0 could not be read"),
+    (
+        "performance.vxlan-checksum",
+        {"links": with_link(TUNNEL, features={})},
+        "the offloads of vxlan.calico could not be read",
+    ),
+    *(
+        (check, {"links": bare(), "routes": ()}, "no interface has a gateway")
+        for check in ("performance.mtu-chain", "performance.gro-off")
+    ),
+    *(
+        (check, {"drops": Drops(1.0, Missing("no counters map"))}, "no counters map")
+        for check in ("drops.calico-reasons", "drops.since-boot")
+    ),
+    ("drops.silent", {"drops": Drops(1.0, (), Missing("qdiscs: no permission"))}, "no permission"),
+    ("cpu.conntrack-sweep", {"metrics": {}}, "do not have"),
+    (
+        "maps.conntrack-smaller",
+        {"felix_objects": felix(bpfMapSizePerCpuConntrack=1), "host": Missing("no")},
+        "the number of CPUs",
+    ),
+    ("maps.conntrack-smaller", {"felix_objects": felix(bpfMapSizePerCpuConntrack="1x")}, "is no int"),
+    ("maps.conntrack-smaller", {"felix_objects": felix(bpfMapSizePerCpuConntrack=[1])}, "is no number"),
+    ("maps.conntrack-smaller", {"felix_objects": felix(bpfMapSizeConntrack=[1])}, "is no number"),
     ("services.healthz-port", V328, "is of v3.31"),
     ("services.healthz-port", {"felix_env": {"FELIX_BPFKUBEPROXYHEALTHZPORT": "odd"}}, "is not known"),
     ("services.kernel-too-old", {"host": Host("n", "odd", {}, 1)}, "no kernel release"),
@@ -736,7 +921,7 @@ UNKNOWN: list[tuple[str, dict[str, Any], str]] = [
     ("cpu.endpoint-slices", GONE_ALL | {"kubernetes": kubernetes(calico_node={})} | {"calico_version": "v3"}, ""),
     ("maps.jit-limit", {"sysctls": {}}, "could not be read"),
     ("maps.pinned", {"links": bare()}, "no interface carries a Calico program"),
-    ("maps.conntrack-smaller", {"felix_objects": felix(bpfMapSizeConntrack="many")}, "is no number"),
+    ("maps.conntrack-smaller", {"felix_objects": felix(bpfMapSizeConntrack="many")}, "is no int"),
     ("performance.overlay-not-needed", {"kubernetes": kubernetes(nodes=({},))}, "no annotation"),
     ("performance.jit-off", {"sysctls": {}}, "could not be read"),
     ("performance.bpf-stats", {"sysctls": {}}, "could not be read"),

@@ -29,6 +29,21 @@ def level(felix: Settings) -> Said:
         )
 
 
+def conntrack_level(felix: Settings) -> Said:
+    """Looks at bpfConntrackLogLevel (v3.30): Debug logs each entry that the cleaner of the conntrack map looks at."""
+    setting = felix.get("bpfConntrackLogLevel")
+    if isinstance(setting, Unset):
+        yield Unknown(setting.why)
+    elif setting.says("Debug"):
+        yield Finding(
+            Severity.WARNING,
+            "",
+            (str(setting),),
+            "each entry of the conntrack map is logged every 10 seconds: slow, and often forgotten",
+            patch('"bpfConntrackLogLevel":"Off"'),
+        )
+
+
 def info_is_silent(felix: Settings, release: Release) -> Said:
     """Looks for bpfLogLevel Info on v3.30 and later, where it prints nothing: only Debug does."""
     setting = felix.get("bpfLogLevel")
@@ -135,6 +150,7 @@ def felix_level(felix: Settings) -> Said:
 
 CHECKS = (
     Check("debug.level", Section.LOGS, level),
+    Check("debug.conntrack-level", Section.LOGS, conntrack_level),
     Check("debug.info-is-silent", Section.LOGS, info_is_silent),
     Check("debug.filters", Section.LOGS, filters),
     Check("debug.refused-by-verifier", Section.LOGS, refused_by_verifier),

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 BPFFS = Path("/sys/fs/bpf")
 _NETFILTER = Path("/proc/sys/net/netfilter")
 _PREFIXES = ("cali", "xdp_cali")
+_PER_INTERFACE = ("_igr", "_egr", "_xdp")
 _DEEPEST = 6
 # enum bpf_map_type: these have one value for each CPU; those iterate by bucket, so no key comes twice.
 _PER_CPU = {5, 6, 10, 21}
@@ -127,6 +128,16 @@ def find(where: Path) -> list[Found]:
     return sorted(maps, key=lambda each: (each.pin, each.name))
 
 
+def home(where: Path, used: Iterable[int]) -> Path | None:
+    """Of several nodes' directories below *where* the one in which a map with one of these ids is pinned."""
+    ids = set(used)
+    for path in _iter_pins(where):
+        found = _open_pin(path, where, {})
+        if found is not None and found.info.id in ids and not found.directory.endswith(_PER_INTERFACE):
+            return where / found.directory.removesuffix("tc/globals")
+    return None
+
+
 def of_node(state_map: int) -> list[Found]:
     """The maps of the node whose state map has this id: those pinned beside it, and those that its programs use."""
     used = _used_by_calico(state_map)
@@ -176,7 +187,7 @@ def _one_node(maps: list[Found], where: Path) -> None:
     """Two maps of one name are two nodes, except those that old releases kept for each interface."""
     places: dict[str, set[str]] = {}
     for each in maps:
-        if not each.directory.endswith(("_igr", "_egr", "_xdp")):
+        if not each.directory.endswith(_PER_INTERFACE):
             places.setdefault(each.name, set()).add(each.directory if each.pin else str(each.info.id))
     several = sorted({place for group in places.values() if len(group) > 1 for place in group})
     if several and maps[0].pin:
