@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+import subprocess
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -430,7 +432,7 @@ FIRES: list[tuple[str, dict[str, Any], str]] = [
     (
         "debug.level",
         {"felix_objects": felix(bpfLogLevel="Debug", bpfLogFilters={"all": "tcp"})},
-        "bpfLogFilters: {'all': 'tcp'}",
+        'bpfLogFilters: {"all": "tcp"}',
     ),
     ("debug.conntrack-level", {"felix_objects": felix(bpfConntrackLogLevel="Debug")}, "bpfConntrackLogLevel: Debug"),
     ("debug.info-is-silent", {"felix_objects": felix(bpfLogLevel="Info")}, "bpfLogLevel: Info"),
@@ -1180,6 +1182,23 @@ def test_table() -> None:
     assert list(shown.iter_table([], verbose=True))[:2] == ["PASSED", "         none"]
 
 
+def test_a_command_is_folded_so_that_a_shell_takes_it() -> None:
+    command = 'kubectl patch ds -n kube-system kube-proxy --type merge -p \'{"spec": {"a": "two words and more"}}\''
+    fixes = f"{command}; ip link show  # is it's there?; calico-node -bpf nat dump  # {'long ' * 12}comment; just prose"
+    finding = Finding(Severity.INFO, "", ("seen",), "it is slow", fixes)
+    lines = list(shown.iter_table(results_with(finding)))
+    at = next(number for number, each in enumerate(lines) if each.startswith("         fix"))
+    fix = lines[at : next(n for n, each in enumerate(lines) if each.startswith("         page"))]
+    assert all(len(each) <= shown.WIDTH for each in fix)
+    assert fix[0].endswith(" \\")
+    assert "                ip link show  # is it's there?" in fix
+    assert "                calico-node -bpf nat dump" in fix
+    assert any(each.startswith("                # long long") for each in fix)
+    script = "\n".join(each[16:] for each in fix[:2])
+    words = subprocess.run(["sh", "-c", f"printf '%s|' {script}"], capture_output=True, text=True, check=True).stdout
+    assert words == "|".join(shlex.split(command)) + "|"
+
+
 def test_json() -> None:
     objects = [json.loads(each) for each in shown.iter_json(results_with(WARNING))]
     assert [each["type"] for each in objects] == ["check", "check", "check", "check", "finding", "summary"]
@@ -1215,6 +1234,60 @@ def test_the_documents_name_checks_that_exist() -> None:
         named |= set(re.findall(r"`((?:services|drops|cpu|debug|maps|performance)\.[a-z0-9-]+)`", path.read_text()))
     assert len(named) > 40
     assert named <= registry.BY_ID.keys()
+
+
+@pytest.mark.parametrize(
+    ("changes", "fix"),
+    [
+        ({"felix_objects": felix(bpfLogLevel="Debug")}, "kubectl patch felixconfiguration default --type merge"),
+        (
+            {
+                "felix_objects": (
+                    *felix(),
+                    {"metadata": {"name": "node.worker-1"}, "spec": {"bpfLogLevel": "Debug"}},
+                )
+            },
+            "kubectl patch felixconfiguration node.worker-1 --type merge",
+        ),
+        (
+            {"felix_env": {"felix_bpfloglevel": "Debug"}},
+            "kubectl set env -n calico-system daemonset/calico-node FELIX_BPFLOGLEVEL-; kubectl patch",
+        ),
+    ],
+)
+def test_the_fix_changes_what_the_value_comes_from(changes: dict[str, Any], fix: str) -> None:
+    (found,) = result("debug.level", **changes).findings
+    assert found.fix.startswith(fix)
+
+
+@pytest.mark.parametrize(
+    ("spec", "link", "pattern"),
+    [
+        (
+            {"bpfDataIfacePattern": "^eth"},
+            Link(40, "br0.7", "bridge", addresses=("192.0.2.11/24",)),
+            "^eth|^br0\\\\.7$",
+        ),
+        ({"bpfDataIfacePattern": "^eth"}, replace(WG, addresses=("192.0.2.11/24",)), "^wg0$"),
+        (
+            {"bpfDataIfacePattern": "^eth", "bpfL3IfacePattern": "^tun1$"},
+            replace(WG, addresses=("192.0.2.11/24",)),
+            "^tun1$|^wg0$",
+        ),
+    ],
+)
+def test_a_pattern_is_made_wider_and_not_replaced(spec: dict[str, Any], link: Link, pattern: str) -> None:
+    (found,) = result("services.data-iface-pattern", felix_objects=felix(**spec), links=(*LINKS, link)).findings
+    assert f'IfacePattern":"{pattern}"' in found.fix
+
+
+def test_fixes_hold_no_placeholder_that_a_shell_would_take() -> None:
+    for check, changes, _ in FIRES:
+        for finding in result(check, **changes).findings:
+            for each in finding.fix.split("; "):
+                assert "..." not in each
+                if "kubectl" in each:
+                    assert each.startswith(("kubectl", "or kubectl")), each
 
 
 def test_fixes_name_commands_that_exist() -> None:

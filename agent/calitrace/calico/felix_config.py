@@ -7,6 +7,7 @@ releases; where the release is not known well enough to choose, the setting is u
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -132,7 +133,8 @@ class Setting:
         return str(self.value).lower() == word.lower()
 
     def __str__(self) -> str:
-        shown = str(self.value).lower() if isinstance(self.value, bool) else self.value
+        value = self.value
+        shown = "not set" if value is None else value if isinstance(value, str) else json.dumps(value)
         return f"{self.name}: {shown} ({self.origin})"
 
 

@@ -57,7 +57,7 @@ KNOWN = (
         "Felix found the kernel unsupported and fell back to the standard dataplane; where kube-proxy has gone, no "
         "service works on this node",
         "read error= in that line; update the kernel (5.3 or later; RHEL 4.18.0-193 or later; v3.31 and later: 5.10), "
-        "or run kube-proxy again: kubectl patch ds -n kube-system kube-proxy --type merge -p "
+        "or run kube-proxy again; kubectl patch ds -n kube-system kube-proxy --type merge -p "
         """'{"spec":{"template":{"spec":{"nodeSelector":{"non-calico": null}}}}}'""",
         cured=re.escape(STARTED),
     ),
@@ -65,7 +65,7 @@ KNOWN = (
         "services.log-no-api-client",
         "BPF enabled but no Kubernetes client available, unable to run kube-proxy module",
         "Felix cannot read Services: the NAT maps stay empty and no service works on this node",
-        "kubectl get configmap -n kube-system kubernetes-services-endpoint (tigera-operator where the operator runs)",
+        "kubectl get configmap -A --field-selector metadata.name=kubernetes-services-endpoint -o yaml",
     ),
     Known(
         "services.log-ctlb",
@@ -90,7 +90,7 @@ KNOWN = (
         "services.log-maps",
         "error creating bpf maps|Cannot load interface state map|Failed to create BPF endpoint manager",
         "Felix stops: it lacks a privilege, locked memory, or the kernel is in lockdown",
-        "kubectl describe pod -n calico-system -l k8s-app=calico-node: is it privileged?",
+        "kubectl describe pod -n calico-system -l k8s-app=calico-node  # is it privileged?",
     ),
     Known(
         "services.log-attach",
@@ -116,7 +116,7 @@ KNOWN = (
         "|failed to apply (?:LoadBalancer IP|ExternalIP|NodePort)"
         "|Failed to load previous state of NAT maps|kube-proxy failed to resync after host IPs update",
         "the NAT maps are not what the cluster's Services say",
-        "calitrace check services --kubeconfig FILE compares them; restarting calico-node writes them anew",
+        "calitrace check services --kubeconfig FILE  # compares them; restart calico-node, which writes them anew",
         cured="new state written",
     ),
     Known(
@@ -173,7 +173,7 @@ KNOWN = (
         "Failed to iterate over conntrack map|Failed to run bpf conntrack cleaner"
         "|Failed to write updates to conntrack cleanup BPF map",
         "conntrack entries are not expired: the map fills up",
-        "calitrace check maps shows how full it is; restart calico-node",
+        "calitrace check maps  # how full is it?; restart calico-node",
         grave=False,
     ),
     Known(

@@ -64,7 +64,7 @@ def kube_proxy_fight(links: Links, processes: tuple[Process, ...], felix: Settin
             (*(f"process {each.pid}: {each.command or each.name}" for each in found), str(cleanup)),
             "Felix and kube-proxy fight over the iptables rules: both burn CPU and services flap "
             "(projectcalico/calico#10538)",
-            f"{KUBE_PROXY_OFF}; where it has to stay; " + patch('"bpfKubeProxyIptablesCleanupEnabled":false'),
+            f"{KUBE_PROXY_OFF}; where it has to stay; " + patch('"bpfKubeProxyIptablesCleanupEnabled":false', cleanup),
         )
 
 
@@ -127,7 +127,7 @@ def min_sync_period(thread_times: ThreadTimes, felix: Settings, maps: tuple[Map,
             "calico-node",
             (str(period), f"{count} backends", f"calico-node: {_felix_share(thread_times):.2f} CPUs"),
             "with that many endpoints a sync each second can keep calico-node busy",
-            patch('"bpfKubeProxyMinSyncPeriod":"10s"'),
+            patch('"bpfKubeProxyMinSyncPeriod":"10s"', period),
         )
 
 
@@ -145,7 +145,7 @@ def slices_unused(felix: Settings, release: Release, endpoint_slices: tuple[dict
             "",
             (str(setting), f"{len(endpoint_slices)} EndpointSlices in the cluster", str(release)),
             "Felix watches Endpoints instead of EndpointSlices: more CPU for each change of a pod",
-            patch('"bpfKubeProxyEndpointSlicesEnabled":true'),
+            patch('"bpfKubeProxyEndpointSlicesEnabled":true', setting),
         )
 
 
@@ -210,7 +210,7 @@ def bpf_programs(program_times: ProgramTimes) -> Said:
                     f"{each.run_count} runs, {each.run_ns // max(each.run_count, 1)} ns each",
                 ),
                 "this program takes a large part of a CPU",
-                "calitrace check debug: is Calico's packet log on?; calitrace check drops: is it a flood?",
+                "calitrace check debug  # is Calico's packet log on?; calitrace check drops  # is it a flood?",
             )
 
 

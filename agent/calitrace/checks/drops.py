@@ -10,12 +10,13 @@ from calitrace.checks.snapshot import Counters, Drops, Missing
 HOOKS = {0: "tc ingress", 1: "tc egress", 2: "XDP"}
 _HELD = ("FRAG_WAIT",)  # taken from the kernel, and sent when the rest of the packet is there: nothing is lost
 _FIXES = {
-    "DROPPED_BY_POLICY": "calitrace probe nodeport HOST:PORT --trace names the rule; "
+    "DROPPED_BY_POLICY": "calitrace probe nodeport HOST:PORT --trace  # names the rule; "
     "calico-node -bpf policy dump IFACE all",
-    "UNAUTH_SOURCE": "compare loadBalancerSourceRanges with the clients, node addresses with kubectl get nodes -o wide",
-    "RT_UNKNOWN": "calico-node -bpf routes dump: is the backend's address there?",
-    "BLACK_HOLE": "calico-node -bpf nat dump: does any service have that address and port?",
-    "CT_CREATE_FAILED": "calitrace check maps: is the conntrack map full?",
+    "UNAUTH_SOURCE": "compare loadBalancerSourceRanges with the clients, and the nodes' addresses; "
+    "kubectl get nodes -o wide",
+    "RT_UNKNOWN": "calico-node -bpf routes dump  # is the backend's address there?",
+    "BLACK_HOLE": "calico-node -bpf nat dump  # does any service have that address and port?",
+    "CT_CREATE_FAILED": "calitrace check maps  # is the conntrack map full?",
     "SOURCE_COLLISION_FAILED": "widen bpfPSNATPorts in FelixConfiguration",
 }
 
@@ -82,7 +83,7 @@ def silent(drops: Drops) -> Said:
                 if uncounted
                 else "programs on this interface drop packets without counting them: reverse path, invalid conntrack "
                 "state, empty program slot (projectcalico/calico#6739), or another program",
-                "calitrace probe nodeport HOST:PORT --trace: which packets, and why",
+                "calitrace probe nodeport HOST:PORT --trace  # which packets, and why",
             )
 
 
@@ -106,7 +107,7 @@ def since_boot(drops: Drops) -> Said:
             reason,
             tuple(iter_numbered((f"{reason} at {place}" for place in places), 4)),
             f"packets were dropped at some time since these counters were made: {reasons.MEANING[reason]}",
-            "calitrace check drops --interval 30 says whether they still are; "
+            "calitrace check drops --interval 30  # are they still?; "
             + _FIXES.get(reason, "calico-node -bpf counters dump"),
         )
 

@@ -65,7 +65,7 @@ def unknown_layout(maps: Maps) -> Said:
                     "known: " + ", ".join(f"v{number} {key}+{value}" for number, key, value in sizes),
                 ),
                 "of another release than its name says, or newer than calitrace: what it holds is not read",
-                "compare the calico-node image with what attached the programs: kubectl get ds -n calico-system "
+                "compare the calico-node image with what attached the programs; kubectl get ds -n calico-system "
                 "calico-node -o wide",
             )
 

@@ -49,7 +49,7 @@ def backends_complete(nat: Nat) -> Said:
             "",
             tuple(iter_numbered(lines, _MOST)),
             "part of the connections to these services is refused (projectcalico/calico#5957)",
-            f"{_DUMP}: look for 'is missing'; restart calico-node on this node",
+            f"{_DUMP} | grep 'is missing'; restart calico-node on this node",
         )
 
 
@@ -119,7 +119,7 @@ def local_without_backend(nat: Nat, links: tuple[Link, ...]) -> Said:
     """
     own = {address.partition("/")[0] for link in links for address in link.addresses}
     lines = [
-        f"{each}: {each.count} backends, none on this node, flags external-local"
+        f"{each}: backends {each.count}, on this node 0, flags external-local"
         for each in nat.frontends
         if each.flags & EXTERNAL_LOCAL and each.local == 0 and 0 < each.count < DROP and each.address in own
     ]
@@ -128,9 +128,9 @@ def local_without_backend(nat: Nat, links: tuple[Link, ...]) -> Said:
             Severity.INFO,
             "",
             tuple(iter_numbered(lines, _MOST)),
-            "externalTrafficPolicy: Local and no pod here: connections from outside to this node are refused "
+            "connections from outside to this node are refused: externalTrafficPolicy: Local and no pod here "
             "(projectcalico/calico#9330)",
-            'use nodes with a pod, or kubectl patch svc NAME -p \'{"spec":{"externalTrafficPolicy":"Cluster"}}\'',
+            'use nodes with a pod; or kubectl patch svc NAME -p \'{"spec":{"externalTrafficPolicy":"Cluster"}}\'',
         )
 
 
@@ -304,7 +304,7 @@ def nodeport_unanswered(forwarded: tuple[Forwarded, ...], felix: Settings | None
                 tuple(iter_numbered(lines, 3)),
                 "NodePort connections to pods on that node get no answer: the network between the nodes loses UDP "
                 f"{number} in one direction or both, or the pods do not answer",
-                f"calitrace probe vxlan {node} --inner NODE:NODEPORT --trace; tcpdump -ni UPLINK udp on both",
+                f"calitrace probe vxlan {node} --inner NODE:NODEPORT --trace; tcpdump -ni UPLINK udp  # on both nodes",
             )
 
 

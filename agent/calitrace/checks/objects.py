@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from calitrace.calico.felix_config import Settings, Unset
+from calitrace.calico.felix_config import Setting, Settings, Unset
 from calitrace.checks.finding import Severity, Unknown
 from calitrace.checks.snapshot import Link, Program, Route
 
@@ -16,6 +17,7 @@ OWN_DEVICES = frozenset(
         *("bpfin.cali", "bpfout.cali", "bpfnatin", "bpfnatout", "lo"),
     }
 )
+_KIND = "FelixConfiguration"
 L3_KINDS = frozenset({"wireguard", "tun", "ipip", "gre", "sit"})
 
 
@@ -152,9 +154,23 @@ def kernel_version(release: str) -> tuple[int, ...] | None:
     return None if match is None else tuple(int(part) for part in match.groups(default="0"))
 
 
-def patch(spec: str) -> str:
-    """The command that changes FelixConfiguration ``default``. *spec*: JSON of the fields."""
-    return f"kubectl patch felixconfiguration default --type merge -p '{{\"spec\":{{{spec}}}}}'"
+def patch(spec: str, now: Setting | Unset | None = None) -> str:
+    """The command that changes Felix's settings. *spec*: JSON of the fields. *now*: the setting that is to change, for
+    what it comes from wins over what it does not: the node's own FelixConfiguration, the environment.
+    """
+    origin = now.origin if isinstance(now, Setting) else ""
+    where, _, name = origin.partition(" ")
+    command = f"kubectl patch felixconfiguration {name if where == _KIND else 'default'} --type merge -p "
+    unset = f"kubectl set env -n calico-system daemonset/calico-node {origin}-; " if origin.startswith("FELIX_") else ""
+    return f"{unset}{command}'{{\"spec\":{{{spec}}}}}'"
+
+
+def widened(felix: Settings, field: str, name: str) -> str:
+    """The command that lets a pattern for interfaces match one more."""
+    setting = felix.get(field)
+    value = setting.value if isinstance(setting, Setting) else None
+    own = f"^{re.escape(name)}$"
+    return patch(f'"{field}":{json.dumps(f"{value}|{own}" if value else own)}', setting)
 
 
 def grep_log(pattern: str) -> str:

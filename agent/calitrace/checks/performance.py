@@ -70,7 +70,7 @@ def overlay_without_pool(felix: Settings, ip_pools: Objects) -> Said:
                 field,
                 (str(setting), *(f"IPPool {n}: {mode} {each}" for n, each in _modes(ip_pools, mode).items())),
                 "the overlay is on and no pool uses it: pods get a smaller MTU than they could have",
-                patch(f'"{field}":false'),
+                patch(f'"{field}":false', setting),
             )
 
 
@@ -88,7 +88,7 @@ def vxlan_not_needed(nodes: Objects, ip_pools: Objects) -> Said:
             yield Unknown(f"{name_of(node)} has no annotation projectcalico.org/IPv4Address with a subnet")
             return
     always = [
-        f"IPPool {name}: {field} Always"
+        (name, field)
         for field in ("vxlanMode", "ipipMode")
         for name, mode in _modes(ip_pools, field).items()
         if mode == "Always"
@@ -97,10 +97,16 @@ def vxlan_not_needed(nodes: Objects, ip_pools: Objects) -> Said:
         yield Finding(
             INFO,
             "",
-            (*always, f"all {len(nodes)} nodes are in {networks.pop()}"),
+            (
+                *(f"IPPool {name}: {field} Always" for name, field in always),
+                f"all {len(nodes)} nodes are in {networks.pop()}",
+            ),
             "every packet between nodes is encapsulated though all nodes are in one subnet; only a network that knows "
             "no pod addresses (most clouds across subnets) needs that",
-            'kubectl patch ippool NAME --type merge -p \'{"spec":{"vxlanMode":"CrossSubnet"}}\'',
+            "; ".join(
+                f'kubectl patch ippool {name} --type merge -p \'{{"spec":{{"{field}":"CrossSubnet"}}}}\''
+                for name, field in always
+            ),
         )
 
 
@@ -120,7 +126,7 @@ def mtu_chain(links: Links, routes: tuple[Route, ...]) -> Said:
                     tunnel.name,
                     (f"{tunnel.name}: MTU {tunnel.mtu} + {overhead}", f"{uplink.name}: MTU {uplink.mtu}"),
                     "full-size packets of the overlay do not fit on the uplink",
-                    "let Felix choose: " + patch('"vxlanMTU":0') + "; look at mtuIfacePattern, which ignores bonds",
+                    "let Felix choose; " + patch('"vxlanMTU":0') + "; look at mtuIfacePattern, which ignores bonds",
                 )
         large = [pod for pod in pods if pod.mtu > tunnel.mtu]
         if large:
@@ -148,7 +154,7 @@ def aws_flow_limit(cloud: Cloud, release: Release) -> Said:
             (f"aws: {cloud.machine or 'instance type not known'}", f"{release} ({release.source})"),
             "all NodePort traffic between two nodes is one flow to AWS (UDP 4789 to 4789), limited to 5 Gbit/s, and on "
             "one CPU of the receiver",
-            "update to v3.29 or later, or use DSR: " + patch('"bpfExternalServiceMode":"DSR"'),
+            "update to v3.29 or later, or use DSR; " + patch('"bpfExternalServiceMode":"DSR"'),
         )
 
 
@@ -160,6 +166,9 @@ def ctlb(felix: Settings, release: Release) -> Said:
         return
     old = legacy.value if release.newest < (3, 27) or legacy.value is not None else None
     shown = str(legacy) if old is not None else str(setting)
+    fix = patch('"bpfConnectTimeLoadBalancing":"TCP"', setting) + "; (v3.27 and later)"
+    if old is not None:  # as long as the older name is set it wins
+        fix = patch('"bpfConnectTimeLoadBalancingEnabled":null', legacy) + "; " + fix
     off, every = (not old, bool(old)) if old is not None else (setting.says("Disabled"), setting.says("Enabled"))
     if off:
         yield Finding(
@@ -167,7 +176,7 @@ def ctlb(felix: Settings, release: Release) -> Said:
             "",
             (shown,),
             "each packet from a pod to a service is translated; with TCP it would be once for each connection",
-            patch('"bpfConnectTimeLoadBalancing":"TCP"') + " (v3.27)",
+            fix,
         )
     elif every and release.oldest >= (3, 27):
         yield Finding(
@@ -176,7 +185,7 @@ def ctlb(felix: Settings, release: Release) -> Said:
             (shown,),
             "UDP sockets stay with their first backend, even when it is gone: DNS clients keep asking a dead pod "
             "(projectcalico/calico#4509); service meshes do not see service addresses (#8495)",
-            patch('"bpfConnectTimeLoadBalancing":"TCP"'),
+            fix,
         )
 
 

@@ -31,6 +31,7 @@ from calitrace.checks.objects import (
     node_addresses,
     patch,
     uplinks,
+    widened,
 )
 from calitrace.checks.snapshot import Cloud, Host, Link, Process, Route, VxlanProbe
 
@@ -62,7 +63,11 @@ def ebpf_off(links: Links, felix: Settings | None = None, processes: tuple[Proce
         if not on:
             evidence = f"no Calico program on any of {len(links)} interfaces"
             yield Finding(
-                WARNING, "", (evidence, wanted.why), "eBPF mode is off, or has failed", "calitrace check --felix-config"
+                WARNING,
+                "",
+                (evidence, wanted.why),
+                "eBPF mode is off, or has failed",
+                "calitrace check --felix-config FILE",
             )
     elif wanted.value and not on:
         yield Finding(
@@ -86,7 +91,7 @@ def ebpf_off(links: Links, felix: Settings | None = None, processes: tuple[Proce
             "",
             (str(wanted),),
             "eBPF mode is not requested: services are kube-proxy's, and most of these checks have nothing to look at",
-            patch('"bpfEnabled":true'),
+            patch('"bpfEnabled":true', wanted),
         )
 
 
@@ -195,7 +200,7 @@ def data_iface_pattern(
                 evidence,
                 "this device has no Ethernet header, and bpfDataIfacePattern is for those that do: all its traffic is "
                 "dropped (projectcalico/calico#4326, #4817)",
-                patch(f'"bpfL3IfacePattern":"^{link.name}$"') + "; take it out of bpfDataIfacePattern",
+                widened(felix, "bpfL3IfacePattern", link.name) + "; take it out of bpfDataIfacePattern",
             )
             continue
         field = "bpfL3IfacePattern" if l3 else "bpfDataIfacePattern"
@@ -208,7 +213,7 @@ def data_iface_pattern(
                 "Calico attaches no program to this interface: services are not reachable there "
                 "(projectcalico/calico#6392)",
             ),
-            patch(f'"{field}":"^{link.name}$"') if l3 else f"add |{link.name} to {field}; " + patch(f'"{field}":"..."'),
+            widened(felix, field, link.name),
         )
 
 
@@ -370,7 +375,7 @@ def healthz_port(links: Links, processes: tuple[Process, ...], felix: Settings, 
             "",
             (str(port), *(f"process {each.pid}: {each.name}" for each in found)),
             "kube-proxy owns port 10256: Felix logs an error each time it cannot bind it (projectcalico/calico#10748)",
-            patch('"bpfKubeProxyHealthzPort":0'),
+            patch('"bpfKubeProxyHealthzPort":0', port),
         )
 
 
@@ -462,7 +467,7 @@ def vxlan_port_clash(links: Links, felix: Settings) -> Said:
                 link.name,
                 (f"{link.name}: VXLAN device on UDP {link.udp_port}", str(port)),
                 "another network uses the port of Calico's tunnels; a flow-based vxlan.calico (v3.31) cannot share it",
-                patch('"vxlanPort":4790') + "; open that port between the nodes",
+                patch('"vxlanPort":4790', port) + "; open that port between the nodes",
             )
 
 
@@ -626,7 +631,7 @@ def dsr_load_balancer(felix: Settings, services: Objects) -> Said:
             (str(mode), *iter_numbered((f"Service {name}: LoadBalancer" for name in behind), 5)),
             "replies go past the load balancer, straight from the pod's node to the client; one that keeps "
             "connections drops the flow (layer 2 announcement such as MetalLB's does not mind)",
-            patch('"bpfExternalServiceMode":"Tunnel"') + "; or name the balancer in bpfDSROptoutCIDRs (v3.26)",
+            patch('"bpfExternalServiceMode":"Tunnel"', mode) + "; or name the balancer in bpfDSROptoutCIDRs (v3.26)",
         )
 
 
@@ -709,7 +714,7 @@ def host_conntrack_bypass(felix: Settings, chains: tuple[str, ...]) -> Said:
             "",
             (str(bypass), *iter_numbered((f"chain {chain}" for chain in hostports), 3)),
             "host ports of pods are not reachable from other machines (projectcalico/calico#6522)",
-            patch('"bpfHostConntrackBypass":false'),
+            patch('"bpfHostConntrackBypass":false', bypass),
         )
 
 
@@ -720,7 +725,7 @@ def node_local_dns(links: Links, felix: Settings, release: Release) -> Said:
     if isinstance(excluded, Unset):
         yield Unknown(excluded.why)
     elif caches and ebpf_on(links) and not excluded.value:
-        since = "" if release.oldest >= (3, 28) else " (v3.28 and later)"
+        since = "" if release.oldest >= (3, 28) else "; (v3.28 and later)"
         addresses = ", ".join(f'"{each.partition("/")[0]}/32"' for each in caches[0].addresses) or '"ADDRESS/32"'
         yield Finding(
             WARNING,
@@ -728,7 +733,7 @@ def node_local_dns(links: Links, felix: Settings, release: Release) -> Said:
             (f"nodelocaldns: {', '.join(caches[0].addresses)}", str(excluded)),
             "DNS queries go to the cluster's DNS pods and not to the node's cache, or loop "
             "(projectcalico/calico#4689, #8546)",
-            patch(f'"bpfExcludeCIDRsFromNAT":[{addresses}]') + since,
+            patch(f'"bpfExcludeCIDRsFromNAT":[{addresses}]', excluded) + since,
         )
 
 
@@ -751,7 +756,7 @@ def wireguard_port(links: Links, felix: Settings, release: Release) -> Said:
                 (f"{link.name}: WireGuard on UDP {link.udp_port}", str(port), str(enabled), str(release)),
                 "v3.32 drops WireGuard from addresses that are no nodes, as from an unauthorised source "
                 "(projectcalico/calico#12900)",
-                patch('"wireguardListeningPort":51822') + "; or update Calico",
+                patch('"wireguardListeningPort":51822', port) + "; or update Calico",
             )
 
 

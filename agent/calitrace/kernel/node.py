@@ -56,6 +56,7 @@ _DECODED = {
     "cali_iface": _ALL,
     "cali_v4_ct": 50_000,
 }
+_THROUGH_PROC = re.compile(r"^/proc/\d+/root(?=/)")  # how we came to it, not where it is
 _COUNTED_TYPES = (1, 5, 9, 10, 11)  # hash, per-CPU hash, LRU, per-CPU LRU, LPM trie: arrays are always full
 _MOST_ETHTOOL = 64
 _METRICS_PORT, _MOST_METRICS = 9091, 4 << 20
@@ -421,7 +422,7 @@ def _map(found: maps.Found) -> Map:
             count = sum(number for number, _, _ in maptables.blocks(maps.read(found)))
     elif identify(found.name)[0].startswith("cali_progs"):
         count = len(maps.programs_at(found, range(info.max_entries)))
-    path = str(found.path) if found.path else ""
+    path = _THROUGH_PROC.sub("", str(found.path)) if found.path else ""
     return Map(info.id, found.name, path, info.type, info.key_size, info.value_size, info.max_entries, count, raw)
 
 

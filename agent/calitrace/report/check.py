@@ -89,15 +89,21 @@ def _folded(text: str, first: str) -> list[str]:
 
 
 def _folded_command(text: str, first: str) -> list[str]:
-    """A command that a shell still takes: broken between words, with a backslash."""
+    """A command that a shell still takes: broken between words, with a backslash, and before a comment."""
+    command, _, comment = text.partition("  # ")
     lines = [first]
-    for word in _WORD.findall(text):
+    for word in _WORD.findall(command):
         longer = f"{lines[-1]}{word} "
         if len(longer) > WIDTH - 1 and lines[-1].strip() and lines[-1] != first:
             lines[-1] += "\\"
             lines.append(" " * (len(first) + 2) + f"{word} ")
         else:
             lines[-1] = longer
+    if comment and len(lines[-1]) + len(comment) + 3 <= WIDTH:
+        lines[-1] += f" # {comment}"
+    elif comment:
+        indent = " " * len(first)
+        lines += textwrap.wrap(comment, WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
     return [line.rstrip() for line in lines]
 
 
