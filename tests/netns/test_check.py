@@ -19,6 +19,7 @@ import pytest
 
 from calitrace.checks import registry
 from calitrace.checks.snapshot import Missing
+from calitrace.cli import check
 from calitrace.kernel import iptables, netns, node, syscall, tc
 from calitrace.lab import deployment, network
 from calitrace.lab import state as record
@@ -280,6 +281,16 @@ def test_the_snapshot_gives_the_same_elsewhere(lab: Lab, felix: tuple[str, str],
     live = run(lab, *felix, "-w", str(kept))
     offline = calitrace("check", "-r", str(kept), "-o", "json")
     assert [json.loads(line) for line in offline.stdout.splitlines()] == live
+
+
+def test_of_several_nodes_in_one_kernel_the_maps_are_its_own(lab: Lab, felix: tuple[str, str], tmp_path: Path) -> None:
+    """Both nodes' maps lie below one bpffs: those that the programs of this namespace use are taken."""
+    kept = tmp_path / "node.calitrace"
+    for each in ("node-a", "node-b"):
+        calitrace("check", "--node", "--netns", lab.namespace(each), "--interval", "0", *felix, "-w", str(kept))
+        found = check._read(kept)
+        assert not isinstance(found.maps, Missing)
+        assert {Path(one.path).parent for one in found.maps} == {lab.pins / each}
 
 
 def test_without_root_nothing_is_taken_for_absent(lab: Lab) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import threading
 from collections.abc import Iterator
 from dataclasses import fields, replace
@@ -20,7 +21,8 @@ from calitrace.checks.finding import Status
 from calitrace.checks.snapshot import Cloud, Host, Kubernetes, Missing, Snapshot, to_plain
 from calitrace.cli.check import command
 from calitrace.cluster import cloud, objects
-from calitrace.errors import UsageError
+from calitrace.errors import EnvironmentUnfit, UsageError
+from calitrace.kernel import node
 
 POD = "/api/v1/namespaces/calico-system/pods/calico-node-x7z2p"
 HOST = Host("worker-1", "", {}, 0)
@@ -180,6 +182,21 @@ def test_a_server_that_does_not_answer(api: KubernetesApi, tmp_path: Path) -> No
     assert found.kubernetes == found.felix_objects == found.felix_lines
 
 
+@pytest.mark.parametrize("held", ["GET /api/v1/services", "GET .*/calico-node", "GET .*/felixconfigurations"])
+def test_a_server_that_stops_answering_is_waited_for_once(api: KubernetesApi, tmp_path: Path, held: str) -> None:
+    gate = api.hold(held)
+    try:
+        found = collected(api, tmp_path, timeout_s=0.2)
+        asked = list(api.requests)
+    finally:
+        gate.set()
+    assert not isinstance(found.kubernetes, Missing)
+    assert isinstance(found.kubernetes.nodes, tuple)
+    assert isinstance(found.felix_lines, Missing)
+    assert "did not answer in time" in found.felix_lines.why
+    assert re.fullmatch(held, asked[-1])
+
+
 def test_tls_that_is_not_trusted(tmp_path: Path) -> None:
     with KubernetesApi(tls=True) as server:
         config = server.kubeconfig(tmp_path / "config", trusted=False)
@@ -263,6 +280,27 @@ def test_elsewhere_nobody_is_asked(metadata: tuple[str, dict[str, str], list[str
     assert isinstance(cloud.collect(dmi(tmp_path, "QEMU"), metadata[0]), Missing)
     assert isinstance(cloud.collect(tmp_path / "none", metadata[0]), Missing)
     assert metadata[2] == []
+
+
+def test_felixs_metrics(metadata: tuple[str, dict[str, str], list[str]]) -> None:
+    base, answers, _ = metadata
+    env = {"FELIX_PROMETHEUSMETRICSPORT": base.rpartition(":")[2]}
+    answers["GET /metrics"] = (
+        "# HELP felix_bpf_conntrack_sweep_duration Conntrack sweep execution time (ns)\n"
+        "# TYPE felix_bpf_conntrack_sweep_duration gauge\n"
+        "felix_bpf_conntrack_sweep_duration 6.21e+09\n"
+        'felix_bpf_conntrack_expired{reason="x"} 3\n'
+        "felix_bpf_conntrack_used 412\ngo_goroutines 12\n"
+    )
+    found = node._metrics(env)
+    assert found == {"felix_bpf_conntrack_sweep_duration": 6.21e9, "felix_bpf_conntrack_used": 412.0}
+    result = registry.run(replace(HEALTHY, metrics=found), [registry.BY_ID["cpu.conntrack-sweep"]])[0]
+    assert result.status is Status.FINDINGS
+    del answers["GET /metrics"]
+    with pytest.raises(EnvironmentUnfit, match="404.*prometheusMetricsEnabled"):
+        node._metrics(env)
+    with pytest.raises(EnvironmentUnfit, match="no process"):
+        node._metrics(Missing("no process"))
 
 
 def run(*words: str, given: str | None = None) -> Result:

@@ -918,6 +918,7 @@ UNKNOWN: list[tuple[str, dict[str, Any], str]] = [
     ("services.host-conntrack-bypass", GONE_ALL, "depends on Calico's release"),
     ("drops.silent", {"drops": Drops(1.0)}, "tcx"),
     ("cpu.calico-node", {"thread_times": ThreadTimes(1.0, ())}, "no process calico-node"),
+    ("cpu.min-sync-period", {"thread_times": ThreadTimes(1.0, ())}, "no process calico-node"),
     ("cpu.min-sync-period", {"maps": MAPS[:2]}, "number of backends is not known"),
     ("cpu.conntrack-size", {"maps": MAPS[1:]}, "no conntrack map"),
     ("cpu.endpoint-slices", GONE_ALL | {"kubernetes": kubernetes(calico_node={})} | {"calico_version": "v3"}, ""),
@@ -1020,6 +1021,7 @@ def test_every_check_explains_itself() -> None:
         assert check.id in text
         assert check.explanation[0].isupper()
         assert f"needs: {', '.join(check.needs)}" in text
+        assert all(len(each) <= shown.WIDTH for each in text.splitlines())
 
 
 def test_the_daemonset_says_felixs_environment_where_the_process_is_not_seen() -> None:

@@ -164,7 +164,13 @@ def test_what_is_kept_of_a_log_is_what_checks_look_at() -> None:
 
     wanted = ["first", "Felix starting up", felix_log.STARTED, "new state written", "Failed to mount bpffs"]
     wanted.append("Failed to apply policy to endpoint, leaving it dirty error=x")
-    lines = felix_log.parse(line(each) for each in (*wanted[:3], "Summarising 3 loops", *wanted[3:]))
+    lines = [
+        "bird: x",
+        *map(line, wanted[:3]),
+        line("Summarising 3 loops"),
+        f"bird: {felix_log.STARTED}",
+        *map(line, wanted[3:]),
+    ]
     assert [each.text for each in felix_log.telling(lines)] == wanted
 
 

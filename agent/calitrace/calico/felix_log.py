@@ -211,9 +211,13 @@ def _unwrapped(raw: str) -> str:
     return next((each.rstrip() for each in said if isinstance(each, str)), raw)
 
 
-def telling(lines: Iterable[Line]) -> tuple[Line, ...]:
-    """Those that any check looks at, and the first, which says how far back the log goes."""
-    return tuple(line for number, line in enumerate(lines) if number == 0 or _TELLING.search(line.text))
+def telling(lines: Iterable[str]) -> tuple[Line, ...]:
+    """Of Felix's lines those that any check looks at, and the first, which says how far back the log goes."""
+    found: list[Line] = []
+    for raw in lines:
+        if not found or _TELLING.search(raw):
+            found += parse([raw])
+    return tuple(found)
 
 
 def interface(line: Line) -> str:

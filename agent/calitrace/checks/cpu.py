@@ -115,6 +115,9 @@ def min_sync_period(thread_times: ThreadTimes, felix: Settings, maps: tuple[Map,
 
     Each change of an endpoint may rewrite the NAT maps once in that time.
     """
+    if not any(each.process == "calico-node" for each in thread_times.threads):
+        yield Unknown("no process calico-node in sight")
+        return
     period = felix.get("bpfKubeProxyMinSyncPeriod")
     backends = [each for each in maps if each.name.endswith("_nat_be") and each.entries is not None]
     if isinstance(period, Unset) or not backends:

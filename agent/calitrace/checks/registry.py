@@ -116,5 +116,5 @@ def _with_workloads(
 def _felix_log(snapshot: Snapshot) -> tuple[felix_log.Line, ...] | Missing:
     if isinstance(snapshot.felix_lines, Missing):
         return snapshot.felix_lines
-    lines = felix_log.telling(felix_log.parse(snapshot.felix_lines))
+    lines = felix_log.telling(snapshot.felix_lines)
     return lines or Missing(f"none of its {len(snapshot.felix_lines)} lines is Felix's")

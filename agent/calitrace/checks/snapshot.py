@@ -9,7 +9,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from calitrace.errors import Malformed
 
@@ -229,6 +229,11 @@ class Cloud:
 @dataclass(frozen=True)
 class Snapshot:
     """All sources. *taken*: wall clock, ISO 8601."""
+
+    OF_THE_NODE: ClassVar[tuple[str, ...]] = (
+        *("sysctls", "links", "routes", "processes", "chains", "chains_later", "metrics", "trace_readers", "lockdown"),
+        *("programs", "maps", "thread_times", "program_times", "drops", "felix_env", "cloud"),
+    )
 
     taken: str = ""
     calico_version: str = ""

@@ -150,10 +150,15 @@ def _collect(
     interval: float,
     **_: Any,
 ) -> Snapshot:
-    from calitrace.checks.snapshot import Snapshot
+    from calitrace.checks.snapshot import Missing, Snapshot
     from calitrace.cluster import cloud, objects
 
-    found = Snapshot(time.strftime("%Y-%m-%dT%H:%M:%S%z"), host=objects.host_of(node_name))
+    found = Snapshot(time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+    if only == "cluster":
+        gone: dict[str, Any] = {
+            each: Missing("only the cluster was looked at (--cluster)") for each in Snapshot.OF_THE_NODE
+        }
+        found = replace(found, **gone, host=objects.host_of(node_name))
     with _Progress() as progress:
         if only != "cluster":
             from calitrace.kernel import node
@@ -221,7 +226,7 @@ def _telling_lines(path: Path) -> tuple[str, ...] | Missing:
             stream = io.BufferedReader(raw)  # type: ignore[type-var]
             packed = stream.peek(2)[:2] == b"\x1f\x8b"
             plain = gzip.GzipFile(fileobj=stream) if packed else stream
-            found = felix_log.telling(felix_log.parse(counted(io.TextIOWrapper(plain, errors="replace"))))
+            found = felix_log.telling(counted(io.TextIOWrapper(plain, errors="replace")))
     except (OSError, EOFError, zlib.error) as failure:
         raise UsageError(f"cannot read {path}: {getattr(failure, 'strerror', None) or failure}") from failure
     return tuple(line.raw for line in found) or Missing(f"none of the {count} lines of {path} is Felix's")

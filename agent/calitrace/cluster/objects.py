@@ -28,41 +28,53 @@ def collect(snapshot: Snapshot, kubeconfig: str, context: str, timeout_s: float)
         return replace(snapshot, kubernetes=none, felix_objects=none, felix_lines=none)
     node = "" if isinstance(snapshot.host, Missing) else snapshot.host.node
     with cluster:
-        version = _source(cluster.version)
+        sources = _Sources()
+        version = sources.read(cluster.version)
         if isinstance(version, Missing):
             return replace(snapshot, kubernetes=version, felix_objects=version, felix_lines=version)
         return replace(
             snapshot,
-            kubernetes=_source(lambda: _kubernetes(cluster, version)),
-            felix_objects=_source(lambda: _calicos(cluster, "felixconfigurations")),
-            felix_lines=_source(lambda: _log(cluster, node)),
+            kubernetes=_kubernetes(cluster, version, sources),
+            felix_objects=sources.read(lambda: _calicos(cluster, "felixconfigurations")),
+            felix_lines=sources.read(lambda: _log(cluster, node)),
         )
 
 
-def _source(read: Callable[[], T]) -> T | Missing:
-    try:
-        return read()
-    except EnvironmentUnfit as refused:
-        return Missing(refused.cause)
+class _Sources:
+    """Reads one source after the other. When the server stops answering it is not asked for the others."""
+
+    def __init__(self) -> None:
+        self._gone: Missing | None = None
+
+    def read(self, ask: Callable[[], T]) -> T | Missing:
+        if self._gone is not None:
+            return self._gone
+        try:
+            return ask()
+        except EnvironmentUnfit as unfit:
+            found = Missing(unfit.cause)
+            if isinstance(unfit, ApiRefused) and unfit.status == 0:
+                self._gone = found
+            return found
 
 
-def _kubernetes(cluster: Cluster, version: str) -> Kubernetes:
+def _kubernetes(cluster: Cluster, version: str, sources: _Sources) -> Kubernetes:
     def every(path: str) -> tuple[dict[str, Any], ...] | Missing:
-        return _source(lambda: tuple(cluster.iter_list(path)))
+        return sources.read(lambda: tuple(cluster.iter_list(path)))
 
     def first(namespaces: tuple[str, ...], path: str) -> dict[str, Any] | Missing:
-        return _source(lambda: _first(cluster, [path.format(each) for each in namespaces]))
+        return sources.read(lambda: _first(cluster, [path.format(each) for each in namespaces]))
 
     return Kubernetes(
         version,
         every("/api/v1/nodes"),
         every("/api/v1/services"),
         every("/apis/discovery.k8s.io/v1/endpointslices"),
-        _source(lambda: _calicos(cluster, "ippools")),
+        sources.read(lambda: _calicos(cluster, "ippools")),
         first(_CALICO, "/apis/apps/v1/namespaces/{}/daemonsets/calico-node"),
         first(("kube-system",), "/apis/apps/v1/namespaces/{}/daemonsets/kube-proxy"),
         first(_OPERATOR, "/api/v1/namespaces/{}/configmaps/kubernetes-services-endpoint"),
-        _source(lambda: _release(cluster)),
+        sources.read(lambda: _release(cluster)),
     )
 
 
@@ -73,6 +85,8 @@ def _first(cluster: Cluster, paths: list[str]) -> dict[str, Any]:
         try:
             found = cluster.find(path)
         except ApiRefused as refused:
+            if refused.status == 0:
+                raise
             refusal = refused
             continue
         if found is not None:
@@ -113,6 +127,8 @@ def _log(cluster: Cluster, node: str) -> tuple[str, ...]:
         try:
             pods = list(cluster.iter_list(path, **query))
         except ApiRefused as refused:
+            if refused.status == 0:
+                raise
             refusal = refused
             continue
         for pod in pods:
@@ -126,7 +142,7 @@ def _log(cluster: Cluster, node: str) -> tuple[str, ...]:
 
 def host_of(node: str) -> Host | Missing:
     """The host source when only the cluster is looked at."""
-    return Host(node, "", {}, 0) if node else Missing("only the cluster was looked at")
+    return Host(node, "", {}, 0) if node else Missing("only the cluster was looked at (--cluster)")
 
 
 def configured() -> bool:

@@ -199,8 +199,9 @@ def iter_explanation(check: Check) -> Iterator[str]:
     """What ``--explain`` prints."""
     yield f"{check.id}  ({check.section})"
     yield ""
-    yield from check.explanation.splitlines()
-    yield ""
-    yield f"needs: {', '.join(check.needs)}"
+    for paragraph in check.explanation.split("\n\n"):
+        yield from textwrap.wrap(paragraph, WIDTH)
+        yield ""
+    yield from textwrap.wrap(f"needs: {', '.join(check.needs)}", WIDTH)
     if check.uses:
-        yield f"uses, where there: {', '.join(check.uses)}"
+        yield from textwrap.wrap(f"uses, where there: {', '.join(check.uses)}", WIDTH)
