@@ -297,7 +297,7 @@ def test_felixs_metrics(metadata: tuple[str, dict[str, str], list[str]]) -> None
     result = registry.run(replace(HEALTHY, metrics=found), [registry.BY_ID["cpu.conntrack-sweep"]])[0]
     assert result.status is Status.FINDINGS
     del answers["GET /metrics"]
-    with pytest.raises(EnvironmentUnfit, match="404.*prometheusMetricsEnabled"):
+    with pytest.raises(EnvironmentUnfit, match=r"404.*prometheusMetricsEnabled"):
         node._metrics(env)
     with pytest.raises(EnvironmentUnfit, match="no process"):
         node._metrics(Missing("no process"))

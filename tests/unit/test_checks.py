@@ -943,7 +943,14 @@ UNKNOWN += [
         ),
         *("services.dsr-cloud", "services.dsr-load-balancer", "services.host-conntrack-bypass"),
         *("services.node-local-dns", "services.wireguard-port", "cpu.kube-proxy-fight", "cpu.min-sync-period"),
-        *("cpu.endpoint-slices", "debug.level", "debug.info-is-silent", "debug.filters", "debug.felix-level"),
+        *(
+            "cpu.endpoint-slices",
+            "debug.level",
+            "debug.info-is-silent",
+            "debug.filters",
+            "debug.felix-level",
+            "debug.conntrack-level",
+        ),
         *("maps.conntrack-smaller", "performance.overlay-without-pool", "performance.ctlb"),
     )
 ]
