@@ -293,6 +293,22 @@ def test_of_several_nodes_in_one_kernel_the_maps_are_its_own(lab: Lab, felix: tu
         assert {Path(one.path).parent for one in found.maps} == {lab.pins / each}
 
 
+def test_a_process_with_a_sys_of_its_own_hides_no_maps(lab: Lab, felix: tuple[str, str]) -> None:
+    """`ip netns exec` mounts /sys anew for what it starts: no bpffs is there."""
+    name = lab.namespace("node-a")
+    command = ["ip", "netns", "exec", name, "sh", "-c", "echo ready; exec sleep 300"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == b"ready\n"
+            assert findings(run(lab, "services", "maps", *felix)) == BASELINE
+            done = calitrace("check", "maps", "--node", "--netns", name, "--interval", "0", *felix, "-o", "json")
+            statuses = {each["id"]: each.get("status") for each in map(json.loads, done.stdout.splitlines()[:3])}
+            assert statuses["maps.pinned"] == "passed"
+        finally:
+            process.kill()
+
+
 def test_without_root_nothing_is_taken_for_absent(lab: Lab) -> None:
     """What may not be read is missing: above all it is no proof that there is no program and no kube-proxy."""
     receive, send = os.pipe()
