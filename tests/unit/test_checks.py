@@ -1290,6 +1290,14 @@ def test_a_pattern_is_made_wider_and_not_replaced(spec: dict[str, Any], link: Li
     assert f'IfacePattern":"{pattern}"' in found.fix
 
 
+def test_the_node_to_restart_calico_on_is_this_one() -> None:
+    changes: dict[str, Any] = {"links": with_link(POD, programs={})}
+    (found,) = result("services.workload-programs", **changes).findings
+    assert "--field-selector spec.nodeName=worker-1  # restarts calico-node" in found.fix
+    (found,) = result("services.workload-programs", host=Missing("no"), **changes).findings
+    assert "spec.nodeName=NODE" in found.fix
+
+
 def test_fixes_hold_no_placeholder_that_a_shell_would_take() -> None:
     for check, changes, _ in FIRES:
         for finding in result(check, **changes).findings:

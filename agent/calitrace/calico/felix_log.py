@@ -84,7 +84,7 @@ KNOWN = (
         "services.log-bpffs",
         "Failed to mount bpffs|Failed to mount BPF filesystem",
         "maps cannot be pinned; every restart of calico-node would lose them",
-        "mount -t bpf bpffs /sys/fs/bpf, or repair the init container mount-bpffs",
+        "mount -t bpf bpffs /sys/fs/bpf; or repair the init container mount-bpffs",
     ),
     Known(
         "services.log-maps",
@@ -123,7 +123,7 @@ KNOWN = (
         "services.log-healthz-port",
         r"BPF Proxy Healthz server failed.*address already in use",
         "kube-proxy owns the health port: it still runs beside the eBPF dataplane (projectcalico/calico#10748)",
-        "remove kube-proxy; where it has to stay: calicoctl patch felixconfiguration default --patch "
+        "remove kube-proxy; where it has to stay; calicoctl patch felixconfiguration default --patch "
         '\'{"spec":{"bpfKubeProxyHealthzPort":0}}\'',
         grave=False,
     ),

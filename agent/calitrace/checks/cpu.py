@@ -83,7 +83,7 @@ def kube_proxy_rules(links: Links, chains: tuple[str, ...], processes: tuple[Pro
             "",
             (f"{len(mine)} chains of kube-proxy", *iter_numbered(mine, 3)),
             "rules of a kube-proxy that no longer runs (projectcalico/calico#4146 looked like that)",
-            "kube-proxy --cleanup on this node, or restart it",
+            "kube-proxy --cleanup  # on this node; or restart the node",
         )
 
 

@@ -10,7 +10,7 @@ from calitrace.calico.maps import identify
 from calitrace.checks import decoded
 from calitrace.checks.decoded import Interface
 from calitrace.checks.finding import Check, Finding, Said, Section, Severity, Unknown
-from calitrace.checks.objects import OWN_DEVICES, ebpf_on, grep_log, is_workload, patch
+from calitrace.checks.objects import OWN_DEVICES, RESTART, ebpf_on, grep_log, is_workload, patch
 from calitrace.checks.services import log_checks
 from calitrace.checks.snapshot import Host, Link, Map, Program
 
@@ -46,7 +46,7 @@ def pinned(links: Links, maps: Maps) -> Said:
                 f"pinned: {', '.join(each.name for each in maps if each.path) or 'nothing'}",
             ),
             "programs are attached whose maps Felix can no longer write",
-            "mount | grep bpf; restart calico-node, which pins them anew",
+            f"mount | grep bpf; {RESTART}",
         )
 
 
@@ -108,7 +108,7 @@ def leftovers(maps: Maps) -> Said:
                 each.name,
                 (f"{each.path}: {each.entries} entries",),
                 "a resize or upgrade began and did not end: connections of the old map may be lost",
-                "restart calico-node; if it stays, read its log for 'error copying data from old map'",
+                f"{RESTART}; if it stays; " + grep_log("error copying data from old map"),
             )
         else:
             versions.setdefault(base, set()).add(number)
@@ -146,7 +146,7 @@ def replaced(links: Links, maps: Maps) -> Said:
                         f"{link.name} {hook}",
                         (f"program {program.name} (id {program.id})", *wrong),
                         "this program reads maps that Felix no longer writes (projectcalico/calico#6739, #9651)",
-                        f"restart calico-node; if it stays: tc qdisc del dev {link.name} clsact, then restart it again",
+                        f"{RESTART}; if it stays; tc qdisc del dev {link.name} clsact; {RESTART}",
                     )
 
 
@@ -168,7 +168,7 @@ def empty_programs(links: Links, maps: Maps) -> Said:
                             f"{used.path}: no program in it",
                         ),
                         "every packet on this hook is dropped (projectcalico/calico#6739, #8646, #12642)",
-                        "restart calico-node, which fills it",
+                        RESTART,
                     )
 
 
@@ -189,7 +189,7 @@ def interface_state(links: Links, interfaces: tuple[Interface, ...]) -> Said:
                 link.name,
                 (f"{link.name}: ifindex {link.index}, no row among {len(rows)}", *_row_of(link.name, interfaces)),
                 "flows through this interface are not confirmed and fail by chance (projectcalico/calico#6392)",
-                "calico-node -bpf ifstate dump; restart calico-node; more than 1000 interfaces: bpfMapSizeIfState",
+                f"calico-node -bpf ifstate dump; {RESTART}; more than 1000 interfaces: bpfMapSizeIfState",
             )
         elif is_workload(link) and row.flags & decoded.WORKLOAD and not row.flags & decoded.V4_READY:
             yield Finding(
@@ -233,7 +233,7 @@ def conntrack_smaller(maps: Maps, felix: Settings, host: Host | None = None) -> 
                 (f"{each.path}: {each.max_entries} entries at most", str(setting)),
                 "the map has not the size that is configured; with the old one in use programs fail to load "
                 "(projectcalico/calico#9651)",
-                "restart calico-node on this node",
+                RESTART,
             )
 
 

@@ -20,7 +20,7 @@ from calitrace.checks.decoded import (
     NodeRoute,
 )
 from calitrace.checks.finding import Check, Finding, Said, Section, Severity
-from calitrace.checks.objects import dig, grep_log, items, iter_numbered, name_of
+from calitrace.checks.objects import RESTART, dig, grep_log, items, iter_numbered, name_of
 from calitrace.checks.snapshot import Link
 
 Objects = tuple[dict[str, Any], ...]
@@ -49,7 +49,7 @@ def backends_complete(nat: Nat) -> Said:
             "",
             tuple(iter_numbered(lines, _MOST)),
             "part of the connections to these services is refused (projectcalico/calico#5957)",
-            f"{_DUMP} | grep 'is missing'; restart calico-node on this node",
+            f"{_DUMP} | grep 'is missing'; {RESTART}",
         )
 
 
@@ -107,7 +107,7 @@ def shared_id(nat: Nat) -> Said:
                 f"service id {identifier}",
                 tuple(f"{each}: {each.count} backends, {each.local} local" for each in found.values()),
                 "answers may come from another service's pods (projectcalico/calico#5957, #13279)",
-                f"{_DUMP}; restart calico-node on this node",
+                f"{_DUMP}; {RESTART}",
             )
 
 
@@ -181,7 +181,7 @@ def services_programmed(nat: Nat, services: Objects) -> Said:
             "",
             tuple(iter_numbered(missing, _MOST)),
             "the NAT map has no frontend for these: packets to them are not translated",
-            f"{_DUMP} on this node; " + grep_log("Failed invoking dataplane syncer"),
+            f"{_DUMP}; " + grep_log("Failed invoking dataplane syncer"),
         )
 
 
@@ -240,7 +240,7 @@ def endpoints_programmed(nat: Nat, services: Objects, endpoint_slices: Objects) 
             tuple(iter_numbered(lines, _MOST)),
             "the NAT map and the cluster's EndpointSlices differ: connections go to pods that are gone, or not to new "
             "ones (projectcalico/calico#8650, #13060)",
-            "run it again, a change may have been under way; then restart calico-node on this node",
+            f"calitrace check services  # again: a change may have been under way; {RESTART}",
         )
 
 
@@ -330,7 +330,7 @@ def untranslated(nat: Nat, connections: tuple[Connection, ...]) -> Said:
             "",
             tuple(iter_numbered(lines, _MOST)),
             "these clients' packets go to the service's address and to no pod (projectcalico/calico#9967)",
-            "calico-node -bpf conntrack remove udp CLIENT SERVICE, or let the client use another source port",
+            "calico-node -bpf conntrack remove udp CLIENT SERVICE; or let the client use another source port",
         )
 
 

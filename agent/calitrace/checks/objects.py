@@ -165,6 +165,12 @@ def patch(spec: str, now: Setting | Unset | None = None) -> str:
     return f"{unset}{command}'{{\"spec\":{{{spec}}}}}'"
 
 
+RESTART = (
+    "kubectl delete pod -n calico-system -l k8s-app=calico-node --field-selector spec.nodeName=NODE  "
+    "# restarts calico-node"
+)
+
+
 def widened(felix: Settings, field: str, name: str) -> str:
     """The command that lets a pattern for interfaces match one more."""
     setting = felix.get(field)

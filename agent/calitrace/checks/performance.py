@@ -10,6 +10,7 @@ from calitrace.calico.release import Release
 from calitrace.checks.finding import Check, Finding, Said, Section, Severity, Unknown
 from calitrace.checks.objects import (
     OWN_DEVICES,
+    RESTART,
     dig,
     ebpf_on,
     is_workload,
@@ -200,7 +201,7 @@ def jit_off(sysctls: dict[str, str]) -> Said:
             "",
             (f"net.core.bpf_jit_enable = {value}",),
             "BPF programs are interpreted",
-            "sysctl -w net.core.bpf_jit_enable=1, then restart calico-node",
+            f"sysctl -w net.core.bpf_jit_enable=1; {RESTART}",
         )
 
 
@@ -235,7 +236,7 @@ def gro_off(links: Links, routes: tuple[Route, ...]) -> Said:
                 link.name,
                 tuple(f"{link.name}: {name} off" for name in off),
                 "more runs of the programs, and more CPU, for the same traffic",
-                f"ethtool -K {link.name} gro on gso on, unless it is off for a reason (bpfDisableGROForIfaces)",
+                f"ethtool -K {link.name} gro on gso on  # unless it is off for a reason (bpfDisableGROForIfaces)",
             )
 
 

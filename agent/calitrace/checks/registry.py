@@ -48,7 +48,13 @@ def run_one(check: Check, found: dict[str, Any]) -> Result:
     given = {name: found[name] for name in check.needs}
     given |= {name: None if isinstance(found[name], Missing) else found[name] for name in check.uses}
     said = list(check.function(**given))
-    findings = tuple(each for each in said if isinstance(each, Finding))
+    host = found["host"]
+    node = "NODE" if isinstance(host, Missing) else host.node
+    findings = tuple(
+        replace(each, fix=each.fix.replace("nodeName=NODE", f"nodeName={node}"))
+        for each in said
+        if isinstance(each, Finding)
+    )
     why = tuple(each.why for each in said if isinstance(each, Unknown))
     return Result(check, Status.FINDINGS if findings else Status.NOT_RUN if why else Status.PASSED, findings, why)
 

@@ -15,6 +15,7 @@ from calitrace.checks.finding import Check, Finding, Said, Section, Severity, Un
 from calitrace.checks.objects import (
     L3_KINDS,
     OWN_DEVICES,
+    RESTART,
     calico_environment,
     data_pattern,
     dig,
@@ -83,7 +84,7 @@ def ebpf_off(links: Links, felix: Settings | None = None, processes: tuple[Proce
             "",
             (str(wanted), *(f"{link.name}: {hooks(link)}" for link in links if link.any_calico)),
             "eBPF mode was switched off and its programs are still attached; nobody keeps their maps up to date",
-            "restart calico-node on this node; if they stay: calico-node -bpf cleanup (v3.30), or reboot",
+            f"{RESTART}; if they stay, from v3.30 on; calico-node -bpf cleanup; or reboot",
         )
     elif not on:
         yield Finding(
@@ -115,7 +116,7 @@ def workload_programs(links: Links) -> Said:
                 (f"{link.name}: {hooks(link)}",),
                 "a Calico program is missing on this pod's interface: its traffic is dropped or escapes policy "
                 "(projectcalico/calico#8897)",
-                f"restart calico-node on this node; then tc filter show dev {link.name} ingress",
+                f"{RESTART}; tc filter show dev {link.name} ingress",
             )
 
 
@@ -151,7 +152,7 @@ def uplink_programs(
             link.name,
             (f"{link.name}: {hooks(link)}", said),
             "services are not reachable through this interface: Calico's programs are not on it",
-            f"tc filter show dev {link.name} ingress; restart calico-node and read why it could not attach",
+            f"tc filter show dev {link.name} ingress; {RESTART}; " + grep_log("attach"),
         )
 
 
@@ -247,7 +248,7 @@ def enslaved_programs(links: Links) -> Said:
                 "the program is on a port, the route is through its master: strict reverse path checks drop traffic "
                 "(projectcalico/calico#6450, #13134)",
                 f"let bpfDataIfacePattern match {master.name} and not {link.name}; programs that stay on "
-                f"{link.name}: tc qdisc del dev {link.name} clsact",
+                f"{link.name}; tc qdisc del dev {link.name} clsact",
             )
 
 
@@ -490,7 +491,7 @@ def vxlan_probe(vxlan_probes: tuple[VxlanProbe, ...]) -> Said:
                 "the network between the nodes loses Calico's tunnel (firewall, security group), or the service behind "
                 "it does not answer",
                 f"calitrace probe vxlan {each.node} --inner {each.inner} --vxlan-port {each.port} --trace"
-                + (f" on {each.sender}" if each.sender else ""),
+                + (f"  # on {each.sender}" if each.sender else ""),
             )
 
 
@@ -548,7 +549,8 @@ def rp_filter(
                 (f"net.ipv4.conf.all.rp_filter = {shared}", f"net.ipv4.conf.{link.name}.rp_filter = {own}"),
                 "the kernel drops packets whose source it would reach through another interface, after Calico let them "
                 "pass" + ("; Felix sets all to 0, so something set it again" if shared == "1" else ""),
-                f"sysctl -w net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.{link.name}.rp_filter=0; find who sets it: "
+                "sysctl -w net.ipv4.conf.all.rp_filter=0 "
+                f"net.ipv4.conf.{link.name.replace('.', '/')}.rp_filter=0; find who sets it: "
                 "systemd-networkd, tuned, /etc/sysctl.d",
             )
 
@@ -578,7 +580,7 @@ def nat_interfaces(links: Links, felix: Settings, release: Release) -> Said:
                 name,
                 (f"{name}: {'down' if link else 'not there'}", str(ctlb), str(without)),
                 "the node itself, and pods on its network, cannot reach services (projectcalico/calico#8867)",
-                f"ip link set {name} up" if link else "restart calico-node: it makes the pair at its start",
+                f"ip link set {name} up" if link else RESTART,
             )
 
 

@@ -15,7 +15,7 @@ _WORD = re.compile(r"(?:'[^']*'|\"[^\"]*\"|[^\s'\"]|['\"])+")
 _COMMANDS = frozenset(
     {
         *("kubectl", "calicoctl", "calico-node", "calitrace", "bpftool", "ip", "tc", "ethtool", "sysctl", "tcpdump"),
-        *("aws", "gcloud", "mount", "kill", "rm"),
+        *("aws", "gcloud", "mount", "kill", "rm", "kube-proxy"),
     }
 )
 _ORDER = (Severity.ERROR, Severity.WARNING, Severity.INFO)
