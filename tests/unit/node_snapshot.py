@@ -222,7 +222,11 @@ HEALTHY = Snapshot(
     maps=MAPS,
     thread_times=ThreadTimes(1.0, (ThreadTime(57, "calico-node", "calico-node", 0.02),)),
     program_times=ProgramTimes(1.0, (ProgramTime(7, "cali_tc_preambl", 1_000_000, 1000),)),
-    drops=Drops(1.0, (Counters("eth0", 0, NO_DROPS, NO_DROPS),), (QdiscDrops("eth0", 5, 5),)),
+    drops=Drops(
+        1.0,
+        (Counters("eth0", 0, NO_DROPS, NO_DROPS),),
+        tuple(QdiscDrops(each.name, 5, 5) for each in LINKS if each.any_calico),
+    ),
     felix_env={},
     felix_objects=felix(),
     felix_lines=(line("Felix starting up"), line(felix_log.STARTED), "libbpf: something else"),

@@ -390,6 +390,11 @@ FIRES: list[tuple[str, dict[str, Any], str]] = [
     ),
     (
         "drops.silent",
+        {"drops": Drops(1.0, (counted(4, 0, 2),), (QdiscDrops("eth0", 0, 5, "tcx"),))},
+        "tcx programs (kfree_skb, TC_INGRESS and TC_EGRESS) dropped: 0 -> 5",
+    ),
+    (
+        "drops.silent",
         {"drops": Drops(1.0, Missing("no counters map"), (QdiscDrops("eth0", 10, 15),))},
         "Calico's counters: no counters map",
     ),
@@ -916,7 +921,8 @@ UNKNOWN: list[tuple[str, dict[str, Any], str]] = [
     ("services.nat-interfaces", {"kubernetes": kubernetes(calico_node=image("v3.26.4"))}, "are of v3.27"),
     ("services.felix-started", {"felix_lines": (line("something"),)}, "does not go back"),
     ("services.host-conntrack-bypass", GONE_ALL, "depends on Calico's release"),
-    ("drops.silent", {"drops": Drops(1.0)}, "tcx"),
+    ("drops.silent", {"drops": Drops(1.0), "links": bare()}, "no clsact qdisc on any interface"),
+    ("drops.silent", {"drops": Drops(1.0)}, "no clsact qdisc on cali1a2b3c4d5e6, calif00dbeef012, eth0"),
     ("cpu.calico-node", {"thread_times": ThreadTimes(1.0, ())}, "no process calico-node"),
     ("cpu.min-sync-period", {"thread_times": ThreadTimes(1.0, ())}, "no process calico-node"),
     ("cpu.min-sync-period", {"maps": MAPS[:2]}, "number of backends is not known"),

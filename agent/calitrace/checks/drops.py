@@ -5,9 +5,10 @@ from __future__ import annotations
 from calitrace.calico import reasons
 from calitrace.checks.finding import Check, Finding, Said, Section, Severity, Unknown
 from calitrace.checks.objects import iter_numbered
-from calitrace.checks.snapshot import Counters, Drops, Missing
+from calitrace.checks.snapshot import Counters, Drops, Link, Missing
 
 HOOKS = {0: "tc ingress", 1: "tc egress", 2: "XDP"}
+_SOURCES = {"clsact": "clsact", "tcx": "tcx programs (kfree_skb, TC_INGRESS and TC_EGRESS)"}
 _HELD = ("FRAG_WAIT",)  # taken from the kernel, and sent when the rest of the packet is there: nothing is lost
 _FIXES = {
     "DROPPED_BY_POLICY": "calitrace probe nodeport HOST:PORT --trace  # names the rule; "
@@ -44,17 +45,22 @@ def calico_reasons(drops: Drops) -> Said:
                 )
 
 
-def silent(drops: Drops) -> Said:
+def silent(drops: Drops, links: tuple[Link, ...] | None = None) -> Said:
     """Compares the drops of each interface's clsact qdisc (tc -s qdisc show) with Calico's counters for it.
 
     More drops than counted ones are Calico's silent ones, or another program's on that hook. Interfaces with tcx
-    have no such qdisc. Where Calico counts nothing (before v3.24) all drops of the qdisc are shown, whatever they are.
+    have no such qdisc: there the kernel's drops for that reason are counted meanwhile (Linux 6.6, BCC). Where Calico
+    counts nothing (before v3.24) all drops of the qdisc are shown, whatever they are.
     """
     if isinstance(drops.qdiscs, Missing):
         yield Unknown(drops.qdiscs.why)
         return
-    if not drops.qdiscs:
-        yield Unknown("no interface has a clsact qdisc: with tcx the kernel does not count these drops")
+    unseen = {link.name for link in links or () if link.any_calico} - {each.interface for each in drops.qdiscs}
+    if unseen or not drops.qdiscs:
+        yield Unknown(
+            f"no clsact qdisc on {', '.join(sorted(unseen)[:3]) or 'any interface'}: with tcx the kernel does not "
+            "count these drops, and we could not"
+        )
     counters: tuple[Counters, ...] = ()
     uncounted = ""
     if isinstance(drops.counters, Missing):
@@ -76,7 +82,7 @@ def silent(drops: Drops) -> Said:
                 Severity.WARNING,
                 qdisc.interface,
                 (
-                    f"clsact dropped: {qdisc.before} -> {qdisc.after} within {drops.seconds:g} s",
+                    f"{_SOURCES[qdisc.source]} dropped: {qdisc.before} -> {qdisc.after} within {drops.seconds:g} s",
                     uncounted or f"counted by Calico's reasons in that time: {counted}",
                 ),
                 "programs on this interface drop packets, by policy or any other reason"

@@ -167,11 +167,16 @@ class Counters:
 
 @dataclass(frozen=True)
 class QdiscDrops:
-    """The drop counter of an interface's clsact qdisc, twice: what ``tc -s qdisc show`` prints."""
+    """What the programs at an interface's hooks dropped, twice.
+
+    *source*: ``clsact``, the counter of that qdisc, which ``tc -s qdisc show`` prints; ``tcx``, our own count of
+    kfree_skb, as the kernel has none.
+    """
 
     interface: str
     before: int
     after: int
+    source: str = "clsact"
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ def collect(where: Where, interval_s: float, progress: Progress) -> Snapshot:
         )
         if interval_s > 0:
             progress(f"measuring for {interval_s:g} s")
-            found = replace(found, **_measured(found, bpffs, interval_s))
+            found = replace(found, **_measured(found, bpffs, interval_s, inum))
         else:
             none = Missing("nothing was measured: --interval 0")
             found = replace(found, thread_times=none, program_times=none, drops=none, chains_later=none)
@@ -429,19 +429,21 @@ def _map(found: maps.Found) -> Map:
 # Measurements
 
 
-def _measured(found: Snapshot, bpffs: Path, interval_s: float) -> dict[str, Any]:
+def _measured(found: Snapshot, bpffs: Path, interval_s: float, inum: int) -> dict[str, Any]:
     processes = () if isinstance(found.processes, Missing) else found.processes
     links = () if isinstance(found.links, Missing) else found.links
     with ExitStack() as stack:
+        own = _source(lambda: _own_count(stack, links, inum), "our own count")
         statistics = _source(lambda: stack.callback(os.close, syscall.enable_stats()), "BPF statistics")
         began = time.monotonic()
         threads, programs = _cpu_times(processes), _source(_run_times, "run times")
         names = {link.index: link.name for link in links}
-        rows, qdiscs = _source(lambda: _counters(bpffs, names), "counters map"), _source(_clsact_drops, "qdiscs")
+        rows = _source(lambda: _counters(bpffs, names), "counters map")
+        dropped = _source(lambda: _program_drops(own, links), "qdiscs")
         time.sleep(interval_s)
         after_threads, after_programs = _cpu_times(processes), _source(_run_times, "run times")
         # Outside the first time and inside the second: no drop that Calico counted is missed for one of the qdisc's.
-        after_qdiscs = _source(_clsact_drops, "qdiscs")
+        after_dropped = _source(lambda: _program_drops(own, links), "qdiscs")
         after_rows = _source(lambda: _counters(bpffs, names), "counters map")
         seconds = round(time.monotonic() - began, 3)
     measured: dict[str, Any] = {"chains_later": _source(iptables.chains, "netfilter chains")}
@@ -469,7 +471,7 @@ def _measured(found: Snapshot, bpffs: Path, interval_s: float) -> dict[str, Any]
                 if identifier in programs and count > programs[identifier][2]
             ),
         )
-    measured["drops"] = _drops(seconds, names, (rows, after_rows), (qdiscs, after_qdiscs))
+    measured["drops"] = _drops(seconds, names, (rows, after_rows), (dropped, after_dropped))
     return measured
 
 
@@ -503,14 +505,38 @@ def _clsact_drops() -> dict[int, int]:
         return {each.ifindex: each.drops for each in counters.iter_qdiscs(route) if each.kind == "clsact"}
 
 
+def _own_count(stack: ExitStack, links: tuple[Link, ...], inum: int) -> counters.OwnCount | None:
+    """Our own count of what programs drop, where some are on interfaces without a clsact qdisc: the kernel has none."""
+    with_clsact = _clsact_drops()
+    if not any(link.any_calico and link.index not in with_clsact for link in links):
+        return None
+    own = counters.OwnCount(inum)
+    stack.enter_context(own.collectors)
+    return own
+
+
+Dropped = dict[tuple[str, int], int]  # by source ("clsact", "tcx") and ifindex
+
+
+def _program_drops(own: counters.OwnCount | Missing | None, links: tuple[Link, ...]) -> Dropped:
+    clsact = _clsact_drops()
+    found = {("clsact", index): drops for index, drops in clsact.items()}
+    if own is not None and not isinstance(own, Missing):
+        found |= {("tcx", link.index): 0 for link in links if link.any_calico and link.index not in clsact}
+        for each in own.read():
+            if ("tcx", each.ifindex) in found:
+                found["tcx", each.ifindex] += each.drops
+    return found
+
+
 def _drops(
     seconds: float,
     names: dict[int, str],
     counted: tuple[Rows | Missing, Rows | Missing],
-    qdiscs: tuple[dict[int, int] | Missing, dict[int, int] | Missing],
+    by_programs: tuple[Dropped | Missing, Dropped | Missing],
 ) -> Drops:
     before, after = counted
-    dropped, dropped_after = qdiscs
+    dropped, dropped_after = by_programs
     rows: tuple[Counters, ...] | Missing
     clsact: tuple[QdiscDrops, ...] | Missing
     if isinstance(before, Missing):
@@ -525,8 +551,8 @@ def _drops(
         clsact = dropped_after
     else:
         clsact = tuple(
-            QdiscDrops(names.get(index, f"ifindex {index}"), dropped[index], value)
-            for index, value in dropped_after.items()
-            if index in dropped
+            QdiscDrops(names.get(index, f"ifindex {index}"), dropped[source, index], value, source)
+            for (source, index), value in dropped_after.items()
+            if (source, index) in dropped
         )
     return Drops(seconds, rows, clsact)
