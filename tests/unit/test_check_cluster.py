@@ -344,6 +344,7 @@ def test_files_and_standard_input(api: KubernetesApi, tmp_path: Path) -> None:
         (("nonsense",), "no area 'nonsense'"),
         (("--explain", "nonsense"), "no check 'nonsense'"),
         (("-r", "/nonexistent"), "cannot read /nonexistent"),
+        (("-r", "/nonexistent", "--probe", "a=b:1"), "--probe sends packets"),
         (("--cluster", "--calico-version", "latest"), "'latest' is no release"),
         (("--cluster", "--felix-config", "/nonexistent"), "cannot read /nonexistent"),
         (("--cluster", "--felix-log", "/nonexistent"), "cannot read /nonexistent"),
@@ -426,6 +427,15 @@ def kept_healthy(tmp_path: Path) -> Path:
     path = tmp_path / "healthy.calitrace"
     _write(path, HEALTHY)
     return path
+
+
+def test_the_node_can_be_named_afterwards(tmp_path: Path) -> None:
+    config = tmp_path / "felix.yaml"
+    each = "kind: FelixConfiguration\nmetadata: {name: %s}\nspec: {bpfEnabled: true, bpfLogLevel: %s}\n"
+    config.write_text(each % ("default", "Off") + "---\n" + each % ("node.other", "Debug"))
+    words = ("-r", str(kept_healthy(tmp_path)), "debug", "--felix-config", str(config))
+    assert run(*words).return_value == 0
+    assert "FelixConfiguration node.other" in run(*words, "--node-name", "other").stdout
 
 
 def test_a_healthy_snapshot_ends_with_zero(tmp_path: Path) -> None:

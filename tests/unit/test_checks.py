@@ -1104,6 +1104,20 @@ def test_a_log_that_is_not_felixs_is_missing() -> None:
         (
             {
                 "kubernetes": Missing("no"),
+                "maps": (pinned("cali_v4_ct2", (16, 64), []), pinned("cali_v4_nat_fe2", (16, 16), [])),
+            },
+            "v3.15 to v3.21",
+        ),
+        (
+            {
+                "kubernetes": Missing("no"),
+                "maps": (pinned("cali_v4_ct2", (16, 64), []), pinned("cali_counters6", (8, 216), [])),
+            },
+            "master",
+        ),
+        (
+            {
+                "kubernetes": Missing("no"),
                 "maps": (pinned("cali_counters2", (8, 112), []), pinned("cali_state4", (4, 464), [])),
             },
             "v3.27",

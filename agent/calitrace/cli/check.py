@@ -95,6 +95,8 @@ def command(
     unknown = sorted(set(areas) - set(registry.AREAS))
     if unknown:
         raise UsageError(f"no area {unknown[0]!r}", f"choose from {', '.join(registry.AREAS)}")
+    if source and where["targets"]:
+        raise UsageError("--probe sends packets, and -r only reads", "give --probe where the snapshot is made")
     snapshot = _given(_read(source) if source else _collect(**where), **where)
     snapshot = _from_others(_probed(snapshot, **where), **where)
     if target:
@@ -192,9 +194,19 @@ class _Progress:
 
 
 def _given(
-    snapshot: Snapshot, *, felix_config: Path | None, felix_log: Path | None, calico_version: str, **_: Any
+    snapshot: Snapshot,
+    *,
+    felix_config: Path | None,
+    felix_log: Path | None,
+    calico_version: str,
+    node_name: str,
+    **_: Any,
 ) -> Snapshot:
     """The snapshot with what the command line adds."""
+    from calitrace.checks.snapshot import Missing
+
+    if node_name and not isinstance(snapshot.host, Missing):
+        snapshot = replace(snapshot, host=replace(snapshot.host, node=node_name))
     if calico_version:
         from calitrace.calico.release import parse
 
