@@ -349,6 +349,28 @@ def test_chains_of_netfilter_are_read(lab: Lab) -> None:
             subprocess.run([nft, "delete", "table", "ip", "nat"], check=True)
 
 
+def test_chains_that_come_back_while_we_measure(lab: Lab) -> None:
+    nft = shutil.which("nft")
+    if nft is None:
+        pytest.skip("needs nft")
+
+    def write_rules(said: str) -> None:
+        if said.startswith("measuring"):
+            rules = "add table ip nat\nadd chain ip nat KUBE-SERVICES\n"
+            subprocess.run([nft, "-f", "-"], input=rules, text=True, check=True)
+
+    check_of = [registry.BY_ID["cpu.kube-proxy-rules-return"]]
+    where = node.Where(lab.namespace("node-a"), lab.pins / "node-a")
+    try:
+        (said,) = registry.run(node.collect(where, 0.1, write_rules), check_of)
+        assert [each.evidence for each in said.findings] == [("1 chains that were not there before", "KUBE-SERVICES")]
+        (said,) = registry.run(node.collect(where, 0.1, lambda _: None), check_of)
+        assert said.findings == ()
+    finally:
+        with netns.inside(lab.namespace("node-a")):
+            subprocess.run([nft, "delete", "table", "ip", "nat"], check=True)
+
+
 def test_a_reader_of_trace_pipe_is_named(lab: Lab, felix: tuple[str, str], tmp_path: Path) -> None:
     """Any file of that name does: what matters is the process that holds it open."""
     pipe = tmp_path / "trace_pipe"
