@@ -8,6 +8,7 @@ import shutil
 import socket
 import struct
 import subprocess
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from pyroute2 import IPRoute
 
+from calitrace.checks import registry
 from calitrace.checks.snapshot import Missing
 from calitrace.correlate.counters import BACKWARDS, MADE_ANEW, Reading, Row, rates, totals
 from calitrace.errors import EnvironmentUnfit, UsageError
-from calitrace.kernel import counters, netns, syscall
+from calitrace.kernel import counters, netns, node, syscall
 from calitrace.kernel.counters import Reader
 from calitrace.report.counters import Choice, iter_notes, table
 from tests.kernel.conftest import compile_tc
@@ -100,10 +102,10 @@ def test_clsact_as_tc_says(pair: Pair) -> None:
 
 
 @contextmanager
-def tcx_program(pair: Pair) -> Iterator[None]:
+def tcx_program(pair: Pair, name: str = "drop_mine") -> Iterator[None]:
     """`DROP` at right0's ingress, by a tcx link."""
-    programs = compile_tc(DROP)
-    program = programs.load_func(b"drop_mine", programs.SCHED_CLS)
+    programs = compile_tc(DROP.replace("drop_mine", name))
+    program = programs.load_func(name.encode(), programs.SCHED_CLS)
     attr = syscall._Attr()
     with netns.inside(pair.right), IPRoute() as route:
         attr.u32[0:3] = (program.fd, route.link_lookup(ifname="right0")[0], _TCX_INGRESS)
@@ -142,6 +144,28 @@ def test_our_own_count_of_what_tcx_drops(pair: Pair) -> None:
         assert (row.key.source, row.key.place, row.key.counter, row.delta) == (
             *("tcx", "tc ingress", "TC_INGRESS", COUNT),
         )
+
+
+def test_check_sees_what_calicos_tcx_programs_drop(pair: Pair, bpffs: Path) -> None:
+    over = threading.Event()
+
+    def send() -> None:
+        while not over.is_set():
+            send_frames(pair, 1)
+
+    sender = threading.Thread(target=send)
+    with tcx_program(pair, "cali_tc_preamble"):
+        sender.start()
+        try:
+            found = node.collect(node.Where(pair.right, bpffs), 0.2, lambda _: None)
+        finally:
+            over.set()
+            sender.join()
+    (said,) = registry.run(found, [registry.BY_ID["drops.silent"]])
+    (finding,) = said.findings
+    assert finding.subject == "right0"
+    assert finding.evidence[0].startswith("tcx programs (kfree_skb, TC_INGRESS and TC_EGRESS) dropped: ")
+    assert finding.evidence[1].startswith("Calico's counters: ")
 
 
 def test_a_full_queue(pair: Pair) -> None:

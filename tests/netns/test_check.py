@@ -19,6 +19,7 @@ import pytest
 
 from calitrace.checks import registry
 from calitrace.checks.snapshot import Missing
+from calitrace.cli import check
 from calitrace.kernel import iptables, netns, node, syscall, tc
 from calitrace.lab import deployment, network
 from calitrace.lab import state as record
@@ -269,9 +270,10 @@ def test_drops_over_the_interval(lab: Lab, felix: tuple[str, str]) -> None:
     finally:
         over.set()
         client.join()
-    assert {(each["id"], each["subject"]) for each in found} == {("drops.calico-reasons", "ens192 tc ingress")}
+    since = ("drops.since-boot", "RT_UNKNOWN")
+    assert findings(found) == {("drops.calico-reasons", "ens192 tc ingress"), since}
     assert found[0]["evidence"][0].startswith("RT_UNKNOWN: ")
-    assert findings(run(lab, "drops", *felix, interval="0.2")) == set()
+    assert findings(run(lab, "drops", *felix, interval="0.2")) == {since}
 
 
 def test_the_snapshot_gives_the_same_elsewhere(lab: Lab, felix: tuple[str, str], tmp_path: Path) -> None:
@@ -279,6 +281,32 @@ def test_the_snapshot_gives_the_same_elsewhere(lab: Lab, felix: tuple[str, str],
     live = run(lab, *felix, "-w", str(kept))
     offline = calitrace("check", "-r", str(kept), "-o", "json")
     assert [json.loads(line) for line in offline.stdout.splitlines()] == live
+
+
+def test_of_several_nodes_in_one_kernel_the_maps_are_its_own(lab: Lab, felix: tuple[str, str], tmp_path: Path) -> None:
+    """Both nodes' maps lie below one bpffs: those that the programs of this namespace use are taken."""
+    kept = tmp_path / "node.calitrace"
+    for each in ("node-a", "node-b"):
+        calitrace("check", "--node", "--netns", lab.namespace(each), "--interval", "0", *felix, "-w", str(kept))
+        found = check._read(kept)
+        assert not isinstance(found.maps, Missing)
+        assert {Path(one.path).parent for one in found.maps} == {lab.pins / each}
+
+
+def test_a_process_with_a_sys_of_its_own_hides_no_maps(lab: Lab, felix: tuple[str, str]) -> None:
+    """`ip netns exec` mounts /sys anew for what it starts: no bpffs is there."""
+    name = lab.namespace("node-a")
+    command = ["ip", "netns", "exec", name, "sh", "-c", "echo ready; exec sleep 300"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == b"ready\n"
+            assert findings(run(lab, "services", "maps", *felix)) == BASELINE
+            done = calitrace("check", "maps", "--node", "--netns", name, "--interval", "0", *felix, "-o", "json")
+            statuses = {each["id"]: each.get("status") for each in map(json.loads, done.stdout.splitlines()[:3])}
+            assert statuses["maps.pinned"] == "passed"
+        finally:
+            process.kill()
 
 
 def test_without_root_nothing_is_taken_for_absent(lab: Lab) -> None:
@@ -321,6 +349,28 @@ def test_chains_of_netfilter_are_read(lab: Lab) -> None:
             subprocess.run([nft, "delete", "table", "ip", "nat"], check=True)
 
 
+def test_chains_that_come_back_while_we_measure(lab: Lab) -> None:
+    nft = shutil.which("nft")
+    if nft is None:
+        pytest.skip("needs nft")
+
+    def write_rules(said: str) -> None:
+        if said.startswith("measuring"):
+            rules = "add table ip nat\nadd chain ip nat KUBE-SERVICES\n"
+            subprocess.run([nft, "-f", "-"], input=rules, text=True, check=True)
+
+    check_of = [registry.BY_ID["cpu.kube-proxy-rules-return"]]
+    where = node.Where(lab.namespace("node-a"), lab.pins / "node-a")
+    try:
+        (said,) = registry.run(node.collect(where, 0.1, write_rules), check_of)
+        assert [each.evidence for each in said.findings] == [("1 chains that were not there before", "KUBE-SERVICES")]
+        (said,) = registry.run(node.collect(where, 0.1, lambda _: None), check_of)
+        assert said.findings == ()
+    finally:
+        with netns.inside(lab.namespace("node-a")):
+            subprocess.run([nft, "delete", "table", "ip", "nat"], check=True)
+
+
 def test_a_reader_of_trace_pipe_is_named(lab: Lab, felix: tuple[str, str], tmp_path: Path) -> None:
     """Any file of that name does: what matters is the process that holds it open."""
     pipe = tmp_path / "trace_pipe"
@@ -353,5 +403,8 @@ def test_run_time_is_measured_only_meanwhile(lab: Lab) -> None:
     assert any(each.startswith("cali_") for each in names)
     assert Path("/proc/sys/kernel/bpf_stats_enabled").read_text().strip() == "0"
     assert not isinstance(found.drops, Missing)
-    assert {"ens192"} <= {each.interface for each in found.drops.counters}
-    assert {"ens192", NODE_A.workload} == {each.interface for each in found.drops.qdiscs}
+    counters, qdiscs = found.drops.counters, found.drops.qdiscs
+    assert not isinstance(counters, Missing)
+    assert not isinstance(qdiscs, Missing)
+    assert {"ens192"} <= {each.interface for each in counters}
+    assert {"ens192", NODE_A.workload} == {each.interface for each in qdiscs}

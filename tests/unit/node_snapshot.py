@@ -30,12 +30,15 @@ from calitrace.checks.snapshot import (
 
 PREAMBLE = Program(7, "cali_tc_preambl", 400, {"cali_v4_ct4": 11})
 BOTH: dict[str, tuple[Program, ...]] = {"ingress": (PREAMBLE,), "egress": (PREAMBLE,)}
+OFFLOADS = {"rx-gro": True, "tx-generic-segmentation": True, "tx-checksum-ip-generic": False}
 TIME = "2026-11-23 10:00:00.000"
-ETH0 = Link(2, "eth0", addresses=("192.0.2.11/24",), driver="virtio_net", programs=BOTH)
+ETH0 = Link(2, "eth0", addresses=("192.0.2.11/24",), driver="virtio_net", features=OFFLOADS, programs=BOTH)
 POD = Link(11, "cali1a2b3c4d5e6", "veth", 1450, programs=BOTH)
 POD_2 = Link(12, "calif00dbeef012", "veth", 1450, programs=BOTH)
 LO = Link(1, "lo", mtu=65536, addresses=("127.0.0.1/8",))
-TUNNEL = Link(3, "vxlan.calico", "vxlan", 1450, addresses=("10.65.0.0/32",), programs=BOTH, udp_port=4789)
+TUNNEL = Link(
+    3, "vxlan.calico", "vxlan", 1450, addresses=("10.65.0.0/32",), features=OFFLOADS, programs=BOTH, udp_port=4789
+)
 BPFIN, BPFOUT = Link(4, "bpfin.cali", "veth"), Link(5, "bpfout.cali", "veth")
 LINKS = (LO, ETH0, TUNNEL, BPFIN, BPFOUT, POD, POD_2)
 ROUTES = (Route("default", "eth0", "192.0.2.1"), Route("192.0.2.0/24", "eth0"), Route("10.65.1.0/26", "vxlan.calico"))
@@ -87,16 +90,14 @@ def route(network: str, flags: int) -> tuple[bytes, bytes]:
 
 def connection(port: int, sent: int, answered: int, seen: int, flags: int = 0x104, **more: Any) -> tuple[bytes, bytes]:
     """A row of cali_v4_ct4: a client's NodePort connection to 10.65.1.2:8080, handed to 192.0.2.12; source is B."""
-    key = struct.pack("<I4s4sHH", 6, IPv4Address("10.65.1.2").packed, IPv4Address("198.51.100.9").packed, 8080, port)
-    if "proto" in more:
-        key = struct.pack(
-            "<I4s4sHH",
-            more["proto"],
-            IPv4Address(more["server"]).packed,
-            IPv4Address("198.51.100.9").packed,
-            more["server_port"],
-            port,
-        )
+    key = struct.pack(
+        "<I4s4sHH",
+        more.get("proto", 6),
+        IPv4Address(more.get("server", "10.65.1.2")).packed,
+        IPv4Address("198.51.100.9").packed,
+        more.get("server_port", 8080),
+        port,
+    )
     value = bytearray(88)
     struct.pack_into("<QQBB", value, 0, 0, seen, more.get("type", 2), flags & 0xFF)
     value[23] = flags >> 8
@@ -191,16 +192,13 @@ def pool(**spec: Any) -> dict[str, Any]:
     return {"metadata": {"name": "default"}, "spec": {"cidr": "10.65.0.0/16"} | spec}
 
 
-KUBERNETES = Kubernetes(
-    "v1.31.2",
-    (node("worker-1", "192.0.2.11"), node("worker-2", "192.0.2.12")),
-    SERVICES,
-    slices("10.65.0.2", "10.65.1.2"),
-    (pool(ipipMode="Never", vxlanMode="CrossSubnet"),),
-    {"spec": {"template": {"spec": {"containers": [{"name": "calico-node", "image": "quay.io/calico/node:v3.31.2"}]}}}},
-    {},
-    {"data": {"KUBERNETES_SERVICE_HOST": "192.0.2.10"}},
-)
+NODES = (node("worker-1", "192.0.2.11"), node("worker-2", "192.0.2.12"))
+POOL = pool(ipipMode="Never", vxlanMode="CrossSubnet")
+CONTAINER = {"name": "calico-node", "image": "quay.io/calico/node:v3.31.2"}
+CALICO_NODE = {"spec": {"template": {"spec": {"containers": [CONTAINER]}}}}
+API_ENDPOINT = {"data": {"KUBERNETES_SERVICE_HOST": "192.0.2.10"}}
+ENDPOINTS = slices("10.65.0.2", "10.65.1.2")
+KUBERNETES = Kubernetes("v1.31.2", NODES, SERVICES, ENDPOINTS, (POOL,), CALICO_NODE, {}, API_ENDPOINT)
 NO_DROPS = tuple([0] * 25)
 HEALTHY = Snapshot(
     taken="2026-11-23T10:00:00+0000",
@@ -216,13 +214,19 @@ HEALTHY = Snapshot(
     routes=ROUTES,
     processes=(Process(57, "calico-node", "calico-node -felix"), Process(40, "kubelet", "/usr/bin/kubelet")),
     chains=("KUBE-KUBELET-CANARY", "cali-FORWARD"),
+    chains_later=("KUBE-KUBELET-CANARY", "cali-FORWARD"),
+    metrics={"felix_bpf_conntrack_sweep_duration": 2.5e6, "felix_bpf_conntrack_used": 100.0},
     trace_readers=(),
     lockdown="none",
     programs=(PREAMBLE,),
     maps=MAPS,
     thread_times=ThreadTimes(1.0, (ThreadTime(57, "calico-node", "calico-node", 0.02),)),
     program_times=ProgramTimes(1.0, (ProgramTime(7, "cali_tc_preambl", 1_000_000, 1000),)),
-    drops=Drops(1.0, (Counters("eth0", 0, NO_DROPS, NO_DROPS),), (QdiscDrops("eth0", 5, 5),)),
+    drops=Drops(
+        1.0,
+        (Counters("eth0", 0, NO_DROPS, NO_DROPS),),
+        tuple(QdiscDrops(each.name, 5, 5) for each in LINKS if each.any_calico),
+    ),
     felix_env={},
     felix_objects=felix(),
     felix_lines=(line("Felix starting up"), line(felix_log.STARTED), "libbpf: something else"),

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 from tests.kubernetes_api import KubernetesApi
-from tests.unit.node_snapshot import HEALTHY, KUBERNETES, SERVICES, felix, line, slices
+from tests.unit.node_snapshot import API_ENDPOINT, CALICO_NODE, HEALTHY, NODES, POOL, SERVICES, felix, line, slices
 
 from calitrace.checks import registry
 from calitrace.checks.finding import Status
-from calitrace.checks.snapshot import Cloud, Host, Missing, Snapshot
+from calitrace.checks.snapshot import Cloud, Host, Kubernetes, Missing, Snapshot, to_plain
 from calitrace.cli.check import command
 from calitrace.cluster import cloud, objects
-from calitrace.errors import UsageError
+from calitrace.errors import EnvironmentUnfit, UsageError
+from calitrace.kernel import node
 
 POD = "/api/v1/namespaces/calico-system/pods/calico-node-x7z2p"
 HOST = Host("worker-1", "", {}, 0)
@@ -28,7 +31,7 @@ HOST = Host("worker-1", "", {}, 0)
 @pytest.fixture
 def api() -> Iterator[KubernetesApi]:
     with KubernetesApi() as server:
-        for each in KUBERNETES.nodes:
+        for each in NODES:
             server.put(f"/api/v1/nodes/{each['metadata']['name']}", each)
         for each in SERVICES:
             name = each["metadata"]
@@ -36,11 +39,11 @@ def api() -> Iterator[KubernetesApi]:
         for number, each in enumerate(slices("10.65.0.2", "10.65.1.2")):
             space = each["metadata"]["namespace"]
             server.put(f"/apis/discovery.k8s.io/v1/namespaces/{space}/endpointslices/s{number}", each)
-        server.put("/apis/crd.projectcalico.org/v1/ippools/default", KUBERNETES.ip_pools[0])
+        server.put("/apis/crd.projectcalico.org/v1/ippools/default", POOL)
         server.put("/apis/crd.projectcalico.org/v1/felixconfigurations/default", felix(bpfLogLevel="Debug")[0])
-        server.put("/apis/apps/v1/namespaces/calico-system/daemonsets/calico-node", KUBERNETES.calico_node)
+        server.put("/apis/apps/v1/namespaces/calico-system/daemonsets/calico-node", CALICO_NODE)
         endpoint = "/api/v1/namespaces/tigera-operator/configmaps/kubernetes-services-endpoint"
-        server.put(endpoint, KUBERNETES.services_endpoint)
+        server.put(endpoint, API_ENDPOINT)
         server.put(POD, {"metadata": {"labels": {"k8s-app": "calico-node"}}, "spec": {"nodeName": "worker-1"}})
         server.put_text(f"{POD}/log", "\n".join(HEALTHY.felix_lines) + "\n")  # type: ignore[arg-type]
         yield server
@@ -58,7 +61,11 @@ def test_everything_is_read(api: KubernetesApi, tmp_path: Path) -> None:
     assert found.felix_objects[0]["spec"] == {"bpfEnabled": True, "bpfLogLevel": "Debug"}
     assert not isinstance(found.kubernetes, Missing)
     assert found.kubernetes.version == "v1.31.2"
-    assert len(found.kubernetes.nodes) == len(found.kubernetes.services) == len(found.kubernetes.endpoint_slices) == 2
+    cluster = found.kubernetes
+    assert [each for each in to_plain(cluster).values() if isinstance(each, dict) and "missing" in each] == []
+    for each in (cluster.nodes, cluster.services, cluster.endpoint_slices):
+        assert isinstance(each, tuple)
+        assert len(each) == 2
     # On this node everything else is as healthy: what the cluster says is all there is to find.
     whole = replace(HEALTHY, **{n: getattr(found, n) for n in ("kubernetes", "felix_objects", "felix_lines")})
     results = registry.run(whole)
@@ -72,6 +79,7 @@ def test_lists_are_read_page_by_page(api: KubernetesApi, tmp_path: Path) -> None
         api.put(f"/api/v1/namespaces/many/services/s{number}", {"spec": {"clusterIP": "None"}})
     found = collected(api, tmp_path).kubernetes
     assert not isinstance(found, Missing)
+    assert isinstance(found.services, tuple)
     assert len(found.services) == 1202
     assert api.requests.count("GET /api/v1/services") == 3
 
@@ -86,6 +94,61 @@ def test_what_is_refused_is_missing_and_the_rest_goes_on(api: KubernetesApi, tmp
     assert not isinstance(found.felix_lines, Missing)
 
 
+@pytest.mark.parametrize(
+    ("refused", "name", "check"),
+    [
+        ("/api/v1/nodes", "nodes", "performance.overlay-not-needed"),
+        ("/api/v1/services", "services", "services.nat-services"),
+        ("/apis/discovery.k8s.io/v1/endpointslices", "endpoint_slices", "services.nat-endpoints"),
+        ("/apis/.*/ippools", "ip_pools", "performance.overlay-without-pool"),
+        ("/apis/apps/v1/.*/calico-node", "calico_node", ""),
+        ("/apis/apps/v1/.*/kube-proxy", "kube_proxy", ""),
+        ("/api/v1/.*/kubernetes-services-endpoint", "services_endpoint", "services.api-endpoint"),
+    ],
+)
+def test_an_account_that_may_read_some_kinds_only(
+    api: KubernetesApi, tmp_path: Path, refused: str, name: str, check: str
+) -> None:
+    api.refuse(f"GET {refused}", 403)
+    found = collected(api, tmp_path).kubernetes
+    assert not isinstance(found, Missing)
+    gone = getattr(found, name)
+    assert isinstance(gone, Missing)
+    assert "403" in gone.why
+    others = {each.name for each in fields(Kubernetes)} - {name}
+    assert not any(isinstance(getattr(found, each), Missing) for each in others)
+    results = {each.check.id: each for each in registry.run(replace(HEALTHY, kubernetes=found))}
+    assert {each for each, said in results.items() if said.status is Status.FINDINGS} == set()
+    if check:
+        assert results[check].status is Status.NOT_RUN
+    assert results["services.nat-services"].status is (
+        Status.NOT_RUN if check == "services.nat-services" else Status.PASSED
+    )
+
+
+def test_a_refusal_in_one_namespace_does_not_hide_what_is_in_another(api: KubernetesApi, tmp_path: Path) -> None:
+    pod = {"metadata": {"labels": {"k8s-app": "calico-node"}}, "spec": {"nodeName": "worker-1"}}
+    api.put("/api/v1/namespaces/kube-system/pods/calico-node-abcde", pod)
+    api.put_text("/api/v1/namespaces/kube-system/pods/calico-node-abcde/log", line("Felix starting up"))
+    api.refuse("GET /api/v1/namespaces/calico-system/pods.*", 403)
+    api.refuse("GET /api/v1/namespaces/tigera-operator/.*", 403)
+    found = collected(api, tmp_path)
+    assert found.felix_lines == (line("Felix starting up"),)
+
+
+def test_the_release_where_the_image_has_none(api: KubernetesApi, tmp_path: Path) -> None:
+    container = {"name": "calico-node", "image": "registry.example:5000/node@sha256:0123abcd"}
+    daemonset = {"spec": {"template": {"spec": {"containers": [container]}}}}
+    api.put("/apis/apps/v1/namespaces/calico-system/daemonsets/calico-node", daemonset)
+    information = {"spec": {"calicoVersion": "v3.29.1"}}
+    api.put("/apis/crd.projectcalico.org/v1/clusterinformations/default", information)
+    found = registry.sources(collected(api, tmp_path))["release"]
+    assert (str(found), found.source) == ("v3.29", "ClusterInformation default")
+    container["image"] += ":v1"
+    api.put("/apis/crd.projectcalico.org/v1/clusterinformations/default", {"spec": {"calicoVersion": "odd"}})
+    assert isinstance(registry.sources(collected(api, tmp_path))["release"], Missing)
+
+
 def test_no_log_for_want_of_permission(api: KubernetesApi, tmp_path: Path) -> None:
     api.refuse("GET .*/log", 403)
     found = collected(api, tmp_path).felix_lines
@@ -97,7 +160,7 @@ def test_a_cluster_without_calicos_api(tmp_path: Path) -> None:
     with KubernetesApi() as empty:
         found = collected(empty, tmp_path)
     assert isinstance(found.felix_objects, Missing)
-    assert "no FelixConfiguration" in found.felix_objects.why
+    assert "no felixconfigurations in this cluster" in found.felix_objects.why
     assert isinstance(found.felix_lines, Missing)
     assert "no calico-node pod on node 'worker-1'" in found.felix_lines.why
 
@@ -117,6 +180,21 @@ def test_a_server_that_does_not_answer(api: KubernetesApi, tmp_path: Path) -> No
     assert isinstance(found.kubernetes, Missing)
     assert "did not answer in time" in found.kubernetes.why
     assert found.kubernetes == found.felix_objects == found.felix_lines
+
+
+@pytest.mark.parametrize("held", ["GET /api/v1/services", "GET .*/calico-node", "GET .*/felixconfigurations"])
+def test_a_server_that_stops_answering_is_waited_for_once(api: KubernetesApi, tmp_path: Path, held: str) -> None:
+    gate = api.hold(held)
+    try:
+        found = collected(api, tmp_path, timeout_s=0.2)
+        asked = list(api.requests)
+    finally:
+        gate.set()
+    assert not isinstance(found.kubernetes, Missing)
+    assert isinstance(found.kubernetes.nodes, tuple)
+    assert isinstance(found.felix_lines, Missing)
+    assert "did not answer in time" in found.felix_lines.why
+    assert re.fullmatch(held, asked[-1])
 
 
 def test_tls_that_is_not_trusted(tmp_path: Path) -> None:
@@ -204,6 +282,27 @@ def test_elsewhere_nobody_is_asked(metadata: tuple[str, dict[str, str], list[str
     assert metadata[2] == []
 
 
+def test_felixs_metrics(metadata: tuple[str, dict[str, str], list[str]]) -> None:
+    base, answers, _ = metadata
+    env = {"FELIX_PROMETHEUSMETRICSPORT": base.rpartition(":")[2]}
+    answers["GET /metrics"] = (
+        "# HELP felix_bpf_conntrack_sweep_duration Conntrack sweep execution time (ns)\n"
+        "# TYPE felix_bpf_conntrack_sweep_duration gauge\n"
+        "felix_bpf_conntrack_sweep_duration 6.21e+09\n"
+        'felix_bpf_conntrack_expired{reason="x"} 3\n'
+        "felix_bpf_conntrack_used 412\ngo_goroutines 12\n"
+    )
+    found = node._metrics(env)
+    assert found == {"felix_bpf_conntrack_sweep_duration": 6.21e9, "felix_bpf_conntrack_used": 412.0}
+    result = registry.run(replace(HEALTHY, metrics=found), [registry.BY_ID["cpu.conntrack-sweep"]])[0]
+    assert result.status is Status.FINDINGS
+    del answers["GET /metrics"]
+    with pytest.raises(EnvironmentUnfit, match=r"404.*prometheusMetricsEnabled"):
+        node._metrics(env)
+    with pytest.raises(EnvironmentUnfit, match="no process"):
+        node._metrics(Missing("no process"))
+
+
 def run(*words: str, given: str | None = None) -> Result:
     return CliRunner().invoke(command, list(words), input=given, standalone_mode=False, catch_exceptions=True)
 
@@ -245,6 +344,7 @@ def test_files_and_standard_input(api: KubernetesApi, tmp_path: Path) -> None:
         (("nonsense",), "no area 'nonsense'"),
         (("--explain", "nonsense"), "no check 'nonsense'"),
         (("-r", "/nonexistent"), "cannot read /nonexistent"),
+        (("-r", "/nonexistent", "--probe", "a=b:1"), "--probe sends packets"),
         (("--cluster", "--calico-version", "latest"), "'latest' is no release"),
         (("--cluster", "--felix-config", "/nonexistent"), "cannot read /nonexistent"),
         (("--cluster", "--felix-log", "/nonexistent"), "cannot read /nonexistent"),
@@ -259,7 +359,60 @@ def test_usage(words: tuple[str, ...], cause: str, monkeypatch: pytest.MonkeyPat
     assert cause in done.exception.cause
 
 
-@pytest.mark.parametrize(("text", "cause"), [("a: [", "is not YAML"), ("kind: Node", "has no FelixConfiguration")])
+def log_bytes(form: str) -> bytes:
+    """A log of Felix's, as it is rotated and shipped."""
+    lines = [line("Felix starting up"), line("Failed to mount bpffs", "ERROR")]
+    if form == "json":
+        lines = [json.dumps({"log": f"{each}\n", "stream": "stdout"}) for each in lines]
+    raw = "".join(f"{each}\n" for each in lines).encode() + b"\xff\xfe\n"
+    return gzip.compress(raw) if form == "gz" else raw
+
+
+@pytest.mark.parametrize("form", ["plain", "json", "gz"])
+def test_a_log_is_read_as_it_comes(form: str, tmp_path: Path) -> None:
+    path = tmp_path / "calico.log"
+    path.write_bytes(log_bytes(form))
+    kept = str(kept_healthy(tmp_path))
+    for given, raw in ((str(path), None), ("-", log_bytes(form))):
+        done = CliRunner().invoke(
+            command, ["-r", kept, "--felix-log", given, "-o", "json"], input=raw, standalone_mode=False
+        )
+        found = [json.loads(each) for each in done.stdout.splitlines()]
+        assert [each["id"] for each in found if each["type"] == "finding"] == ["services.log-bpffs"]
+
+
+def test_a_log_of_something_else_is_missing(tmp_path: Path) -> None:
+    path = tmp_path / "x.log"
+    path.write_text("hello\nworld\n")
+    done = run("-r", str(kept_healthy(tmp_path)), "services", "--felix-log", str(path))
+    assert "none of the 2 lines of" in done.stdout
+    path.write_bytes(gzip.compress(b"hello")[:-4])
+    done = run("-r", str(kept_healthy(tmp_path)), "--felix-log", str(path))
+    assert isinstance(done.exception, UsageError)
+    assert "cannot read" in done.exception.cause
+
+
+def test_where_no_check_of_the_area_could_run_nothing_is_called_clean(tmp_path: Path) -> None:
+    from calitrace.cli.check import _write
+
+    path = tmp_path / "x.calitrace"
+    _write(path, replace(HEALTHY, drops=Missing("--interval 0")))
+    assert run("-r", str(path), "drops").return_value == 3
+    assert run("-r", str(path), "drops", "maps").return_value == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        ("a: [", "is not YAML"),
+        ("a: 2026-99-99", "is not YAML"),
+        ("[" * 5000, "is not YAML"),
+        ("a: \x00", "is not YAML"),
+        ("kind: Node", "has no FelixConfiguration"),
+        ("just text", "has no FelixConfiguration"),
+        ("", "has no FelixConfiguration"),
+    ],
+)
 def test_yaml_that_is_none(text: str, cause: str, tmp_path: Path) -> None:
     path = tmp_path / "felix.yaml"
     path.write_text(text)
@@ -274,6 +427,15 @@ def kept_healthy(tmp_path: Path) -> Path:
     path = tmp_path / "healthy.calitrace"
     _write(path, HEALTHY)
     return path
+
+
+def test_the_node_can_be_named_afterwards(tmp_path: Path) -> None:
+    config = tmp_path / "felix.yaml"
+    each = "kind: FelixConfiguration\nmetadata: {name: %s}\nspec: {bpfEnabled: true, bpfLogLevel: %s}\n"
+    config.write_text(each % ("default", "Off") + "---\n" + each % ("node.other", "Debug"))
+    words = ("-r", str(kept_healthy(tmp_path)), "debug", "--felix-config", str(config))
+    assert run(*words).return_value == 0
+    assert "FelixConfiguration node.other" in run(*words, "--node-name", "other").stdout
 
 
 def test_a_healthy_snapshot_ends_with_zero(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+import subprocess
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from tests.unit.node_snapshot import (
     MAPS,
     NO_DROPS,
     NODE_ROUTES,
+    NODES,
     POD,
     PREAMBLE,
     ROUTES,
@@ -111,6 +114,11 @@ FIRES: list[tuple[str, dict[str, Any], str]] = [
     ("services.kernel-too-old", {"host": Host("n", "4.19.0-10-amd64", {"ID": "debian"}, 2)}, "4.19.0"),
     ("services.kernel-too-old", {"host": Host("n", "5.4.0", {}, 2)}, "v3.31"),
     (
+        "services.kernel-too-old",
+        {"host": Host("n", "6.1.0", {}, 2, btf=False), "calico_version": "master"},
+        "/sys/kernel/btf/vmlinux: not there",
+    ),
+    (
         "services.felix-started",
         {"links": bare(), "processes": PROXY, "felix_lines": (line("Felix starting up"),)},
         "BPF enabled, starting",
@@ -174,6 +182,32 @@ FIRES: list[tuple[str, dict[str, Any], str]] = [
         "services.api-endpoint",
         {"kubernetes": kubernetes(services_endpoint={"data": {"KUBERNETES_SERVICE_HOST": "10.96.0.1"}})},
         "clusterIP 10.96.0.1",
+    ),
+    (
+        "services.api-endpoint",
+        {"felix_env": {"KUBERNETES_SERVICE_HOST": "10.96.0.1"}, "kubernetes": Missing("no"), "calico_version": "v3.28"},
+        "NAT map: 10.96.0.1:443 proto 6, 1 backends",
+    ),
+    (
+        "services.uplink-programs",
+        {"links": (*LINKS, Link(70, "eth1", addresses=("198.51.100.1/24",)))},
+        "eth1: ingress: nothing",
+    ),
+    (
+        "services.uplink-programs",
+        {"links": (replace(ETH0, programs={}), POD), "routes": (), "kubernetes": Missing("no")}
+        | {"calico_version": "v3.31"},
+        "eth0: ingress: nothing",
+    ),
+    (
+        "services.uplink-programs",
+        {"links": with_link(ETH0, programs={"ingress": (PREAMBLE,)}), "routes": (), "kubernetes": Missing("no")},
+        "egress: nothing",
+    ),
+    (
+        "services.mtu",
+        {"links": with_link(ETH0, mtu=1450), "routes": (), "kubernetes": Missing("no")},
+        "MTU 1450 leaves 1400",
     ),
     ("services.mtu", {"links": with_link(ETH0, mtu=1400)}, "MTU 1400 leaves 1350"),
     (
@@ -321,6 +355,11 @@ FIRES: list[tuple[str, dict[str, Any], str]] = [
         "10.65.1.2:8080 -> 198.51.100.9:3: 4 sent",
     ),
     (
+        "services.nodeport-unanswered",
+        {"maps": with_map("cali_v4_ct4", raw=[connection(40001, 4, 0, 100)])},
+        "198.51.100.9:40001 -> 10.65.1.2:8080: 4 sent, 0 back",
+    ),
+    (
         "services.conntrack-untranslated",
         {
             "maps": (
@@ -349,7 +388,18 @@ FIRES: list[tuple[str, dict[str, Any], str]] = [
         {"drops": Drops(1.0, (counted(4, 0, 2),), (QdiscDrops("eth0", 10, 15),))},
         "clsact dropped: 10 -> 15 within 1 s",
     ),
-    ("drops.since-boot", {"drops": Drops(1.0, (counted(16, 4, 4),))}, "eth0 tc ingress: CT_CREATE_FAILED 4"),
+    (
+        "drops.silent",
+        {"drops": Drops(1.0, (counted(4, 0, 2),), (QdiscDrops("eth0", 0, 5, "tcx"),))},
+        "tcx programs (kfree_skb, TC_INGRESS and TC_EGRESS) dropped: 0 -> 5",
+    ),
+    (
+        "drops.silent",
+        {"drops": Drops(1.0, Missing("no counters map"), (QdiscDrops("eth0", 10, 15),))},
+        "Calico's counters: no counters map",
+    ),
+    ("drops.since-boot", {"drops": Drops(1.0, (counted(16, 4, 4),))}, "CT_CREATE_FAILED at eth0 tc ingress: 4"),
+    ("drops.since-boot", {"drops": Drops(1.0, (counted(12, 4, 4),))}, "RT_UNKNOWN at eth0 tc ingress: 4"),
     (
         "cpu.calico-node",
         {"thread_times": ThreadTimes(2.0, (ThreadTime(57, "calico-node", "felix", 1.9), ThreadTime(57, "x", "y", 0)))},
@@ -357,6 +407,13 @@ FIRES: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("cpu.kube-proxy-fight", {"processes": PROXY}, "process 99: kube-proxy"),
     ("cpu.kube-proxy-rules", {"chains": ("KUBE-SERVICES", "KUBE-SVC-ABC")}, "2 chains of kube-proxy"),
+    ("cpu.kube-proxy-rules-return", {"chains_later": ("KUBE-SERVICES", "INPUT")}, "KUBE-SERVICES"),
+    (
+        "cpu.conntrack-sweep",
+        {"metrics": {"felix_bpf_conntrack_sweep_duration": 9.1e9, "felix_bpf_conntrack_used": 4e6}},
+        "felix_bpf_conntrack_sweep_duration 9100000000 (9.1 s)",
+    ),
+    ("cpu.conntrack-sweep", {"metrics": {"felix_bpf_conntrack_sweep_duration": 6e9}}, "not there"),
     (
         "cpu.min-sync-period",
         {
@@ -380,8 +437,9 @@ FIRES: list[tuple[str, dict[str, Any], str]] = [
     (
         "debug.level",
         {"felix_objects": felix(bpfLogLevel="Debug", bpfLogFilters={"all": "tcp"})},
-        "bpfLogFilters: {'all': 'tcp'}",
+        'bpfLogFilters: {"all": "tcp"}',
     ),
+    ("debug.conntrack-level", {"felix_objects": felix(bpfConntrackLogLevel="Debug")}, "bpfConntrackLogLevel: Debug"),
     ("debug.info-is-silent", {"felix_objects": felix(bpfLogLevel="Info")}, "bpfLogLevel: Info"),
     ("debug.filters", {"felix_objects": felix(bpfLogFilters={"all": "tcp"})}, "bpfLogLevel: Off"),
     (
@@ -413,6 +471,14 @@ FIRES: list[tuple[str, dict[str, Any], str]] = [
     ("maps.leftovers", {"maps": (*MAPS, replace(CONNTRACK, name="cali_v4_ct4_old", id=9))}, "cali_v4_ct4"),
     ("maps.leftovers", {"maps": (*MAPS, pinned("cali_v4_ct3", (16, 88), [], 512000))}, "versions pinned: 3, 4"),
     ("maps.replaced", {"maps": with_map("cali_v4_ct4", id=99)}, "the program uses id 11, pinned is id 99"),
+    (
+        "maps.empty-programs",
+        {
+            "links": with_link(ETH0, programs={"ingress": (replace(PREAMBLE, maps={"cali_progs_ing2": 30}),)}),
+            "maps": (*MAPS, pinned("cali_progs_ing2", (4, 4), [], 400, id=30, type=3)),
+        },
+        "no program in it",
+    ),
     ("maps.interface-state", {"maps": with_map("cali_iface4", raw=STATES[1:])}, "eth0: ifindex 2, no row among 2"),
     (
         "maps.interface-state",
@@ -425,13 +491,20 @@ FIRES: list[tuple[str, dict[str, Any], str]] = [
         "v4Ready (0x2) is not set",
     ),
     ("maps.conntrack-smaller", {"felix_objects": felix(bpfMapSizeConntrack=1_000_000)}, "512000 entries at most"),
+    ("maps.conntrack-smaller", {"felix_objects": felix(bpfMapSizePerCpuConntrack=100_000)}, "PerCpuConntrack: 100000"),
     ("maps.jit-limit", {"programs": (replace(PREAMBLE, jited_bytes=500_000_000),)}, "500000000 bytes of machine code"),
     ("performance.ipip", {"kubernetes": kubernetes(ip_pools=(pool(ipipMode="Always"),))}, "IPPool default: ipipMode"),
+    (
+        "performance.ipip",
+        {"routes": (*ROUTES, Route("10.65.2.0/26", "tunl0", "192.0.2.12")), "kubernetes": Missing("no")},
+        "route 10.65.2.0/26 via 192.0.2.12 dev tunl0",
+    ),
     (
         "performance.overlay-without-pool",
         {"felix_objects": felix(ipipEnabled=True)},
         "ipipEnabled: true (FelixConfiguration default)",
     ),
+    ("performance.overlay-without-pool", {"felix_objects": felix(ipInIpEnabled="true")}, "ipipEnabled: true"),
     (
         "performance.overlay-not-needed",
         {"kubernetes": kubernetes(ip_pools=(pool(vxlanMode="Always"),))},
@@ -534,8 +607,13 @@ QUIET: list[tuple[str, dict[str, Any]]] = [
             )
         },
     ),
+    ("services.api-endpoint", {"felix_env": {"KUBERNETES_SERVICE_HOST": "192.0.2.10"}, "calico_version": "v3.28"}),
+    (
+        "services.api-endpoint",
+        {"felix_env": {"KUBERNETES_SERVICE_HOST": "10.96.0.1"}, "processes": PROXY, "calico_version": "v3.28"},
+    ),
     ("services.mtu", {"links": with_link(ETH0, mtu=1500)}),
-    ("services.mtu", {"kubernetes": kubernetes(nodes=(*KUBERNETES.nodes, {"metadata": {"name": "worker-1"}}))}),
+    ("services.mtu", {"kubernetes": kubernetes(nodes=(*NODES, {"metadata": {"name": "worker-1"}}))}),
     ("services.data-iface-pattern", {"felix_objects": felix(bpfL3IfacePattern="(")}),
     ("services.vxlan-port-clash", {"links": (*LINKS, Link(23, "flannel.1", "vxlan", udp_port=8472))}),
     (
@@ -549,6 +627,21 @@ QUIET: list[tuple[str, dict[str, Any]]] = [
     (
         "services.nat-interfaces",
         {"links": with_link(BPFIN, up=False), "felix_objects": felix(bpfConnectTimeLoadBalancing="Enabled")},
+    ),
+    (
+        "services.nat-interfaces",
+        {"links": with_link(BPFIN, up=False), "felix_objects": felix(bpfConnectTimeLoadBalancingEnabled=True)},
+    ),
+    (
+        "services.uplink-programs",
+        {
+            "links": (
+                *LINKS,
+                Link(70, "eth1", up=False),
+                Link(71, "eth2", master="br0"),
+                Link(72, "docker0", "bridge", addresses=("172.17.0.1/16",)),
+            )
+        },
     ),
     ("services.dsr-cloud", {"felix_objects": DSR, "cloud": Cloud("azure")}),
     ("services.dsr-load-balancer", {"felix_objects": DSR}),
@@ -660,6 +753,62 @@ QUIET: list[tuple[str, dict[str, Any]]] = [
         },
     ),
     ("services.bandwidth-plugin", {"links": (*LINKS, Link(60, "ifb0", "ifb"))}),
+    (
+        "services.nodeport-unanswered",  # a stream of UDP, such as a log, that nobody answers
+        {"maps": with_map("cali_v4_ct4", raw=[connection(port, 40, 0, 70, proto=17) for port in (1, 2, 3)])},
+    ),
+    (
+        "services.nat-backends-routed",  # the API server outside the cluster: only its cluster IP leads there
+        {"maps": with_map("cali_v4_routes", raw=[each for each in NODE_ROUTES if each is not NODE_ROUTES[1]])},
+    ),
+    (
+        "services.nat-endpoints",
+        {
+            "kubernetes": kubernetes(
+                services=(
+                    SERVICES[1]
+                    | {
+                        "metadata": SERVICES[1]["metadata"]
+                        | {"annotations": {"service.kubernetes.io/topology-mode": "Auto"}}
+                    },
+                ),
+                endpoint_slices=slices("10.65.0.2", "10.65.1.2", "10.65.1.3"),
+            )
+        },
+    ),
+    (
+        "services.nat-endpoints",
+        {
+            "kubernetes": kubernetes(
+                services=(SERVICES[1] | {"spec": SERVICES[1]["spec"] | {"trafficDistribution": "PreferClose"}},),
+                endpoint_slices=slices("10.65.0.2", "10.65.1.2", "10.65.1.3"),
+            )
+        },
+    ),
+    *(
+        ("services.log-attach", {"felix_lines": (*HEALTHY.felix_lines, line(text, "WARNING"))})  # type: ignore[misc]
+        for text in (
+            'Failed to apply policy to interface, will retry error=x iface="eth0"',
+            'Failed to apply policy to endpoint, leaving it dirty error=x name="cali0goneforgood"',
+        )
+    ),
+    ("drops.calico-reasons", {"drops": Drops(1.0, (counted(20, 1, 9),))}),
+    ("drops.since-boot", {"drops": Drops(1.0, (counted(20, 9, 9),))}),
+    ("cpu.kube-proxy-rules-return", {"links": bare(), "chains_later": ("KUBE-SERVICES",)}),
+    ("cpu.kube-proxy-rules-return", {"chains": ("KUBE-SERVICES",), "chains_later": ("KUBE-SERVICES",)}),
+    ("maps.nearly-full", {"maps": (*MAPS, pinned("cali_v4_srmsg", (16, 8), [], 100, type=9, entries=100))}),
+    (
+        "maps.leftovers",  # before v3.27 each interface has its own
+        {"maps": (pinned("cali_jump3", (4, 4), [], id=30), pinned("cali_jump3", (4, 4), [], id=31))},
+    ),
+    (
+        "maps.replaced",
+        {
+            "links": with_link(ETH0, programs={"ingress": (replace(PREAMBLE, maps={"cali_jump3": 30}),)}),
+            "maps": (pinned("cali_jump3", (4, 4), [], id=30), pinned("cali_jump3", (4, 4), [], id=31)),
+        },
+    ),
+    ("maps.conntrack-smaller", {"felix_objects": felix(bpfMapSizePerCpuConntrack=20_000)}),
     ("drops.calico-reasons", {"drops": Drops(1.0, (counted(2, 1, 9), counted(4, 7, 7)), (QdiscDrops("eth1", 0, 0),))}),
     (
         "drops.silent",
@@ -680,6 +829,9 @@ QUIET: list[tuple[str, dict[str, Any]]] = [
     ("maps.unknown-layout", {"maps": (*MAPS, pinned("cali_v9_new7", (1, 1), []))}),
     ("maps.leftovers", {"maps": (pinned("odd", (1, 1), []),)}),
     ("maps.nearly-full", {"maps": with_map("cali_v4_nat_be", max_entries=0)}),
+    ("maps.nearly-full", {"maps": (*MAPS, pinned("cali_progs_ing2", (4, 4), [], 4, id=30, type=3, entries=4))}),
+    ("maps.empty-programs", {"maps": (*MAPS, pinned("cali_progs_ing2", (4, 4), [], 400, id=30, type=3))}),
+    ("services.kernel-too-old", {"host": Host("n", "6.1.0", {}, 2, btf=False)}),
     ("maps.replaced", {"links": with_link(ETH0, programs={"ingress": (replace(FOREIGN, maps={"cali_v4_ct4": 1}),)})}),
     ("maps.conntrack-smaller", {"felix_objects": felix(bpfMapSizeConntrack=100_000)}),
     ("performance.ipip", {"kubernetes": kubernetes(ip_pools=(pool(ipipMode="Always", disabled=True),))}),
@@ -714,13 +866,53 @@ UNKNOWN: list[tuple[str, dict[str, Any], str]] = [
     ("services.workload-programs", {"links": with_link(POD, programs={}, kind="netkit")}, "netkit"),
     ("services.uplink-programs", {"links": bare()}, "no interface carries a Calico program"),
     *(
-        (check, {"routes": (), "kubernetes": Missing("no"), "calico_version": "v3.31"}, "no interface has a gateway")
+        (
+            check,
+            {"links": (LO, BPFIN, POD), "routes": (), "kubernetes": Missing("no"), "calico_version": "v3.31"},
+            "no interface has a gateway",
+        )
         for check in ("services.uplink-programs", "services.data-iface-pattern", "services.mtu", "services.rp-filter")
     ),
     ("services.rp-filter", {"links": bare()}, "no interface carries a Calico program"),
     ("services.rp-filter", {"sysctls": {}}, "could not be read"),
     ("services.api-endpoint", {"links": bare()}, "no interface carries a Calico program"),
     ("services.api-endpoint", {"kubernetes": kubernetes(services_endpoint={})}, "from v3.30 on"),
+    ("services.api-endpoint", {"felix_env": {"KUBERNETES_SERVICE_HOST": "10.96.0.1"}}, "from v3.30 on"),
+    ("services.api-endpoint", {"kubernetes": Missing("no"), "calico_version": "v3.28"}, "could be read"),
+    (
+        "services.api-endpoint",
+        {"kubernetes": kubernetes(services_endpoint={}, kube_proxy=Missing("403")), "calico_version": "v3.28"},
+        "whether kube-proxy serves",
+    ),
+    (
+        "services.checksum-offload",
+        {"links": with_link(ETH0, driver="vmxnet3", features={})},
+        "the offloads of eth0 could not be read",
+    ),
+    ("performance.gro-off", {"links": with_link(ETH0, features={})}, "the offloads of eth0 could not be read"),
+    (
+        "performance.vxlan-checksum",
+        {"links": with_link(TUNNEL, features={})},
+        "the offloads of vxlan.calico could not be read",
+    ),
+    *(
+        (check, {"links": bare(), "routes": ()}, "no interface has a gateway")
+        for check in ("performance.mtu-chain", "performance.gro-off")
+    ),
+    *(
+        (check, {"drops": Drops(1.0, Missing("no counters map"))}, "no counters map")
+        for check in ("drops.calico-reasons", "drops.since-boot")
+    ),
+    ("drops.silent", {"drops": Drops(1.0, (), Missing("qdiscs: no permission"))}, "no permission"),
+    ("cpu.conntrack-sweep", {"metrics": {}}, "do not have"),
+    (
+        "maps.conntrack-smaller",
+        {"felix_objects": felix(bpfMapSizePerCpuConntrack=1), "host": Missing("no")},
+        "the number of CPUs",
+    ),
+    ("maps.conntrack-smaller", {"felix_objects": felix(bpfMapSizePerCpuConntrack="1x")}, "is no int"),
+    ("maps.conntrack-smaller", {"felix_objects": felix(bpfMapSizePerCpuConntrack=[1])}, "is no number"),
+    ("maps.conntrack-smaller", {"felix_objects": felix(bpfMapSizeConntrack=[1])}, "is no number"),
     ("services.healthz-port", V328, "is of v3.31"),
     ("services.healthz-port", {"felix_env": {"FELIX_BPFKUBEPROXYHEALTHZPORT": "odd"}}, "is not known"),
     ("services.kernel-too-old", {"host": Host("n", "odd", {}, 1)}, "no kernel release"),
@@ -729,14 +921,16 @@ UNKNOWN: list[tuple[str, dict[str, Any], str]] = [
     ("services.nat-interfaces", {"kubernetes": kubernetes(calico_node=image("v3.26.4"))}, "are of v3.27"),
     ("services.felix-started", {"felix_lines": (line("something"),)}, "does not go back"),
     ("services.host-conntrack-bypass", GONE_ALL, "depends on Calico's release"),
-    ("drops.silent", {"drops": Drops(1.0)}, "tcx"),
+    ("drops.silent", {"drops": Drops(1.0), "links": bare()}, "no clsact qdisc on any interface"),
+    ("drops.silent", {"drops": Drops(1.0)}, "no clsact qdisc on cali1a2b3c4d5e6, calif00dbeef012, eth0"),
     ("cpu.calico-node", {"thread_times": ThreadTimes(1.0, ())}, "no process calico-node"),
+    ("cpu.min-sync-period", {"thread_times": ThreadTimes(1.0, ())}, "no process calico-node"),
     ("cpu.min-sync-period", {"maps": MAPS[:2]}, "number of backends is not known"),
     ("cpu.conntrack-size", {"maps": MAPS[1:]}, "no conntrack map"),
     ("cpu.endpoint-slices", GONE_ALL | {"kubernetes": kubernetes(calico_node={})} | {"calico_version": "v3"}, ""),
     ("maps.jit-limit", {"sysctls": {}}, "could not be read"),
     ("maps.pinned", {"links": bare()}, "no interface carries a Calico program"),
-    ("maps.conntrack-smaller", {"felix_objects": felix(bpfMapSizeConntrack="many")}, "is no number"),
+    ("maps.conntrack-smaller", {"felix_objects": felix(bpfMapSizeConntrack="many")}, "is no int"),
     ("performance.overlay-not-needed", {"kubernetes": kubernetes(nodes=({},))}, "no annotation"),
     ("performance.jit-off", {"sysctls": {}}, "could not be read"),
     ("performance.bpf-stats", {"sysctls": {}}, "could not be read"),
@@ -755,7 +949,14 @@ UNKNOWN += [
         ),
         *("services.dsr-cloud", "services.dsr-load-balancer", "services.host-conntrack-bypass"),
         *("services.node-local-dns", "services.wireguard-port", "cpu.kube-proxy-fight", "cpu.min-sync-period"),
-        *("cpu.endpoint-slices", "debug.level", "debug.info-is-silent", "debug.filters", "debug.felix-level"),
+        *(
+            "cpu.endpoint-slices",
+            "debug.level",
+            "debug.info-is-silent",
+            "debug.filters",
+            "debug.felix-level",
+            "debug.conntrack-level",
+        ),
         *("maps.conntrack-smaller", "performance.overlay-without-pool", "performance.ctlb"),
     )
 ]
@@ -833,6 +1034,7 @@ def test_every_check_explains_itself() -> None:
         assert check.id in text
         assert check.explanation[0].isupper()
         assert f"needs: {', '.join(check.needs)}" in text
+        assert all(len(each) <= shown.WIDTH for each in text.splitlines())
 
 
 def test_the_daemonset_says_felixs_environment_where_the_process_is_not_seen() -> None:
@@ -899,6 +1101,20 @@ def test_a_log_that_is_not_felixs_is_missing() -> None:
         ({"kubernetes": Missing("no")}, "v3.31"),
         ({"kubernetes": Missing("no"), "maps": (pinned("cali_counters2", (8, 112), []),)}, "v3.26 to v3.29"),
         ({"kubernetes": Missing("no"), "maps": (pinned("cali_counters6", (8, 216), []),)}, "master"),
+        (
+            {
+                "kubernetes": Missing("no"),
+                "maps": (pinned("cali_v4_ct2", (16, 64), []), pinned("cali_v4_nat_fe2", (16, 16), [])),
+            },
+            "v3.15 to v3.21",
+        ),
+        (
+            {
+                "kubernetes": Missing("no"),
+                "maps": (pinned("cali_v4_ct2", (16, 64), []), pinned("cali_counters6", (8, 216), [])),
+            },
+            "master",
+        ),
         (
             {
                 "kubernetes": Missing("no"),
@@ -995,6 +1211,23 @@ def test_table() -> None:
     assert list(shown.iter_table([], verbose=True))[:2] == ["PASSED", "         none"]
 
 
+def test_a_command_is_folded_so_that_a_shell_takes_it() -> None:
+    command = 'kubectl patch ds -n kube-system kube-proxy --type merge -p \'{"spec": {"a": "two words and more"}}\''
+    fixes = f"{command}; ip link show  # is it's there?; calico-node -bpf nat dump  # {'long ' * 12}comment; just prose"
+    finding = Finding(Severity.INFO, "", ("seen",), "it is slow", fixes)
+    lines = list(shown.iter_table(results_with(finding)))
+    at = next(number for number, each in enumerate(lines) if each.startswith("         fix"))
+    fix = lines[at : next(n for n, each in enumerate(lines) if each.startswith("         page"))]
+    assert all(len(each) <= shown.WIDTH for each in fix)
+    assert fix[0].endswith(" \\")
+    assert "                ip link show  # is it's there?" in fix
+    assert "                calico-node -bpf nat dump" in fix
+    assert any(each.startswith("                # long long") for each in fix)
+    script = "\n".join(each[16:] for each in fix[:2])
+    words = subprocess.run(["sh", "-c", f"printf '%s|' {script}"], capture_output=True, text=True, check=True).stdout
+    assert words == "|".join(shlex.split(command)) + "|"
+
+
 def test_json() -> None:
     objects = [json.loads(each) for each in shown.iter_json(results_with(WARNING))]
     assert [each["type"] for each in objects] == ["check", "check", "check", "check", "finding", "summary"]
@@ -1030,6 +1263,68 @@ def test_the_documents_name_checks_that_exist() -> None:
         named |= set(re.findall(r"`((?:services|drops|cpu|debug|maps|performance)\.[a-z0-9-]+)`", path.read_text()))
     assert len(named) > 40
     assert named <= registry.BY_ID.keys()
+
+
+@pytest.mark.parametrize(
+    ("changes", "fix"),
+    [
+        ({"felix_objects": felix(bpfLogLevel="Debug")}, "kubectl patch felixconfiguration default --type merge"),
+        (
+            {
+                "felix_objects": (
+                    *felix(),
+                    {"metadata": {"name": "node.worker-1"}, "spec": {"bpfLogLevel": "Debug"}},
+                )
+            },
+            "kubectl patch felixconfiguration node.worker-1 --type merge",
+        ),
+        (
+            {"felix_env": {"felix_bpfloglevel": "Debug"}},
+            "kubectl set env -n calico-system daemonset/calico-node FELIX_BPFLOGLEVEL-; kubectl patch",
+        ),
+    ],
+)
+def test_the_fix_changes_what_the_value_comes_from(changes: dict[str, Any], fix: str) -> None:
+    (found,) = result("debug.level", **changes).findings
+    assert found.fix.startswith(fix)
+
+
+@pytest.mark.parametrize(
+    ("spec", "link", "pattern"),
+    [
+        (
+            {"bpfDataIfacePattern": "^eth"},
+            Link(40, "br0.7", "bridge", addresses=("192.0.2.11/24",)),
+            "^eth|^br0\\\\.7$",
+        ),
+        ({"bpfDataIfacePattern": "^eth"}, replace(WG, addresses=("192.0.2.11/24",)), "^wg0$"),
+        (
+            {"bpfDataIfacePattern": "^eth", "bpfL3IfacePattern": "^tun1$"},
+            replace(WG, addresses=("192.0.2.11/24",)),
+            "^tun1$|^wg0$",
+        ),
+    ],
+)
+def test_a_pattern_is_made_wider_and_not_replaced(spec: dict[str, Any], link: Link, pattern: str) -> None:
+    (found,) = result("services.data-iface-pattern", felix_objects=felix(**spec), links=(*LINKS, link)).findings
+    assert f'IfacePattern":"{pattern}"' in found.fix
+
+
+def test_the_node_to_restart_calico_on_is_this_one() -> None:
+    changes: dict[str, Any] = {"links": with_link(POD, programs={})}
+    (found,) = result("services.workload-programs", **changes).findings
+    assert "--field-selector spec.nodeName=worker-1  # restarts calico-node" in found.fix
+    (found,) = result("services.workload-programs", host=Missing("no"), **changes).findings
+    assert "spec.nodeName=NODE" in found.fix
+
+
+def test_fixes_hold_no_placeholder_that_a_shell_would_take() -> None:
+    for check, changes, _ in FIRES:
+        for finding in result(check, **changes).findings:
+            for each in finding.fix.split("; "):
+                assert "..." not in each
+                if "kubectl" in each:
+                    assert each.startswith(("kubectl", "or kubectl")), each
 
 
 def test_fixes_name_commands_that_exist() -> None:

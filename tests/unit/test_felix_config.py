@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import json
 from typing import Any
 
 import pytest
@@ -83,6 +85,14 @@ def test_without_configurations_only_the_environment_is_sure() -> None:
     assert isinstance(settings.get("bpfLogLevel"), Unset)
 
 
+def test_quoted_numbers_and_the_page_s_name_of_ipip() -> None:
+    get = felix_config.resolve([configuration("default", vxlanPort="4790", ipInIpEnabled=True)], {}, "n", None).get
+    assert get("vxlanPort") == Setting("vxlanPort", 4790, "FelixConfiguration default")
+    assert get("ipipEnabled") == Setting("ipipEnabled", True, "FelixConfiguration default")
+    odd = felix_config.resolve([configuration("default", vxlanPort="many")], {}, "n", None).get("vxlanPort")
+    assert odd == Unset("vxlanPort: 'many' in FelixConfiguration default is no int")
+
+
 def test_a_quoted_bool_and_words_in_any_case() -> None:
     get = felix_config.resolve([configuration("default", bpfEnabled="false", bpfLogLevel="debug")], {}, "n", None).get
     assert get("bpfEnabled") == Setting("bpfEnabled", False, "FelixConfiguration default")
@@ -105,7 +115,18 @@ def test_what_calicoctl_and_kubectl_print() -> None:
         None,
     ]
     assert felix_config.configurations(documents) == [one, two]
+    assert felix_config.configurations([documents]) == [one, two]
+    raw = {"kind": "FelixConfigurationList", "items": [{"metadata": one["metadata"], "spec": one["spec"]}]}
+    assert felix_config.configurations([raw]) == [one]
     assert felix_config.configurations([{"kind": "FelixConfiguration", "spec": "odd"}]) == []
+    empty = {"kind": "FelixConfiguration", "metadata": {"name": "default"}, "spec": None}
+    assert felix_config.configurations([empty]) == [configuration("default")]
+
+
+def test_what_yaml_makes_of_unquoted_words_is_plain_again() -> None:
+    spec = {"since": datetime.date(2026, 11, 23), 1: [True, None, {"a": 2.5}], "bpfLogFilters": {"all": "tcp"}}
+    (found,) = felix_config.configurations([configuration("default") | {"spec": spec}])
+    assert found["spec"] == {"since": "2026-11-23", "1": [True, None, {"a": 2.5}], "bpfLogFilters": {"all": "tcp"}}
 
 
 @pytest.mark.parametrize(("text", "shown"), [("v3.28.1", "v3.28"), ("3.31", "v3.31"), ("v3.30.0-0.dev-1", "v3.30")])
@@ -120,10 +141,45 @@ def test_no_releases(text: str) -> None:
 
 def test_lines_of_a_container_runtime() -> None:
     plain = "2026-11-23 10:00:00.000 [WARNING][57] felix/bpf_ep_mgr.go 1234: Failed to set rp_filter for cali1. error=x"
-    lines = felix_log.parse([f"2026-11-23T10:00:00.123456789Z stdout F {plain}", plain, "bird: x", "", "  "])
+    wrapped = [
+        f"2026-11-23T10:00:00.123456789Z stdout F {plain}",
+        plain,
+        plain.replace(" 10:", "T10:").replace(".000", ".000123+01:00"),
+        f"[pod/calico-node-x7z2p/calico-node] {plain}",
+        json.dumps({"log": f"{plain}\n", "stream": "stdout", "time": "2026-11-23T10:00:00Z"}),
+        json.dumps({"MESSAGE": plain, "PRIORITY": "6"}),
+    ]
+    others = ["bird: x", "", "  ", "{", '{"log": 3}', json.dumps({"log": "bird: x"})]
+    others.append('I1123 10:00:00.123456       1 proxier.go:822] "SyncProxyRules complete" elapsed="1ms"')
+    lines = list(felix_log.parse([*wrapped, *others]))
     assert [(each.level, each.file, each.text) for each in lines] == [
         ("WARNING", "bpf_ep_mgr.go", "Failed to set rp_filter for cali1. error=x")
-    ] * 2
+    ] * len(wrapped)
+    assert all("\\n" not in each.raw for each in lines)
+
+
+def test_what_is_kept_of_a_log_is_what_checks_look_at() -> None:
+    def line(text: str) -> str:
+        return f"2026-11-23 10:00:00.000 [INFO][57] felix/x.go 1: {text}"
+
+    wanted = ["first", "Felix starting up", felix_log.STARTED, "new state written", "Failed to mount bpffs"]
+    wanted.append("Failed to apply policy to endpoint, leaving it dirty error=x")
+    lines = [
+        "bird: x",
+        *map(line, wanted[:3]),
+        line("Summarising 3 loops"),
+        f"bird: {felix_log.STARTED}",
+        *map(line, wanted[3:]),
+    ]
+    assert [each.text for each in felix_log.telling(lines)] == wanted
+
+
+def test_the_interface_that_a_line_names() -> None:
+    for field in ('iface="eth0"', 'name="eth0"', "ifaceName=eth0"):
+        (found,) = felix_log.parse([f"2026-11-23 10:00:00.000 [INFO][57] felix/x.go 1: failed {field} error=x"])
+        assert felix_log.interface(found) == "eth0"
+    (found,) = felix_log.parse(["2026-11-23 10:00:00.000 [INFO][57] felix/x.go 1: failed"])
+    assert felix_log.interface(found) == ""
 
 
 def test_every_known_line_is_a_pattern_with_a_meaning() -> None:

@@ -7,6 +7,7 @@ releases; where the release is not known well enough to choose, the setting is u
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,8 @@ class Parameter:
 
     *kind*: the type of its values. *defaults*: (first release with it, value), oldest first; a value of None means
     that Felix decides at run time. *until*: the last release that has it. *env*: its variable, where that is not
-    FELIX_ and the name in capitals.
+    FELIX_ and the name in capitals. *old*: the name that Calico's own page and Felix's configuration
+    file have for it.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Parameter:
     defaults: tuple[tuple[Version, Value | None], ...]
     until: Version | None = None
     env: str = ""
+    old: str = ""
 
     @property
     def variable(self) -> str:
@@ -50,6 +53,7 @@ PARAMETERS = {
         _always("bpfEnabled", False),
         _always("bpfLogLevel", "Off"),
         _always("bpfLogFilters", None, (3, 27)),
+        _always("bpfConntrackLogLevel", "Off", (3, 30)),
         Parameter(
             "bpfDataIfacePattern",
             str,
@@ -94,10 +98,13 @@ PARAMETERS = {
         Parameter("bpfHostConntrackBypass", bool, (((3, 23), True), ((3, 30), False))),
         _always("bpfExcludeCIDRsFromNAT", None, (3, 28)),
         _always("bpfMapSizeConntrack", 512000, (3, 23)),
+        _always("bpfMapSizePerCpuConntrack", 0, (3, 30)),
         _always("bpfMapSizeIfState", 1000, (3, 24)),
         _always("bpfConntrackTimeouts", None, (3, 30)),
         _always("bpfDisableGROForIfaces", "", (3, 27)),
-        Parameter("ipipEnabled", bool, (((3, 13), False), ((3, 23), None)), env="FELIX_IPINIPENABLED"),
+        Parameter(
+            "ipipEnabled", bool, (((3, 13), False), ((3, 23), None)), env="FELIX_IPINIPENABLED", old="ipInIpEnabled"
+        ),
         Parameter("vxlanEnabled", bool, (((3, 13), False), ((3, 23), None))),
         _always("vxlanPort", 4789),
         _always("vxlanMTU", 0),
@@ -126,7 +133,8 @@ class Setting:
         return str(self.value).lower() == word.lower()
 
     def __str__(self) -> str:
-        shown = str(self.value).lower() if isinstance(self.value, bool) else self.value
+        value = self.value
+        shown = "not set" if value is None else value if isinstance(value, str) else json.dumps(value)
         return f"{self.name}: {shown} ({self.origin})"
 
 
@@ -159,9 +167,12 @@ class Settings:
                 return Unset(f"{parameter.variable}={self.env[parameter.variable]!r} is no {parameter.kind.__name__}")
             return Setting(name, value, parameter.variable)
         for origin, spec in self.specs:
-            value = spec.get(name)
-            if parameter.kind is bool and isinstance(value, str):  # quoted in somebody's YAML
+            written = next((each for each in (name, parameter.old) if spec.get(each) is not None), name)
+            value = spec.get(written)
+            if isinstance(value, str):  # a number or truth value quoted in somebody's YAML
                 value = _parsed(parameter, value)
+                if value is None:
+                    return Unset(f"{written}: {spec[written]!r} in {origin} is no {parameter.kind.__name__}")
             if value is not None:
                 return Setting(name, value, origin)
         if not self.complete:
@@ -216,13 +227,28 @@ def _name(thing: Mapping[str, Any]) -> str:
 
 
 def configurations(documents: Iterable[Any]) -> list[dict[str, Any]]:
-    """The FelixConfigurations in what calicoctl or kubectl printed, lists included; other objects are left out."""
+    """The FelixConfigurations in what calicoctl or kubectl printed, lists included; other objects are left out.
+
+    Of each its name and spec: that is all that settings come from, and plain JSON.
+    """
     found: list[dict[str, Any]] = []
     for each in documents:
-        if not isinstance(each, dict):
-            continue
-        if isinstance(each.get("items"), list):
-            found += configurations(each["items"])
-        elif each.get("kind") == "FelixConfiguration" and isinstance(each.get("spec", {}), dict):
-            found.append(each)
+        if isinstance(each, list):
+            found += configurations(each)
+        elif isinstance(each, dict) and isinstance(each.get("items"), list):
+            kind = str(each.get("kind", "")).removesuffix("List")
+            found += configurations({"kind": kind} | one for one in each["items"] if isinstance(one, dict))
+        elif isinstance(each, dict) and each.get("kind") == "FelixConfiguration":
+            spec = each.get("spec") or {}
+            if isinstance(spec, dict):
+                found.append({"kind": each["kind"], "metadata": {"name": _name(each)}, "spec": _plain(spec)})
     return found
+
+
+def _plain(value: Any) -> Any:
+    """What YAML read, as JSON has it: a date or another word of YAML's is a string."""
+    if isinstance(value, dict):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)

@@ -1,20 +1,24 @@
 """Felix's own log: the format of its lines, and those that say something about the eBPF dataplane.
 
 Format: ``YYYY-MM-DD HH:MM:SS.mmm [LEVEL][pid] felix/file.go LINE: text key=value``; a runtime may have put its time
-and stream name before it. Source: the files named in the table, felix/dataplane/linux and felix/bpf of
-v3.13 to master.
+and stream name before it, or the whole into a member of JSON. Source: the files named in the table,
+felix/dataplane/linux and felix/bpf of v3.13 to master.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 _LINE = re.compile(
-    r"(?:^|\s)(?P<time>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}) \[(?P<level>[A-Z]+)\]\[(?P<pid>\d+)\] "
+    r"(?:^|\s)(?P<time>\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d[.,]\d{3,9}(?:Z|[+-]\d\d:?\d\d)?) "
+    r"\[(?P<level>[A-Z]+)\]\[(?P<pid>\d+)\] "
     r"(?P<component>[^/\s]+)/(?P<file>\S+) (?P<line>\d+): (?P<text>.*)$"
 )
+_MEMBERS = ("log", "message", "msg", "MESSAGE", "line")  # Docker, fluentd, Loki, the journal
+_INTERFACE = re.compile(r'\b(?:iface|name|ifaceName)="?([^"\s]+)')
 STARTED = "BPF enabled, starting BPF endpoint manager and map manager."
 UNSUPPORTED = "mode enabled but not supported by the kernel"
 
@@ -53,7 +57,7 @@ KNOWN = (
         "Felix found the kernel unsupported and fell back to the standard dataplane; where kube-proxy has gone, no "
         "service works on this node",
         "read error= in that line; update the kernel (5.3 or later; RHEL 4.18.0-193 or later; v3.31 and later: 5.10), "
-        "or run kube-proxy again: kubectl patch ds -n kube-system kube-proxy --type merge -p "
+        "or run kube-proxy again; kubectl patch ds -n kube-system kube-proxy --type merge -p "
         """'{"spec":{"template":{"spec":{"nodeSelector":{"non-calico": null}}}}}'""",
         cured=re.escape(STARTED),
     ),
@@ -61,11 +65,12 @@ KNOWN = (
         "services.log-no-api-client",
         "BPF enabled but no Kubernetes client available, unable to run kube-proxy module",
         "Felix cannot read Services: the NAT maps stay empty and no service works on this node",
-        "kubectl get configmap -n kube-system kubernetes-services-endpoint (tigera-operator where the operator runs)",
+        "kubectl get configmap -A --field-selector metadata.name=kubernetes-services-endpoint -o yaml",
     ),
     Known(
         "services.log-ctlb",
-        "failed to attach connect-time load balancer, bailing out",
+        "failed to attach connect-time load balancer, bailing out|unable to do connect-time load balancing"
+        "|Failed to mount cgroup2 filesystem",
         "Felix stops: cgroup v2 is not mounted, another program holds the hook, or the kernel's verifier refused it",
         "mount | grep cgroup2; then look at the libbpf lines above it in the log",
     ),
@@ -79,17 +84,17 @@ KNOWN = (
         "services.log-bpffs",
         "Failed to mount bpffs|Failed to mount BPF filesystem",
         "maps cannot be pinned; every restart of calico-node would lose them",
-        "mount -t bpf bpffs /sys/fs/bpf, or repair the init container mount-bpffs",
+        "mount -t bpf bpffs /sys/fs/bpf; or repair the init container mount-bpffs",
     ),
     Known(
         "services.log-maps",
         "error creating bpf maps|Cannot load interface state map|Failed to create BPF endpoint manager",
         "Felix stops: it lacks a privilege, locked memory, or the kernel is in lockdown",
-        "kubectl describe pod -n calico-system -l k8s-app=calico-node: is it privileged?",
+        "kubectl describe pod -n calico-system -l k8s-app=calico-node  # is it privileged?",
     ),
     Known(
         "services.log-attach",
-        "Failed to apply policy to (?:interface, will retry|endpoint, leaving it dirty)|Failed to attach to TC section",
+        "Failed to apply policy to (?:interface|endpoint)|Failed to attach to TC section",
         "the programs of that interface are not in place, or are old: its traffic is not handled as policy says",
         "look at the line's error= and the libbpf lines above it; tc filter show dev IFACE ingress",
     ),
@@ -108,16 +113,17 @@ KNOWN = (
     Known(
         "services.log-proxy",
         "Failed invoking dataplane syncer|Failed to start kube-proxy|inconsistent backed map, missing ep"
+        "|failed to apply (?:LoadBalancer IP|ExternalIP|NodePort)"
         "|Failed to load previous state of NAT maps|kube-proxy failed to resync after host IPs update",
         "the NAT maps are not what the cluster's Services say",
-        "calitrace check services --kubeconfig FILE compares them; restarting calico-node writes them anew",
+        "calitrace check services --kubeconfig FILE  # compares them; restart calico-node, which writes them anew",
         cured="new state written",
     ),
     Known(
         "services.log-healthz-port",
         r"BPF Proxy Healthz server failed.*address already in use",
         "kube-proxy owns the health port: it still runs beside the eBPF dataplane (projectcalico/calico#10748)",
-        "remove kube-proxy; where it has to stay: calicoctl patch felixconfiguration default --patch "
+        "remove kube-proxy; where it has to stay; calicoctl patch felixconfiguration default --patch "
         '\'{"spec":{"bpfKubeProxyHealthzPort":0}}\'',
         grave=False,
     ),
@@ -143,7 +149,8 @@ KNOWN = (
     ),
     Known(
         "maps.log-replaced",
-        "Map with same name but different parameters exists. Deleting it|error copying data from old map",
+        "Map with same name but different parameters exists. Deleting it|error copying data from old map"
+        r"|Old map exists \(from previous migration attempt",
         "a map was made anew: connections known to the old one are lost",
         "nothing, if it was an upgrade; clients connect anew",
         grave=False,
@@ -163,9 +170,10 @@ KNOWN = (
     ),
     Known(
         "maps.log-conntrack-scan",
-        "Failed to iterate over conntrack map|Failed to run bpf conntrack cleaner",
+        "Failed to iterate over conntrack map|Failed to run bpf conntrack cleaner"
+        "|Failed to write updates to conntrack cleanup BPF map",
         "conntrack entries are not expired: the map fills up",
-        "calitrace check maps shows how full it is; restart calico-node",
+        "calitrace check maps  # how full is it?; restart calico-node",
         grave=False,
     ),
     Known(
@@ -178,14 +186,44 @@ KNOWN = (
 )
 
 
-def parse(lines: Iterable[str]) -> list[Line]:
+BEGINS = ("Felix starting up", "Logging initialized")
+_TELLING = re.compile(
+    "|".join((*BEGINS, re.escape(STARTED), *(p for row in KNOWN for p in (row.text, row.cured) if p)))
+)
+
+
+def parse(lines: Iterable[str]) -> Iterator[Line]:
     """The lines that have Felix's format, in order; others (libbpf, BIRD, the container's start) are left out."""
-    found = []
     for raw in lines:
-        match = _LINE.search(raw)
+        line = _unwrapped(raw) if raw.startswith("{") else raw
+        match = _LINE.search(line)
         if match:
-            found.append(Line(raw.strip(), match["time"], match["level"], match["file"], match["text"]))
-    return found
+            yield Line(line.strip(), match["time"], match["level"], match["file"], match["text"])
+
+
+def _unwrapped(raw: str) -> str:
+    """The line in JSON that a container runtime or a log collector wrote around it."""
+    try:
+        wrapped = json.loads(raw)
+    except ValueError:
+        return raw
+    said = (wrapped.get(each) for each in _MEMBERS)
+    return next((each.rstrip() for each in said if isinstance(each, str)), raw)
+
+
+def telling(lines: Iterable[str]) -> tuple[Line, ...]:
+    """Of Felix's lines those that any check looks at, and the first, which says how far back the log goes."""
+    found: list[Line] = []
+    for raw in lines:
+        if not found or _TELLING.search(raw):
+            found += parse([raw])
+    return tuple(found)
+
+
+def interface(line: Line) -> str:
+    """The interface that a line names in its fields: ``iface="eth0"``; "" where it names none."""
+    match = _INTERFACE.search(line.text)
+    return match[1] if match else ""
 
 
 def present(known: Known, lines: Iterable[Line]) -> list[Line]:

@@ -24,6 +24,12 @@ _BY_MAP: Mapping[tuple[str, int], tuple[Version, Version]] = {
     ("cali_state4", 488): ((3, 30), (3, 31)),
     ("cali_state6", 512): ((3, 32), MASTER),
 }
+# Before v3.24 there are no such maps. Source: felix/bpf/conntrack/map.go, felix/bpf/nat/maps.go.
+_OLD_BY_MAP: Mapping[tuple[str, int], tuple[Version, Version]] = {
+    ("cali_v4_ct", 56): ((3, 13), (3, 13)),
+    ("cali_v4_ct2", 64): ((3, 14), (3, 23)),
+    ("cali_v4_nat_fe2", 16): ((3, 15), (3, 21)),
+}
 
 
 @dataclass(frozen=True)
@@ -59,10 +65,12 @@ def of_maps(maps: Iterable[tuple[str, int]]) -> Release | None:
 
     None when none of them tells, or they contradict each other, as in the middle of an upgrade.
     """
-    telling = [each for each in maps if each in _BY_MAP]
+    every = list(maps)
+    table = _BY_MAP if any(each in _BY_MAP for each in every) else _OLD_BY_MAP
+    telling = [each for each in every if each in table]
     if not telling:
         return None
-    oldest = max(_BY_MAP[each][0] for each in telling)
-    newest = min(_BY_MAP[each][1] for each in telling)
+    oldest = max(table[each][0] for each in telling)
+    newest = min(table[each][1] for each in telling)
     source = ", ".join(f"map {name} with values of {size} bytes" for name, size in telling)
     return Release(oldest, newest, source) if oldest <= newest else None

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from calitrace.calico.felix_config import Settings, Unset
 from calitrace.calico.release import Release
 from calitrace.checks.finding import Check, Finding, Said, Section, Severity, Unknown
-from calitrace.checks.objects import ebpf_on, iter_numbered, patch
+from calitrace.checks.objects import ebpf_on, grep_log, iter_numbered, patch
 from calitrace.checks.services import KUBE_PROXY_OFF, kube_proxies
-from calitrace.checks.snapshot import Kubernetes, Link, Map, Process, ProgramTimes, ThreadTimes
+from calitrace.checks.snapshot import Link, Map, Process, ProgramTimes, ThreadTimes
 
 Links = tuple[Link, ...]
 BUSY = 0.8  # of one CPU: what calico-node uses at rest is a few hundredths
 MANY_ENDPOINTS = 1000
 LARGE_CONNTRACK = 1_000_000  # projectcalico/calico#10642: 4 million entries take nearly the 10 s between two sweeps
+LONG_SWEEP_S = 5.0
 PROGRAM_SHARE = 0.2
 
 
@@ -28,7 +31,8 @@ def calico_node(thread_times: ThreadTimes) -> Said:
         return
     share = _felix_share(thread_times)
     if share > BUSY:
-        busiest = sorted(thread_times.threads, key=lambda each: -each.cpu_s)
+        own = [each for each in thread_times.threads if each.process == "calico-node"]
+        busiest = sorted(own, key=lambda each: -each.cpu_s)
         yield Finding(
             Severity.WARNING,
             "calico-node",
@@ -37,7 +41,7 @@ def calico_node(thread_times: ThreadTimes) -> Said:
                 *(f"thread {t.thread} (process {t.pid}): {t.cpu_s:.2f} s" for t in busiest[:3] if t.cpu_s > 0),
             ),
             "calico-node is busy all the time: the other findings of this area, if any, say why",
-            "calitrace check cpu --interval 10; kubectl logs -n calico-system -l k8s-app=calico-node -c calico-node",
+            "calitrace check cpu --interval 10; " + grep_log("Summarising"),
         )
 
 
@@ -60,7 +64,7 @@ def kube_proxy_fight(links: Links, processes: tuple[Process, ...], felix: Settin
             (*(f"process {each.pid}: {each.command or each.name}" for each in found), str(cleanup)),
             "Felix and kube-proxy fight over the iptables rules: both burn CPU and services flap "
             "(projectcalico/calico#10538)",
-            f"{KUBE_PROXY_OFF}; where it has to stay: " + patch('"bpfKubeProxyIptablesCleanupEnabled":false'),
+            f"{KUBE_PROXY_OFF}; where it has to stay; " + patch('"bpfKubeProxyIptablesCleanupEnabled":false', cleanup),
         )
 
 
@@ -69,7 +73,7 @@ def kube_proxy_rules(links: Links, chains: tuple[str, ...], processes: tuple[Pro
 
     They cost each packet that enters the host's stack, and send traffic to endpoints that have long gone.
     """
-    mine = [chain for chain in chains if chain.startswith(("KUBE-SVC-", "KUBE-SEP-", "KUBE-SERVICES", "KUBE-EXT-"))]
+    mine = _of_proxy(chains)
     found = kube_proxies(processes)
     if isinstance(found, Unknown):
         yield found
@@ -79,8 +83,31 @@ def kube_proxy_rules(links: Links, chains: tuple[str, ...], processes: tuple[Pro
             "",
             (f"{len(mine)} chains of kube-proxy", *iter_numbered(mine, 3)),
             "rules of a kube-proxy that no longer runs (projectcalico/calico#4146 looked like that)",
-            "kube-proxy --cleanup on this node, or restart it",
+            "kube-proxy --cleanup  # on this node; or restart the node",
         )
+
+
+def kube_proxy_rules_return(links: Links, chains: tuple[str, ...], chains_later: tuple[str, ...]) -> Said:
+    """Looks twice, an interval apart, for chains of kube-proxy that were not there the first time.
+
+    In eBPF mode Felix removes them; chains that come back are somebody's who writes them again: a kube-proxy, also one
+    inside another process such as k3s's. kube-proxy looks after its rules each 30 s, so --interval 60 sees most.
+    """
+    known = set(chains)
+    new = [chain for chain in _of_proxy(chains_later) if chain not in known]
+    if new and ebpf_on(links):
+        yield Finding(
+            Severity.WARNING,
+            "",
+            (f"{len(new)} chains that were not there before", *iter_numbered(new, 3)),
+            "something writes kube-proxy's rules while Felix removes them: both burn CPU and services flap "
+            "(projectcalico/calico#10538)",
+            f"{KUBE_PROXY_OFF}; where it has to stay; " + patch('"bpfKubeProxyIptablesCleanupEnabled":false'),
+        )
+
+
+def _of_proxy(chains: tuple[str, ...]) -> list[str]:
+    return [each for each in chains if each.startswith(("KUBE-SVC-", "KUBE-SEP-", "KUBE-SERVICES", "KUBE-EXT-"))]
 
 
 def min_sync_period(thread_times: ThreadTimes, felix: Settings, maps: tuple[Map, ...]) -> Said:
@@ -88,6 +115,9 @@ def min_sync_period(thread_times: ThreadTimes, felix: Settings, maps: tuple[Map,
 
     Each change of an endpoint may rewrite the NAT maps once in that time.
     """
+    if not any(each.process == "calico-node" for each in thread_times.threads):
+        yield Unknown("no process calico-node in sight")
+        return
     period = felix.get("bpfKubeProxyMinSyncPeriod")
     backends = [each for each in maps if each.name.endswith("_nat_be") and each.entries is not None]
     if isinstance(period, Unset) or not backends:
@@ -100,11 +130,11 @@ def min_sync_period(thread_times: ThreadTimes, felix: Settings, maps: tuple[Map,
             "calico-node",
             (str(period), f"{count} backends", f"calico-node: {_felix_share(thread_times):.2f} CPUs"),
             "with that many endpoints a sync each second can keep calico-node busy",
-            patch('"bpfKubeProxyMinSyncPeriod":"10s"'),
+            patch('"bpfKubeProxyMinSyncPeriod":"10s"', period),
         )
 
 
-def endpoint_slices(felix: Settings, release: Release, kubernetes: Kubernetes) -> Said:
+def slices_unused(felix: Settings, release: Release, endpoint_slices: tuple[dict[str, Any], ...]) -> Said:
     """Looks for bpfKubeProxyEndpointSlicesEnabled false where the cluster has EndpointSlices (v3.16 to v3.31).
 
     Then Felix watches Endpoints: each change of one pod sends the whole list.
@@ -112,13 +142,13 @@ def endpoint_slices(felix: Settings, release: Release, kubernetes: Kubernetes) -
     setting = felix.get("bpfKubeProxyEndpointSlicesEnabled")
     if isinstance(setting, Unset):
         yield Unknown(setting.why)
-    elif setting.value is False and kubernetes.endpoint_slices and release.newest <= (3, 31):
+    elif setting.value is False and endpoint_slices and release.newest <= (3, 31):
         yield Finding(
             Severity.WARNING,
             "",
-            (str(setting), f"{len(kubernetes.endpoint_slices)} EndpointSlices in the cluster", str(release)),
+            (str(setting), f"{len(endpoint_slices)} EndpointSlices in the cluster", str(release)),
             "Felix watches Endpoints instead of EndpointSlices: more CPU for each change of a pod",
-            patch('"bpfKubeProxyEndpointSlicesEnabled":true'),
+            patch('"bpfKubeProxyEndpointSlicesEnabled":true', setting),
         )
 
 
@@ -138,10 +168,33 @@ def conntrack_size(maps: tuple[Map, ...]) -> Said:
                 each.name,
                 (f"{each.name}: {each.entries} of {each.max_entries} entries",),
                 "calico-node walks all of them every 10 seconds (projectcalico/calico#10642)",
-                "shorten bpfConntrackTimeouts (v3.30), or "
-                + patch('"bpfConntrackMode":"BPFProgram"')
-                + " (v3.30): the walk then runs in the kernel",
+                "shorten bpfConntrackTimeouts (v3.30), or let the kernel walk it (v3.30); "
+                + patch('"bpfConntrackMode":"BPFProgram"'),
             )
+
+
+def conntrack_sweep(metrics: dict[str, float]) -> Said:
+    """Reads from Felix's metrics (prometheusMetricsEnabled) how long its last walk of the conntrack map took.
+
+    It begins one every 10 seconds: a walk of more than half of that is a finding.
+    """
+    took_ns = metrics.get("felix_bpf_conntrack_sweep_duration")
+    if took_ns is None:
+        yield Unknown("Felix's metrics do not have felix_bpf_conntrack_sweep_duration")
+    elif took_ns / 1e9 > LONG_SWEEP_S:
+        used = metrics.get("felix_bpf_conntrack_used")
+        yield Finding(
+            Severity.WARNING,
+            "",
+            (
+                f"felix_bpf_conntrack_sweep_duration {took_ns:.0f} ({took_ns / 1e9:.1f} s)",
+                f"felix_bpf_conntrack_used {used:.0f}" if used is not None else "felix_bpf_conntrack_used: not there",
+            ),
+            "calico-node walks its conntrack map most of the time, and expired entries stay too long "
+            "(projectcalico/calico#10642)",
+            "shorten bpfConntrackTimeouts (v3.30), or let the kernel walk it (v3.30); "
+            + patch('"bpfConntrackMode":"BPFProgram"'),
+        )
 
 
 def bpf_programs(program_times: ProgramTimes) -> Said:
@@ -160,7 +213,7 @@ def bpf_programs(program_times: ProgramTimes) -> Said:
                     f"{each.run_count} runs, {each.run_ns // max(each.run_count, 1)} ns each",
                 ),
                 "this program takes a large part of a CPU",
-                "calitrace check debug: is Calico's packet log on?; calitrace check drops: is it a flood?",
+                "calitrace check debug  # is Calico's packet log on?; calitrace check drops  # is it a flood?",
             )
 
 
@@ -168,8 +221,10 @@ CHECKS = (
     Check("cpu.calico-node", Section.CPU, calico_node),
     Check("cpu.kube-proxy-fight", Section.CPU, kube_proxy_fight),
     Check("cpu.kube-proxy-rules", Section.CPU, kube_proxy_rules),
+    Check("cpu.kube-proxy-rules-return", Section.CPU, kube_proxy_rules_return),
     Check("cpu.min-sync-period", Section.CPU, min_sync_period),
-    Check("cpu.endpoint-slices", Section.CPU, endpoint_slices),
+    Check("cpu.endpoint-slices", Section.CPU, slices_unused),
     Check("cpu.conntrack-size", Section.CPU, conntrack_size),
+    Check("cpu.conntrack-sweep", Section.CPU, conntrack_sweep),
     Check("cpu.bpf-programs", Section.CPU, bpf_programs),
 )

@@ -25,7 +25,22 @@ def level(felix: Settings) -> Said:
             (str(setting), str(filters) if not isinstance(filters, Unset) else filters.why),
             "Calico's programs log " + ("the packets of the filters" if limited else "every packet") + ": slow, and "
             "often forgotten",
-            patch('"bpfLogLevel":"Off"'),
+            patch('"bpfLogLevel":"Off"', setting),
+        )
+
+
+def conntrack_level(felix: Settings) -> Said:
+    """Looks at bpfConntrackLogLevel (v3.30): Debug logs each entry that the cleaner of the conntrack map looks at."""
+    setting = felix.get("bpfConntrackLogLevel")
+    if isinstance(setting, Unset):
+        yield Unknown(setting.why)
+    elif setting.says("Debug"):
+        yield Finding(
+            Severity.WARNING,
+            "",
+            (str(setting),),
+            "each entry of the conntrack map is logged every 10 seconds: slow, and often forgotten",
+            patch('"bpfConntrackLogLevel":"Off"', setting),
         )
 
 
@@ -40,7 +55,9 @@ def info_is_silent(felix: Settings, release: Release) -> Said:
             "",
             (str(setting), str(release)),
             "from v3.30 on there are no programs for Info: nothing is logged",
-            patch('"bpfLogLevel":"Debug"') + " for as long as you read it, or " + patch('"bpfLogLevel":"Off"'),
+            patch('"bpfLogLevel":"Debug"', setting)
+            + "; for as long as you read it, then; "
+            + patch('"bpfLogLevel":"Off"', setting),
         )
 
 
@@ -60,7 +77,7 @@ def filters(felix: Settings, links: tuple[Link, ...]) -> Said:
             "",
             (str(setting), str(wanted)),
             "filters without bpfLogLevel Debug log nothing",
-            patch('"bpfLogFilters":null'),
+            patch('"bpfLogFilters":null', setting),
         )
     strange = sorted(named - _GROUPS - {link.name for link in links})
     if strange and not named & _GROUPS:
@@ -69,7 +86,7 @@ def filters(felix: Settings, links: tuple[Link, ...]) -> Said:
             "",
             (str(setting), *(f"no interface {name} on this node" for name in strange)),
             "the filters name no interface of this node, or none any more",
-            patch('"bpfLogFilters":{"all":"..."}'),
+            patch('"bpfLogFilters":{"all":"host ADDRESS"}', setting),
         )
 
 
@@ -87,7 +104,7 @@ def refused_by_verifier(felix: Settings, host: Host, release: Release) -> Said:
             "",
             (str(setting), f"kernel {host.kernel}", str(release)),
             "this kernel refuses v3.30's debug programs: interfaces lose theirs (projectcalico/calico#10911)",
-            patch('"bpfLogLevel":"Off"'),
+            patch('"bpfLogLevel":"Off"', setting),
         )
 
 
@@ -114,7 +131,7 @@ def trace_pipe_readers(trace_readers: tuple[Process, ...]) -> Said:
             "whoever else reads the log gets only the lines that these leave",
             "kill "
             + " ".join(str(each.pid) for each in trace_readers)
-            + "; calitrace probe --trace reads the log beside it",
+            + "; calitrace log  # reads beside it and takes nothing",
         )
 
 
@@ -129,12 +146,13 @@ def felix_level(felix: Settings) -> Said:
             "",
             (str(setting),),
             "Felix logs all it does: slow on a large cluster, and often forgotten",
-            patch('"logSeverityScreen":"Info"'),
+            patch('"logSeverityScreen":"Info"', setting),
         )
 
 
 CHECKS = (
     Check("debug.level", Section.LOGS, level),
+    Check("debug.conntrack-level", Section.LOGS, conntrack_level),
     Check("debug.info-is-silent", Section.LOGS, info_is_silent),
     Check("debug.filters", Section.LOGS, filters),
     Check("debug.refused-by-verifier", Section.LOGS, refused_by_verifier),

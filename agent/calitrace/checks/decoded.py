@@ -15,9 +15,9 @@ from calitrace.errors import LayoutMismatch
 ANY_NODE = "255.255.255.255"
 DROP = 0xFFFFFFFF
 EXTERNAL_LOCAL, INTERNAL_LOCAL, EXCLUDE = 1, 2, 4
-WORKLOAD, V4_READY, HOST = 0x1, 0x2, 0x8
-LOCAL_HOST, REMOTE_HOST = 0x18, 0x10
-_NORMAL, _NAT_REV = 0, 2
+WORKLOAD, V4_READY = 0x1, 0x2
+HOST, LOCAL_HOST = 0x10, 0x18
+_NORMAL, _NAT_REV, _TCP = 0, 2, 6
 _FWD_DSR, _NP_FWD, _B_TO_A = 0x2, 0x4, 0x100
 
 
@@ -129,9 +129,9 @@ def routes(maps: Iterable[Map]) -> tuple[NodeRoute, ...] | Missing:
 
 
 def forwarded(maps: Iterable[Map]) -> tuple[Forwarded, ...] | Missing:
-    """Conntrack entries of NodePort connections to other nodes, v3.24 and later; those of DSR are left out.
+    """Conntrack entries of NodePort connections (TCP) to other nodes, v3.24 and later; those of DSR are left out.
 
-    In DSR mode the replies do not come back this way.
+    In DSR mode the replies do not come back this way; and with UDP, such as a stream of log lines, there need be none.
     """
     found = _rows(maps, "cali_v4_ct")
     if isinstance(found, Missing):
@@ -141,7 +141,9 @@ def forwarded(maps: Iterable[Map]) -> tuple[Forwarded, ...] | Missing:
         flags = row["flags0"] | row.get("flags1", 0) << 8
         if "ab_packets" not in row:
             return Missing("conntrack entries before v3.24 do not count packets")
-        if row["type"] != _NAT_REV or not flags & _NP_FWD or flags & _FWD_DSR or row["tun_ip"] == "0.0.0.0":
+        if row["type"] != _NAT_REV or row["proto"] != _TCP or row["tun_ip"] == "0.0.0.0":
+            continue
+        if not flags & _NP_FWD or flags & _FWD_DSR:
             continue
         ends = [(f"{row[f'addr_{end}']}:{row[f'port_{end}']}", row[packets]) for end, packets in _LEGS]
         (client, sent), (backend, answered) = reversed(ends) if flags & _B_TO_A else ends

@@ -10,14 +10,14 @@ from calitrace.calico.maps import identify
 from calitrace.checks import decoded
 from calitrace.checks.decoded import Interface
 from calitrace.checks.finding import Check, Finding, Said, Section, Severity, Unknown
-from calitrace.checks.objects import OWN_DEVICES, ebpf_on, is_workload, patch
+from calitrace.checks.objects import OWN_DEVICES, RESTART, ebpf_on, grep_log, is_workload, patch
 from calitrace.checks.services import log_checks
-from calitrace.checks.snapshot import Link, Map, Program
+from calitrace.checks.snapshot import Host, Link, Map, Program
 
 Links = tuple[Link, ...]
 Maps = tuple[Map, ...]
 NEARLY_FULL, FULL = 0.8, 0.95
-_LRU = (9, 10)
+_LRU, _PROGRAMS = (9, 10), 3
 _NEEDED = ("ct", "nat_fe", "nat_be", "routes")
 _SETTINGS = {
     "ct": "bpfMapSizeConntrack",
@@ -46,7 +46,7 @@ def pinned(links: Links, maps: Maps) -> Said:
                 f"pinned: {', '.join(each.name for each in maps if each.path) or 'nothing'}",
             ),
             "programs are attached whose maps Felix can no longer write",
-            "mount | grep bpf; restart calico-node, which pins them anew",
+            f"mount | grep bpf; {RESTART}",
         )
 
 
@@ -65,7 +65,7 @@ def unknown_layout(maps: Maps) -> Said:
                     "known: " + ", ".join(f"v{number} {key}+{value}" for number, key, value in sizes),
                 ),
                 "of another release than its name says, or newer than calitrace: what it holds is not read",
-                "compare the calico-node image with what attached the programs: kubectl get ds -n calico-system "
+                "compare the calico-node image with what attached the programs; kubectl get ds -n calico-system "
                 "calico-node -o wide",
             )
 
@@ -74,16 +74,18 @@ def nearly_full(maps: Maps) -> Said:
     """Counts the entries of each map against its size: more than 80 % is a warning, 95 % an error.
 
     A full hash or trie refuses new entries: no conntrack entry, no route, no service. A full LRU map forgets the
-    oldest instead.
+    oldest instead; those that nobody ever empties, such as cali_v4_srmsg, are full in the end and are left out.
     """
     for each in maps:
-        if each.entries is None or each.max_entries == 0:
+        if each.entries is None or each.max_entries == 0 or each.type == _PROGRAMS:
             continue
         share = each.entries / each.max_entries
         if share < NEARLY_FULL:
             continue
         setting = _SETTINGS.get(identify(each.name)[0].removeprefix("cali_").removeprefix("v4_").removeprefix("v6_"))
         lru = each.type in _LRU
+        if lru and setting is None:
+            continue
         yield Finding(
             Severity.ERROR if share >= FULL and not lru else Severity.WARNING,
             each.name,
@@ -97,7 +99,7 @@ def nearly_full(maps: Maps) -> Said:
 
 def leftovers(maps: Maps) -> Said:
     """Looks for maps of an upgrade or resize that did not end: names with ``_old``, two versions of one map."""
-    versions: dict[str, list[int]] = {}
+    versions: dict[str, set[int]] = {}
     for each in maps:
         base, number, old = identify(each.name)
         if old:
@@ -106,10 +108,10 @@ def leftovers(maps: Maps) -> Said:
                 each.name,
                 (f"{each.path}: {each.entries} entries",),
                 "a resize or upgrade began and did not end: connections of the old map may be lost",
-                "restart calico-node; if it stays, read its log for 'error copying data from old map'",
+                f"{RESTART}; if it stays; " + grep_log("error copying data from old map"),
             )
         else:
-            versions.setdefault(base, []).append(number)
+            versions.setdefault(base, set()).add(number)
     for base, numbers in versions.items():
         if len(numbers) > 1:
             yield Finding(
@@ -125,16 +127,18 @@ def replaced(links: Links, maps: Maps) -> Said:
     """Compares the maps that attached programs use with those pinned under the same names.
 
     When they differ, Felix writes into maps that the programs never read: old rules live on, or every packet is
-    dropped for want of a program to call.
+    dropped for want of a program to call. Before v3.27 some maps are pinned for each interface under the same name.
     """
-    pins = {each.name: each for each in maps}
+    pins: dict[str, set[int]] = {}
+    for each in maps:
+        pins.setdefault(each.name, set()).add(each.id)
     for link in links:
         for hook, programs in link.programs.items():
             for program in programs:
                 wrong = [
-                    f"{name}: the program uses id {used}, pinned is id {pins[name].id}"
+                    f"{name}: the program uses id {used}, pinned is id {', '.join(map(str, sorted(pins[name])))}"
                     for name, used in program.maps.items()
-                    if program.is_calico and name in pins and pins[name].id != used
+                    if program.is_calico and name in pins and used not in pins[name]
                 ]
                 if wrong:
                     yield Finding(
@@ -142,7 +146,29 @@ def replaced(links: Links, maps: Maps) -> Said:
                         f"{link.name} {hook}",
                         (f"program {program.name} (id {program.id})", *wrong),
                         "this program reads maps that Felix no longer writes (projectcalico/calico#6739, #9651)",
-                        f"restart calico-node; if it stays: tc qdisc del dev {link.name} clsact, then restart it again",
+                        f"{RESTART}; if it stays; tc qdisc del dev {link.name} clsact; {RESTART}",
+                    )
+
+
+def empty_programs(links: Links, maps: Maps) -> Said:
+    """Looks into the program arrays that attached programs call (cali_progs*, from v3.27 on) for any program.
+
+    The small program at the hook drops every packet when there is nothing to call.
+    """
+    empty = {each.id: each for each in maps if identify(each.name)[0].startswith("cali_progs") and each.entries == 0}
+    for link in links:
+        for hook, programs in link.programs.items():
+            for program in programs:
+                for used in (empty[number] for number in program.maps.values() if number in empty):
+                    yield Finding(
+                        Severity.ERROR,
+                        f"{link.name} {hook}",
+                        (
+                            f"program {program.name} (id {program.id}) calls {used.name}",
+                            f"{used.path}: no program in it",
+                        ),
+                        "every packet on this hook is dropped (projectcalico/calico#6739, #8646, #12642)",
+                        RESTART,
                     )
 
 
@@ -163,7 +189,7 @@ def interface_state(links: Links, interfaces: tuple[Interface, ...]) -> Said:
                 link.name,
                 (f"{link.name}: ifindex {link.index}, no row among {len(rows)}", *_row_of(link.name, interfaces)),
                 "flows through this interface are not confirmed and fail by chance (projectcalico/calico#6392)",
-                "calico-node -bpf ifstate dump; restart calico-node; more than 1000 interfaces: bpfMapSizeIfState",
+                f"calico-node -bpf ifstate dump; {RESTART}; more than 1000 interfaces: bpfMapSizeIfState",
             )
         elif is_workload(link) and row.flags & decoded.WORKLOAD and not row.flags & decoded.V4_READY:
             yield Finding(
@@ -171,7 +197,7 @@ def interface_state(links: Links, interfaces: tuple[Interface, ...]) -> Said:
                 link.name,
                 (f"ifindex {row.index} {row.name}: flags {row.flags:#x}, v4Ready (0x2) is not set",),
                 "new connections to this pod are refused until its programs are ready",
-                "kubectl logs -n calico-system -l k8s-app=calico-node -c calico-node | grep -i 'leaving it dirty'",
+                grep_log("leaving it dirty"),
             )
 
 
@@ -179,25 +205,35 @@ def _row_of(name: str, interfaces: tuple[Interface, ...]) -> list[str]:
     return [f"a row for {each.name} has ifindex {each.index}" for each in interfaces if each.name == name]
 
 
-def conntrack_smaller(maps: Maps, felix: Settings) -> Said:
+def conntrack_smaller(maps: Maps, felix: Settings, host: Host | None = None) -> Said:
     """Compares the conntrack map's size with bpfMapSizeConntrack: a smaller map has not been resized.
 
-    A larger one is right: it doubles by itself when it fills up (v3.30).
+    A larger one is right: it doubles by itself when it fills up (v3.30). bpfMapSizePerCpuConntrack, times the number
+    of CPUs, stands in its place where it is set (v3.30).
     """
-    setting = felix.get("bpfMapSizeConntrack")
+    setting, share = felix.get("bpfMapSizeConntrack"), felix.get("bpfMapSizePerCpuConntrack")
+    if isinstance(share, Unset) or not isinstance(share.value, int):
+        yield Unknown(share.why if isinstance(share, Unset) else f"{share} is no number")
+        return
     if isinstance(setting, Unset) or not isinstance(setting.value, int):
         yield Unknown(setting.why if isinstance(setting, Unset) else f"{setting} is no number")
         return
+    wanted = setting.value
+    if share.value and host is None:
+        yield Unknown(f"{share}, and the number of CPUs is not known")
+        return
+    if share.value and host is not None:
+        setting, wanted = share, share.value * host.cpus
     for each in maps:
         base, _version, old = identify(each.name)
-        if base == "cali_v4_ct" and not old and each.max_entries < setting.value:
+        if base == "cali_v4_ct" and not old and each.max_entries < wanted:
             yield Finding(
                 Severity.WARNING,
                 each.name,
                 (f"{each.path}: {each.max_entries} entries at most", str(setting)),
                 "the map has not the size that is configured; with the old one in use programs fail to load "
                 "(projectcalico/calico#9651)",
-                "restart calico-node on this node",
+                RESTART,
             )
 
 
@@ -234,6 +270,7 @@ CHECKS = (
     Check("maps.nearly-full", Section.TOOL, nearly_full),
     Check("maps.leftovers", Section.TOOL, leftovers),
     Check("maps.replaced", Section.TOOL, replaced),
+    Check("maps.empty-programs", Section.TOOL, empty_programs),
     Check("maps.interface-state", Section.TOOL, interface_state),
     Check("maps.conntrack-smaller", Section.TOOL, conntrack_smaller),
     Check("maps.jit-limit", Section.TOOL, jit_limit),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from calitrace.calico.felix_config import Setting, Settings
 from calitrace.checks.decoded import (
@@ -10,6 +11,7 @@ from calitrace.checks.decoded import (
     DROP,
     EXCLUDE,
     EXTERNAL_LOCAL,
+    HOST,
     LOCAL_HOST,
     Connection,
     Forwarded,
@@ -18,8 +20,10 @@ from calitrace.checks.decoded import (
     NodeRoute,
 )
 from calitrace.checks.finding import Check, Finding, Said, Section, Severity
-from calitrace.checks.objects import dig, items, iter_numbered, name_of
-from calitrace.checks.snapshot import Kubernetes, Link
+from calitrace.checks.objects import RESTART, dig, grep_log, items, iter_numbered, name_of
+from calitrace.checks.snapshot import Link
+
+Objects = tuple[dict[str, Any], ...]
 
 PROTOCOLS = {"TCP": 6, "UDP": 17}
 _MOST = 5
@@ -45,23 +49,25 @@ def backends_complete(nat: Nat) -> Said:
             "",
             tuple(iter_numbered(lines, _MOST)),
             "part of the connections to these services is refused (projectcalico/calico#5957)",
-            f"{_DUMP}: look for 'is missing'; restart calico-node on this node",
+            f"{_DUMP} | grep 'is missing'; {RESTART}",
         )
 
 
 def backends_routed(nat: Nat, node_routes: tuple[NodeRoute, ...]) -> Said:
-    """Looks up each backend's address in the routes map.
+    """Looks up the backends of NodePorts in the routes map.
 
-    Without a route, packets that come from outside for it are dropped (RT_UNKNOWN). Backends outside the cluster have
-    none, and pods reach them all the same.
+    Without a route, packets that come from outside for it are dropped (RT_UNKNOWN). Only services with a frontend at a
+    node's address are looked at: pods reach backends without a route, such as an API server outside the cluster.
     """
+    nodes = {str(each.network.network_address) for each in node_routes if each.flags & HOST} | {ANY_NODE}
+    outside = {each.id for each in nat.frontends if each.address in nodes}
     by_length: dict[int, set[int]] = {}
     for route in node_routes:
         by_length.setdefault(route.network.prefixlen, set()).add(int(route.network.network_address))
     used = {
         nat.backends[each.id, n]: each
         for each in nat.frontends
-        if each.count != DROP
+        if each.count != DROP and each.id in outside
         for n in range(each.count)
         if (each.id, n) in nat.backends
     }
@@ -101,7 +107,7 @@ def shared_id(nat: Nat) -> Said:
                 f"service id {identifier}",
                 tuple(f"{each}: {each.count} backends, {each.local} local" for each in found.values()),
                 "answers may come from another service's pods (projectcalico/calico#5957, #13279)",
-                f"{_DUMP}; restart calico-node on this node",
+                f"{_DUMP}; {RESTART}",
             )
 
 
@@ -113,7 +119,7 @@ def local_without_backend(nat: Nat, links: tuple[Link, ...]) -> Said:
     """
     own = {address.partition("/")[0] for link in links for address in link.addresses}
     lines = [
-        f"{each}: {each.count} backends, none on this node, flags external-local"
+        f"{each}: backends {each.count}, on this node 0, flags external-local"
         for each in nat.frontends
         if each.flags & EXTERNAL_LOCAL and each.local == 0 and 0 < each.count < DROP and each.address in own
     ]
@@ -122,9 +128,9 @@ def local_without_backend(nat: Nat, links: tuple[Link, ...]) -> Said:
             Severity.INFO,
             "",
             tuple(iter_numbered(lines, _MOST)),
-            "externalTrafficPolicy: Local and no pod here: connections from outside to this node are refused "
+            "connections from outside to this node are refused: externalTrafficPolicy: Local and no pod here "
             "(projectcalico/calico#9330)",
-            'use nodes with a pod, or kubectl patch svc NAME -p \'{"spec":{"externalTrafficPolicy":"Cluster"}}\'',
+            'use nodes with a pod; or kubectl patch svc NAME -p \'{"spec":{"externalTrafficPolicy":"Cluster"}}\'',
         )
 
 
@@ -157,7 +163,7 @@ def host_address(node_routes: tuple[NodeRoute, ...]) -> Said:
         )
 
 
-def services_programmed(nat: Nat, kubernetes: Kubernetes) -> Said:
+def services_programmed(nat: Nat, services: Objects) -> Said:
     """Compares the NAT frontends with the cluster's Services: cluster IP, NodePort, load balancer and external IPs.
 
     Services without an IPv4 cluster IP, of type ExternalName, with the label service.kubernetes.io/service-proxy-name
@@ -166,7 +172,7 @@ def services_programmed(nat: Nat, kubernetes: Kubernetes) -> Said:
     there = {(each.address, each.port, each.proto) for each in nat.frontends}
     missing = [
         f"Service {name}: {address}:{port} proto {proto}"
-        for name, address, port, proto in _wanted(kubernetes)
+        for name, address, port, proto in _wanted(services)
         if (address, port, proto) not in there
     ]
     if missing:
@@ -175,12 +181,12 @@ def services_programmed(nat: Nat, kubernetes: Kubernetes) -> Said:
             "",
             tuple(iter_numbered(missing, _MOST)),
             "the NAT map has no frontend for these: packets to them are not translated",
-            f"{_DUMP} on this node; kubectl logs ... | grep 'Failed invoking dataplane syncer'",
+            f"{_DUMP}; " + grep_log("Failed invoking dataplane syncer"),
         )
 
 
-def _wanted(kubernetes: Kubernetes) -> Iterator[tuple[str, str, int, int]]:
-    for service in kubernetes.services:
+def _wanted(services: Objects) -> Iterator[tuple[str, str, int, int]]:
+    for service in services:
         address = dig(service, "spec", "clusterIP")
         other = dig(service, "metadata", "labels", "service.kubernetes.io/service-proxy-name")
         if other or dig(service, "spec", "type") == "ExternalName" or not _is_ipv4(address):
@@ -204,16 +210,16 @@ def _is_ipv4(address: object) -> bool:
     return isinstance(address, str) and address.count(".") == 3
 
 
-def endpoints_programmed(nat: Nat, kubernetes: Kubernetes) -> Said:
+def endpoints_programmed(nat: Nat, services: Objects, endpoint_slices: Objects) -> Said:
     """Compares the backends of each service's cluster IP with its ready endpoints in EndpointSlices.
 
     A backend that no endpoint stands for answers for a pod that is gone; a missing one gets no traffic. Terminating
-    endpoints may stay while they serve.
+    endpoints may stay while they serve. With topology-aware routing a node has those of its zone only.
     """
-    ready, serving = _endpoints(kubernetes)
+    ready, serving = _endpoints(endpoint_slices)
     frontends = {(each.address, each.port, each.proto): each for each in nat.frontends}
     lines = []
-    for service in kubernetes.services:
+    for service in services:
         address = dig(service, "spec", "clusterIP")
         for port in items(service, "spec", "ports"):
             proto = PROTOCOLS.get(str(dig(port, "protocol") or "TCP"), 0)
@@ -223,7 +229,10 @@ def endpoints_programmed(nat: Nat, kubernetes: Kubernetes) -> Said:
                 continue
             held = {nat.backends[found.id, n] for n in range(found.count) if (found.id, n) in nat.backends}
             lines += [f"Service {key[0]} {found}: {a}:{p} is no endpoint" for a, p in sorted(held - serving[key])]
-            lines += [f"Service {key[0]} {found}: endpoint {a}:{p} is missing" for a, p in sorted(ready[key] - held)]
+            if not _by_zone(service):
+                lines += [
+                    f"Service {key[0]} {found}: endpoint {a}:{p} is missing" for a, p in sorted(ready[key] - held)
+                ]
     if lines:
         yield Finding(
             Severity.ERROR,
@@ -231,18 +240,28 @@ def endpoints_programmed(nat: Nat, kubernetes: Kubernetes) -> Said:
             tuple(iter_numbered(lines, _MOST)),
             "the NAT map and the cluster's EndpointSlices differ: connections go to pods that are gone, or not to new "
             "ones (projectcalico/calico#8650, #13060)",
-            "run it again, a change may have been under way; then restart calico-node on this node",
+            f"calitrace check services  # again: a change may have been under way; {RESTART}",
         )
 
 
 Endpoints = dict[tuple[str, str], set[tuple[str, int]]]
 
 
-def _endpoints(kubernetes: Kubernetes) -> tuple[Endpoints, Endpoints]:
+def _by_zone(service: dict[str, Any]) -> bool:
+    """Whether its endpoints are chosen by where the node is: the annotation of Kubernetes 1.23, 1.27, and 1.31's field.
+
+    Source: felix/bpf/proxy/topology.go.
+    """
+    annotations = dig(service, "metadata", "annotations") or {}
+    said = (dig(annotations, f"service.kubernetes.io/topology-{name}") for name in ("mode", "aware-hints"))
+    return any(str(each).lower() == "auto" for each in said) or dig(service, "spec", "trafficDistribution") is not None
+
+
+def _endpoints(endpoint_slices: Objects) -> tuple[Endpoints, Endpoints]:
     """(ready, serving or ready) addresses and ports by service and port name."""
     ready: Endpoints = {}
     serving: Endpoints = {}
-    for piece in kubernetes.endpoint_slices:
+    for piece in endpoint_slices:
         service = dig(piece, "metadata", "labels", "kubernetes.io/service-name")
         if not service or dig(piece, "addressType") != "IPv4":
             continue
@@ -263,10 +282,11 @@ def _endpoints(kubernetes: Kubernetes) -> tuple[Endpoints, Endpoints]:
 
 
 def nodeport_unanswered(forwarded: tuple[Forwarded, ...], felix: Settings | None = None) -> Said:
-    """Looks in conntrack for NodePort connections handed to another node that nothing came back for.
+    """Looks in conntrack for NodePort connections (TCP) handed to another node that nothing came back for.
 
-    Three or more since the last that was answered are a finding: the VXLAN packets, or the replies, are lost between
-    the nodes, or the pods do not answer. Nothing is sent for it; `calitrace probe vxlan` asks actively.
+    Three or more since the last that was answered are a finding, or one of which three packets were sent, a SYN and
+    its repetitions: the VXLAN packets, or the replies, are lost between the nodes, or the pods do not answer. Nothing
+    is sent for it; `calitrace probe vxlan` asks actively.
     """
     port = felix.get("vxlanPort") if felix else None
     number = port.value if isinstance(port, Setting) else "vxlanPort, by default 4789"
@@ -276,15 +296,15 @@ def nodeport_unanswered(forwarded: tuple[Forwarded, ...], felix: Settings | None
     for node, entries in by_node.items():
         answered = max((each.last_seen_ns for each in entries if each.answered), default=0)
         lost = [each for each in entries if each.sent and not each.answered and each.last_seen_ns > answered]
-        if len(lost) >= _LEAST_LOST:
+        if len(lost) >= _LEAST_LOST or any(each.sent >= _LEAST_LOST for each in lost):
             lines = (f"{each.client} -> {each.backend}: {each.sent} sent, 0 back, tun_ip {node}" for each in lost)
             yield Finding(
-                Severity.ERROR,
+                Severity.ERROR if len(lost) >= _LEAST_LOST else Severity.WARNING,
                 node,
                 tuple(iter_numbered(lines, 3)),
                 "NodePort connections to pods on that node get no answer: the network between the nodes loses UDP "
                 f"{number} in one direction or both, or the pods do not answer",
-                f"calitrace probe vxlan {node} --inner NODE:NODEPORT --trace; tcpdump -ni UPLINK udp on both",
+                f"calitrace probe vxlan {node} --inner NODE:NODEPORT --trace; tcpdump -ni UPLINK udp  # on both nodes",
             )
 
 
@@ -310,7 +330,7 @@ def untranslated(nat: Nat, connections: tuple[Connection, ...]) -> Said:
             "",
             tuple(iter_numbered(lines, _MOST)),
             "these clients' packets go to the service's address and to no pod (projectcalico/calico#9967)",
-            "calico-node -bpf conntrack remove udp CLIENT SERVICE, or let the client use another source port",
+            "calico-node -bpf conntrack remove udp CLIENT SERVICE; or let the client use another source port",
         )
 
 

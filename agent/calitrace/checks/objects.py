@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from calitrace.calico.felix_config import Settings, Unset
+from calitrace.calico.felix_config import Setting, Settings, Unset
 from calitrace.checks.finding import Severity, Unknown
-from calitrace.checks.snapshot import Kubernetes, Link, Program, Route
+from calitrace.checks.snapshot import Link, Program, Route
 
 OWN_DEVICES = frozenset(
     {
@@ -16,6 +17,7 @@ OWN_DEVICES = frozenset(
         *("bpfin.cali", "bpfout.cali", "bpfnatin", "bpfnatout", "lo"),
     }
 )
+_KIND = "FelixConfiguration"
 L3_KINDS = frozenset({"wireguard", "tun", "ipip", "gre", "sit"})
 
 
@@ -40,27 +42,28 @@ def name_of(thing: Any) -> str:
     return f"{namespace}/{name}" if namespace else str(name)
 
 
-def calico_images(kubernetes: Kubernetes) -> list[str]:
-    """Images of the DaemonSet calico-node's containers."""
-    containers = items(kubernetes.calico_node, "spec", "template", "spec", "containers")
-    return [str(dig(each, "image")) for each in containers if dig(each, "name") == "calico-node"]
+def image_tags(calico_node: Any) -> list[str]:
+    """Tags of the images of the DaemonSet calico-node's container; one named by its digest alone has none."""
+    containers = items(calico_node, "spec", "template", "spec", "containers")
+    images = [str(dig(each, "image")).partition("@")[0] for each in containers if dig(each, "name") == "calico-node"]
+    return [image.rpartition("/")[2].partition(":")[2] for image in images]
 
 
-def calico_environment(kubernetes: Kubernetes) -> dict[str, str]:
-    """FELIX_* that the DaemonSet gives calico-node on every node; those taken from elsewhere are left out."""
+def calico_environment(calico_node: Any) -> dict[str, str]:
+    """What the DaemonSet gives calico-node on every node; variables taken from elsewhere are left out."""
     found = {}
-    for container in items(kubernetes.calico_node, "spec", "template", "spec", "containers"):
+    for container in items(calico_node, "spec", "template", "spec", "containers"):
         for each in items(container, "env") if dig(container, "name") == "calico-node" else ():
             name, value = dig(each, "name"), dig(each, "value")
-            if isinstance(name, str) and name.startswith("FELIX_") and isinstance(value, str):
+            if isinstance(name, str) and isinstance(value, str):
                 found[name] = value
     return found
 
 
-def node_addresses(kubernetes: Kubernetes, node: str) -> set[str]:
+def node_addresses(nodes: Iterable[Any], node: str) -> set[str]:
     """Addresses of a node as the API and Calico's annotation have them, without prefix length."""
     found = set()
-    for each in kubernetes.nodes:
+    for each in nodes:
         if dig(each, "metadata", "name") == node:
             for address in items(each, "status", "addresses"):
                 if dig(address, "type") in ("InternalIP", "ExternalIP"):
@@ -96,8 +99,15 @@ def carriers(links: Iterable[Link], routes: Iterable[Route], addresses: set[str]
 
 
 def uplinks(links: Iterable[Link], routes: Iterable[Route], addresses: set[str]) -> list[Link] | Unknown:
-    """The `carriers`; where there is none, nothing can be said of them."""
-    return carriers(links, routes, addresses) or Unknown("no interface has a gateway behind it, or a node's address")
+    """The `carriers`, or else the host's interfaces that carry Calico's programs: those are what Felix takes for its
+    data interfaces. Where there is neither, nothing can be said of them.
+    """
+    every = list(links)
+    return (
+        carriers(every, routes, addresses)
+        or [each for each in every if each.any_calico and not is_workload(each) and each.name not in OWN_DEVICES]
+        or Unknown("no interface has a gateway behind it, a node's address, or Calico's programs")
+    )
 
 
 def grave(link: Link, routes: Iterable[Route], addresses: set[str]) -> Severity:
@@ -144,9 +154,36 @@ def kernel_version(release: str) -> tuple[int, ...] | None:
     return None if match is None else tuple(int(part) for part in match.groups(default="0"))
 
 
-def patch(spec: str) -> str:
-    """The command that changes FelixConfiguration ``default``. *spec*: JSON of the fields."""
-    return f"kubectl patch felixconfiguration default --type merge -p '{{\"spec\":{{{spec}}}}}'"
+def patch(spec: str, now: Setting | Unset | None = None) -> str:
+    """The command that changes Felix's settings. *spec*: JSON of the fields. *now*: the setting that is to change, for
+    what it comes from wins over what it does not: the node's own FelixConfiguration, the environment.
+    """
+    origin = now.origin if isinstance(now, Setting) else ""
+    where, _, name = origin.partition(" ")
+    command = f"kubectl patch felixconfiguration {name if where == _KIND else 'default'} --type merge -p "
+    unset = f"kubectl set env -n calico-system daemonset/calico-node {origin}-; " if origin.startswith("FELIX_") else ""
+    return f"{unset}{command}'{{\"spec\":{{{spec}}}}}'"
+
+
+RESTART = (
+    "kubectl delete pod -n calico-system -l k8s-app=calico-node --field-selector spec.nodeName=NODE  "
+    "# restarts calico-node"
+)
+
+
+def widened(felix: Settings, field: str, name: str) -> str:
+    """The command that lets a pattern for interfaces match one more."""
+    setting = felix.get(field)
+    value = setting.value if isinstance(setting, Setting) else None
+    own = f"^{re.escape(name)}$"
+    return patch(f'"{field}":{json.dumps(f"{value}|{own}" if value else own)}', setting)
+
+
+def grep_log(pattern: str) -> str:
+    """The command that looks for lines in calico-node's log; with a selector kubectl shows 10 lines unless told."""
+    return (
+        f"kubectl logs -n calico-system -l k8s-app=calico-node -c calico-node --prefix --tail=-1 | grep -i '{pattern}'"
+    )
 
 
 def iter_numbered(lines: Iterable[str], most: int) -> Iterator[str]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from ipaddress import IPv4Network
+from typing import Any
 
 from calitrace.calico.felix_config import Settings, Unset
 from calitrace.calico.release import Release
 from calitrace.checks.finding import Check, Finding, Said, Section, Severity, Unknown
 from calitrace.checks.objects import (
     OWN_DEVICES,
-    carriers,
+    RESTART,
     dig,
     ebpf_on,
     is_workload,
@@ -17,40 +18,45 @@ from calitrace.checks.objects import (
     kernel_version,
     name_of,
     patch,
+    uplinks,
 )
-from calitrace.checks.snapshot import Cloud, Host, Kubernetes, Link, Route
+from calitrace.checks.snapshot import Cloud, Host, Link, Route
 
 Links = tuple[Link, ...]
+Objects = tuple[dict[str, Any], ...]
 WARNING, INFO = Severity.WARNING, Severity.INFO
-_OVERHEAD = {"tunl0": 20, "vxlan.calico": 50, "wireguard.cali": 60}
+_OVERHEAD = {"tunl0": 20, "vxlan.calico": 50, "vxlan-v6.calico": 70, "wireguard.cali": 60, "wg-v6.cali": 80}
 
 
-def _modes(kubernetes: Kubernetes, field: str) -> dict[str, str]:
+def _modes(ip_pools: Objects, field: str) -> dict[str, str]:
     """IP pools that are in use, and their ipipMode or vxlanMode."""
     return {
         name_of(pool): str(dig(pool, "spec", field) or "Never")
-        for pool in kubernetes.ip_pools
+        for pool in ip_pools
         if not dig(pool, "spec", "disabled")
     }
 
 
-def ipip(links: Links, kubernetes: Kubernetes) -> Said:
-    """Looks for IP pools with IPIP in eBPF mode.
+def ipip(links: Links, routes: tuple[Route, ...], ip_pools: Objects | None = None) -> Said:
+    """Looks for IPIP in eBPF mode: routes of this node through tunl0, and IP pools that ask for it.
 
     The eBPF dataplane is made for VXLAN or no overlay; IPIP costs a detour through the host's stack.
     """
-    used = {name: mode for name, mode in _modes(kubernetes, "ipipMode").items() if mode != "Never"}
+    modes = _modes(ip_pools or (), "ipipMode")
+    used = [f"IPPool {name}: ipipMode {mode}" for name, mode in modes.items() if mode != "Never"]
+    ways = (f"route {each.dst} via {each.gateway} dev tunl0" for each in routes if each.interface == "tunl0")
+    used += iter_numbered(ways, 3)
     if used and ebpf_on(links):
         yield Finding(
             WARNING,
             "",
-            tuple(f"IPPool {name}: ipipMode {mode}" for name, mode in used.items()),
+            tuple(used),
             "IPIP is slow in eBPF mode",
             'kubectl patch ippool NAME --type merge -p \'{"spec":{"ipipMode":"Never","vxlanMode":"CrossSubnet"}}\'',
         )
 
 
-def overlay_without_pool(felix: Settings, kubernetes: Kubernetes) -> Said:
+def overlay_without_pool(felix: Settings, ip_pools: Objects) -> Said:
     """Looks for ipipEnabled (IpInIpEnabled) or vxlanEnabled true where no IP pool uses that overlay.
 
     Felix then keeps tunnel devices, and lowers the pods' MTU for nothing.
@@ -59,23 +65,23 @@ def overlay_without_pool(felix: Settings, kubernetes: Kubernetes) -> Said:
         setting = felix.get(field)
         if isinstance(setting, Unset):
             yield Unknown(setting.why)
-        elif setting.value is True and all(each == "Never" for each in _modes(kubernetes, mode).values()):
+        elif setting.value is True and all(each == "Never" for each in _modes(ip_pools, mode).values()):
             yield Finding(
                 WARNING,
                 field,
-                (str(setting), *(f"IPPool {n}: {mode} {each}" for n, each in _modes(kubernetes, mode).items())),
+                (str(setting), *(f"IPPool {n}: {mode} {each}" for n, each in _modes(ip_pools, mode).items())),
                 "the overlay is on and no pool uses it: pods get a smaller MTU than they could have",
-                patch(f'"{field}":false'),
+                patch(f'"{field}":false', setting),
             )
 
 
-def vxlan_not_needed(kubernetes: Kubernetes) -> Said:
+def vxlan_not_needed(nodes: Objects, ip_pools: Objects) -> Said:
     """Looks for pools with vxlanMode or ipipMode Always where all nodes are in one subnet.
 
     Between nodes of one subnet packets need no overlay; CrossSubnet leaves it out there.
     """
     networks = set()
-    for node in kubernetes.nodes:
+    for node in nodes:
         annotated = dig(node, "metadata", "annotations", "projectcalico.org/IPv4Address")
         try:
             networks.add(IPv4Network(str(annotated), strict=False))
@@ -83,36 +89,45 @@ def vxlan_not_needed(kubernetes: Kubernetes) -> Said:
             yield Unknown(f"{name_of(node)} has no annotation projectcalico.org/IPv4Address with a subnet")
             return
     always = [
-        f"IPPool {name}: {field} Always"
+        (name, field)
         for field in ("vxlanMode", "ipipMode")
-        for name, mode in _modes(kubernetes, field).items()
+        for name, mode in _modes(ip_pools, field).items()
         if mode == "Always"
     ]
-    if always and len(networks) == 1 and len(kubernetes.nodes) > 1:
+    if always and len(networks) == 1 and len(nodes) > 1:
         yield Finding(
             INFO,
             "",
-            (*always, f"all {len(kubernetes.nodes)} nodes are in {networks.pop()}"),
+            (
+                *(f"IPPool {name}: {field} Always" for name, field in always),
+                f"all {len(nodes)} nodes are in {networks.pop()}",
+            ),
             "every packet between nodes is encapsulated though all nodes are in one subnet; only a network that knows "
             "no pod addresses (most clouds across subnets) needs that",
-            'kubectl patch ippool NAME --type merge -p \'{"spec":{"vxlanMode":"CrossSubnet"}}\'',
+            "; ".join(
+                f'kubectl patch ippool {name} --type merge -p \'{{"spec":{{"{field}":"CrossSubnet"}}}}\''
+                for name, field in always
+            ),
         )
 
 
 def mtu_chain(links: Links, routes: tuple[Route, ...]) -> Said:
     """Compares the MTU of uplink, overlay device and pods: each must leave room for what is put around it."""
-    uplinks = carriers(links, routes, set())
+    found = uplinks(links, routes, set())
+    if isinstance(found, Unknown):
+        yield found
+        return
     pods = [link for link in links if is_workload(link) and link.up]
     for tunnel in (link for link in links if link.name in _OVERHEAD and link.up):
         overhead = _OVERHEAD[tunnel.name]
-        for uplink in uplinks:
+        for uplink in found:
             if tunnel.mtu + overhead > uplink.mtu:
                 yield Finding(
                     WARNING,
                     tunnel.name,
                     (f"{tunnel.name}: MTU {tunnel.mtu} + {overhead}", f"{uplink.name}: MTU {uplink.mtu}"),
                     "full-size packets of the overlay do not fit on the uplink",
-                    "let Felix choose: " + patch('"vxlanMTU":0') + "; look at mtuIfacePattern, which ignores bonds",
+                    "let Felix choose; " + patch('"vxlanMTU":0') + "; look at mtuIfacePattern, which ignores bonds",
                 )
         large = [pod for pod in pods if pod.mtu > tunnel.mtu]
         if large:
@@ -140,7 +155,7 @@ def aws_flow_limit(cloud: Cloud, release: Release) -> Said:
             (f"aws: {cloud.machine or 'instance type not known'}", f"{release} ({release.source})"),
             "all NodePort traffic between two nodes is one flow to AWS (UDP 4789 to 4789), limited to 5 Gbit/s, and on "
             "one CPU of the receiver",
-            "update to v3.29 or later, or use DSR: " + patch('"bpfExternalServiceMode":"DSR"'),
+            "update to v3.29 or later, or use DSR; " + patch('"bpfExternalServiceMode":"DSR"'),
         )
 
 
@@ -152,6 +167,9 @@ def ctlb(felix: Settings, release: Release) -> Said:
         return
     old = legacy.value if release.newest < (3, 27) or legacy.value is not None else None
     shown = str(legacy) if old is not None else str(setting)
+    fix = patch('"bpfConnectTimeLoadBalancing":"TCP"', setting) + "; (v3.27 and later)"
+    if old is not None:  # as long as the older name is set it wins
+        fix = patch('"bpfConnectTimeLoadBalancingEnabled":null', legacy) + "; " + fix
     off, every = (not old, bool(old)) if old is not None else (setting.says("Disabled"), setting.says("Enabled"))
     if off:
         yield Finding(
@@ -159,7 +177,7 @@ def ctlb(felix: Settings, release: Release) -> Said:
             "",
             (shown,),
             "each packet from a pod to a service is translated; with TCP it would be once for each connection",
-            patch('"bpfConnectTimeLoadBalancing":"TCP"') + " (v3.27)",
+            fix,
         )
     elif every and release.oldest >= (3, 27):
         yield Finding(
@@ -168,7 +186,7 @@ def ctlb(felix: Settings, release: Release) -> Said:
             (shown,),
             "UDP sockets stay with their first backend, even when it is gone: DNS clients keep asking a dead pod "
             "(projectcalico/calico#4509); service meshes do not see service addresses (#8495)",
-            patch('"bpfConnectTimeLoadBalancing":"TCP"'),
+            fix,
         )
 
 
@@ -183,7 +201,7 @@ def jit_off(sysctls: dict[str, str]) -> Said:
             "",
             (f"net.core.bpf_jit_enable = {value}",),
             "BPF programs are interpreted",
-            "sysctl -w net.core.bpf_jit_enable=1, then restart calico-node",
+            f"sysctl -w net.core.bpf_jit_enable=1; {RESTART}",
         )
 
 
@@ -204,7 +222,13 @@ def bpf_stats(sysctls: dict[str, str]) -> Said:
 
 def gro_off(links: Links, routes: tuple[Route, ...]) -> Said:
     """Looks at generic receive offload on uplinks: without it each frame runs through the programs by itself."""
-    for link in carriers(links, routes, set()):
+    found = uplinks(links, routes, set())
+    if isinstance(found, Unknown):
+        yield found
+        return
+    for link in found:
+        if not link.features:
+            yield Unknown(f"the offloads of {link.name} could not be read")
         off = [name for name in ("rx-gro", "tx-generic-segmentation") if link.features.get(name) is False]
         if off and link.any_calico:
             yield Finding(
@@ -212,7 +236,7 @@ def gro_off(links: Links, routes: tuple[Route, ...]) -> Said:
                 link.name,
                 tuple(f"{link.name}: {name} off" for name in off),
                 "more runs of the programs, and more CPU, for the same traffic",
-                f"ethtool -K {link.name} gro on gso on, unless it is off for a reason (bpfDisableGROForIfaces)",
+                f"ethtool -K {link.name} gro on gso on  # unless it is off for a reason (bpfDisableGROForIfaces)",
             )
 
 
@@ -223,8 +247,11 @@ def vxlan_checksum(links: Links, host: Host) -> Said:
         yield Unknown(f"{host.kernel!r} is no kernel release that we can read")
         return
     for link in links:
-        offload = link.name in OWN_DEVICES and link.kind == "vxlan" and link.features.get("tx-checksum-ip-generic")
-        if offload and version >= (6, 12):
+        if link.name not in OWN_DEVICES or link.kind != "vxlan":
+            continue
+        if not link.features:
+            yield Unknown(f"the offloads of {link.name} could not be read")
+        if link.features.get("tx-checksum-ip-generic") and version >= (6, 12):
             yield Finding(
                 WARNING,
                 link.name,

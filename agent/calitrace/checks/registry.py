@@ -9,8 +9,8 @@ from typing import Any
 from calitrace.calico import felix_config, felix_log, release
 from calitrace.checks import cpu, debug_logs, decoded, drops, maps, nat, performance, services
 from calitrace.checks.finding import Check, Finding, Result, Status, Unknown
-from calitrace.checks.objects import calico_environment, calico_images
-from calitrace.checks.snapshot import Link, Map, Missing, Snapshot
+from calitrace.checks.objects import calico_environment, image_tags
+from calitrace.checks.snapshot import Kubernetes, Link, Map, Missing, Snapshot
 
 CHECKS: tuple[Check, ...] = (
     *services.CHECKS,
@@ -48,7 +48,13 @@ def run_one(check: Check, found: dict[str, Any]) -> Result:
     given = {name: found[name] for name in check.needs}
     given |= {name: None if isinstance(found[name], Missing) else found[name] for name in check.uses}
     said = list(check.function(**given))
-    findings = tuple(each for each in said if isinstance(each, Finding))
+    host = found["host"]
+    node = "NODE" if isinstance(host, Missing) else host.node
+    findings = tuple(
+        replace(each, fix=each.fix.replace("nodeName=NODE", f"nodeName={node}"))
+        for each in said
+        if isinstance(each, Finding)
+    )
     why = tuple(each.why for each in said if isinstance(each, Unknown))
     return Result(check, Status.FINDINGS if findings else Status.NOT_RUN if why else Status.PASSED, findings, why)
 
@@ -56,9 +62,12 @@ def run_one(check: Check, found: dict[str, Any]) -> Result:
 def sources(snapshot: Snapshot) -> dict[str, Any]:
     """Every source by name: the snapshot's own, and those that follow from several of them."""
     found: dict[str, Any] = {name: getattr(snapshot, name) for name in Snapshot.__dataclass_fields__}
-    known = _release(snapshot)
+    cluster = snapshot.kubernetes
+    for name in Kubernetes.__dataclass_fields__:
+        found[name] = cluster if isinstance(cluster, Missing) else getattr(cluster, name)
+    known = _release(snapshot, found)
     found["release"] = known or Missing("nothing says which release of Calico this is: give --calico-version")
-    found["felix"] = _felix(snapshot, known)
+    found["felix"] = _felix(snapshot, found["calico_node"], known)
     found["links"] = _with_workloads(snapshot.links, found["felix"])
     found["felix_log"] = _felix_log(snapshot)
     for name, decode in _DECODED.items():
@@ -66,24 +75,30 @@ def sources(snapshot: Snapshot) -> dict[str, Any]:
     return found
 
 
-def _release(snapshot: Snapshot) -> release.Release | None:
+def _release(snapshot: Snapshot, cluster: dict[str, Any]) -> release.Release | None:
     if snapshot.calico_version:
         return release.parse(snapshot.calico_version, "--calico-version")
-    if not isinstance(snapshot.kubernetes, Missing):
-        for image in calico_images(snapshot.kubernetes):
-            found = release.parse(image.rpartition(":")[2], f"image {image}")
-            if found:
-                return found
+    for tag in () if isinstance(cluster["calico_node"], Missing) else image_tags(cluster["calico_node"]):
+        found = release.parse(tag, f"image of DaemonSet calico-node: {tag}")
+        if found:
+            return found
+    if not isinstance(cluster["calico"], Missing):
+        found = release.parse(cluster["calico"], "ClusterInformation default")
+        if found:
+            return found
     if not isinstance(snapshot.maps, Missing):
         return release.of_maps((each.name, each.value_size) for each in snapshot.maps)
     return None
 
 
-def _felix(snapshot: Snapshot, known: release.Release | None) -> felix_config.Settings | Missing:
+def _felix(
+    snapshot: Snapshot, calico_node: dict[str, Any] | Missing, known: release.Release | None
+) -> felix_config.Settings | Missing:
     if not isinstance(snapshot.felix_env, Missing):
         env = snapshot.felix_env
     else:
-        env = {} if isinstance(snapshot.kubernetes, Missing) else calico_environment(snapshot.kubernetes)
+        env = {} if isinstance(calico_node, Missing) else calico_environment(calico_node)
+    env = {name.upper(): value for name, value in env.items() if name.upper().startswith("FELIX_")}
     if isinstance(snapshot.felix_objects, Missing):
         if not env:
             return snapshot.felix_objects
@@ -107,5 +122,5 @@ def _with_workloads(
 def _felix_log(snapshot: Snapshot) -> tuple[felix_log.Line, ...] | Missing:
     if isinstance(snapshot.felix_lines, Missing):
         return snapshot.felix_lines
-    lines = tuple(felix_log.parse(snapshot.felix_lines))
+    lines = felix_log.telling(snapshot.felix_lines)
     return lines or Missing(f"none of its {len(snapshot.felix_lines)} lines is Felix's")

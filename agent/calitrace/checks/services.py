@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 from calitrace.calico import felix_log as log
 from calitrace.calico.felix_config import Settings, Unset
-from calitrace.calico.release import Release
+from calitrace.calico.release import MASTER, Release
+from calitrace.checks.decoded import Nat
 from calitrace.checks.finding import Check, Finding, Said, Section, Severity, Unknown
 from calitrace.checks.objects import (
     L3_KINDS,
     OWN_DEVICES,
+    RESTART,
+    calico_environment,
     data_pattern,
     dig,
     ebpf_on,
     grave,
+    grep_log,
     hooks,
     is_workload,
     items,
@@ -26,11 +32,13 @@ from calitrace.checks.objects import (
     node_addresses,
     patch,
     uplinks,
+    widened,
 )
-from calitrace.checks.snapshot import Cloud, Host, Kubernetes, Link, Process, Route, VxlanProbe
+from calitrace.checks.snapshot import Cloud, Host, Link, Process, Route, VxlanProbe
 
 Links = tuple[Link, ...]
 Routes = tuple[Route, ...]
+Objects = tuple[dict[str, Any], ...]
 ERROR, WARNING, INFO = Severity.ERROR, Severity.WARNING, Severity.INFO
 NODEPORT_OVERHEAD = 50  # IPv4, UDP, VXLAN and Ethernet headers of the NodePort tunnel
 _HOOKS = ("ingress", "egress")
@@ -56,7 +64,11 @@ def ebpf_off(links: Links, felix: Settings | None = None, processes: tuple[Proce
         if not on:
             evidence = f"no Calico program on any of {len(links)} interfaces"
             yield Finding(
-                WARNING, "", (evidence, wanted.why), "eBPF mode is off, or has failed", "calitrace check --felix-config"
+                WARNING,
+                "",
+                (evidence, wanted.why),
+                "eBPF mode is off, or has failed",
+                "calitrace check --felix-config FILE",
             )
     elif wanted.value and not on:
         yield Finding(
@@ -64,7 +76,7 @@ def ebpf_off(links: Links, felix: Settings | None = None, processes: tuple[Proce
             "",
             (str(wanted), f"no Calico program on any of {len(links)} interfaces"),
             "eBPF mode is requested and not on: no service works on this node unless kube-proxy runs",
-            "kubectl logs -n calico-system -l k8s-app=calico-node -c calico-node | grep -i bpf",
+            grep_log("bpf"),
         )
     elif on and not wanted.value:
         yield Finding(
@@ -72,7 +84,7 @@ def ebpf_off(links: Links, felix: Settings | None = None, processes: tuple[Proce
             "",
             (str(wanted), *(f"{link.name}: {hooks(link)}" for link in links if link.any_calico)),
             "eBPF mode was switched off and its programs are still attached; nobody keeps their maps up to date",
-            "restart calico-node on this node; if they stay: calico-node -bpf cleanup (v3.30), or reboot",
+            f"{RESTART}; if they stay, from v3.30 on; calico-node -bpf cleanup; or reboot",
         )
     elif not on:
         yield Finding(
@@ -80,7 +92,7 @@ def ebpf_off(links: Links, felix: Settings | None = None, processes: tuple[Proce
             "",
             (str(wanted),),
             "eBPF mode is not requested: services are kube-proxy's, and most of these checks have nothing to look at",
-            patch('"bpfEnabled":true'),
+            patch('"bpfEnabled":true', wanted),
         )
 
 
@@ -104,7 +116,7 @@ def workload_programs(links: Links) -> Said:
                 (f"{link.name}: {hooks(link)}",),
                 "a Calico program is missing on this pod's interface: its traffic is dropped or escapes policy "
                 "(projectcalico/calico#8897)",
-                f"restart calico-node on this node; then tc filter show dev {link.name} ingress",
+                f"{RESTART}; tc filter show dev {link.name} ingress",
             )
 
 
@@ -112,23 +124,24 @@ def uplink_programs(
     links: Links,
     routes: Routes,
     felix: Settings | None = None,
-    kubernetes: Kubernetes | None = None,
+    nodes: Objects | None = None,
     host: Host | None = None,
 ) -> Said:
     """Looks at both hooks of every interface through which traffic enters and leaves the node.
 
-    Those are the interfaces with a gateway behind them, or a node address on them. NodePort traffic is seen only
-    where the programs are.
+    Those are the interfaces with a gateway behind them, or a node address on them, and all others that
+    bpfDataIfacePattern matches. NodePort traffic is seen only where the programs are.
     """
     if not ebpf_on(links):
         yield Unknown("no interface carries a Calico program: see services.ebpf-off")
         return
-    pattern, addresses = data_pattern(felix) if felix else None, _addresses(kubernetes, host)
+    pattern, addresses = data_pattern(felix) if felix else None, _addresses(nodes, host)
     found = uplinks(links, routes, addresses)
-    if isinstance(found, Unknown):
+    matched = [each for each in links if isinstance(pattern, tuple) and _is_data(each, pattern[0])]
+    if isinstance(found, Unknown) and not matched:
         yield found
         return
-    for link in found:
+    for link in {each.name: each for each in (*(() if isinstance(found, Unknown) else found), *matched)}.values():
         if all(link.calico(hook) for hook in _HOOKS):
             continue
         if isinstance(pattern, tuple) and not pattern[0].search(link.name) and not _is_l3(felix, link):
@@ -139,12 +152,18 @@ def uplink_programs(
             link.name,
             (f"{link.name}: {hooks(link)}", said),
             "services are not reachable through this interface: Calico's programs are not on it",
-            f"tc filter show dev {link.name} ingress; restart calico-node and read why it could not attach",
+            f"tc filter show dev {link.name} ingress; {RESTART}; " + grep_log("attach"),
         )
 
 
-def _addresses(kubernetes: Kubernetes | None, host: Host | None) -> set[str]:
-    return node_addresses(kubernetes, host.node) if kubernetes and host else set()
+def _is_data(link: Link, pattern: re.Pattern[str]) -> bool:
+    """Whether Felix has to attach its programs there: ports of a bond or bridge it leaves to their master."""
+    own = link.name in OWN_DEVICES or is_workload(link)
+    return link.up and not link.master and not own and pattern.search(link.name) is not None
+
+
+def _addresses(nodes: Objects | None, host: Host | None) -> set[str]:
+    return node_addresses(nodes, host.node) if nodes and host else set()
 
 
 def _is_l3(felix: Settings | None, link: Link) -> bool:
@@ -153,7 +172,7 @@ def _is_l3(felix: Settings | None, link: Link) -> bool:
 
 
 def data_iface_pattern(
-    links: Links, routes: Routes, felix: Settings, kubernetes: Kubernetes | None = None, host: Host | None = None
+    links: Links, routes: Routes, felix: Settings, nodes: Objects | None = None, host: Host | None = None
 ) -> Said:
     """Compares bpfDataIfacePattern and bpfL3IfacePattern with the interfaces that carry traffic.
 
@@ -165,7 +184,7 @@ def data_iface_pattern(
     if isinstance(pattern, Unknown):
         yield pattern
         return
-    addresses = _addresses(kubernetes, host)
+    addresses = _addresses(nodes, host)
     found = uplinks(links, routes, addresses)
     if isinstance(found, Unknown):
         yield found
@@ -182,7 +201,7 @@ def data_iface_pattern(
                 evidence,
                 "this device has no Ethernet header, and bpfDataIfacePattern is for those that do: all its traffic is "
                 "dropped (projectcalico/calico#4326, #4817)",
-                patch(f'"bpfL3IfacePattern":"^{link.name}$"') + ", and take it out of bpfDataIfacePattern",
+                widened(felix, "bpfL3IfacePattern", link.name) + "; take it out of bpfDataIfacePattern",
             )
             continue
         field = "bpfL3IfacePattern" if l3 else "bpfDataIfacePattern"
@@ -195,7 +214,7 @@ def data_iface_pattern(
                 "Calico attaches no program to this interface: services are not reachable there "
                 "(projectcalico/calico#6392)",
             ),
-            patch(f'"{field}":"^{link.name}$"') if l3 else f"add |{link.name} to {field}: " + patch(f'"{field}":"..."'),
+            widened(felix, field, link.name),
         )
 
 
@@ -229,7 +248,7 @@ def enslaved_programs(links: Links) -> Said:
                 "the program is on a port, the route is through its master: strict reverse path checks drop traffic "
                 "(projectcalico/calico#6450, #13134)",
                 f"let bpfDataIfacePattern match {master.name} and not {link.name}; programs that stay on "
-                f"{link.name}: tc qdisc del dev {link.name} clsact",
+                f"{link.name}; tc qdisc del dev {link.name} clsact",
             )
 
 
@@ -302,7 +321,7 @@ def kube_proxy_absent(links: Links, processes: tuple[Process, ...]) -> Said:
             "",
             (f"no Calico program on any of {len(links)} interfaces", f"no kube-proxy among {len(processes)} processes"),
             "nobody serves services on this node (xunholy/k8s-gitops#97)",
-            "kubectl logs -n calico-system -l k8s-app=calico-node -c calico-node | grep 'not supported by the kernel'",
+            grep_log("not supported by the kernel"),
         )
 
 
@@ -357,7 +376,7 @@ def healthz_port(links: Links, processes: tuple[Process, ...], felix: Settings, 
             "",
             (str(port), *(f"process {each.pid}: {each.name}" for each in found)),
             "kube-proxy owns port 10256: Felix logs an error each time it cannot bind it (projectcalico/calico#10748)",
-            patch('"bpfKubeProxyHealthzPort":0'),
+            patch('"bpfKubeProxyHealthzPort":0', port),
         )
 
 
@@ -365,7 +384,7 @@ def kernel_too_old(host: Host, release: Release | None = None) -> Said:
     """Compares the kernel with what Felix demands: 5.3, or 4.18.0-193 of the RHEL family (RHEL 8.2).
 
     With an older one Felix falls back to the standard dataplane. v3.31 and later are documented for 5.10 (RHEL 8.4:
-    4.18.0-305).
+    4.18.0-305); what follows v3.32 has no programs for a kernel without BTF.
     """
     version = kernel_version(host.kernel)
     if version is None:
@@ -383,6 +402,14 @@ def kernel_too_old(host: Host, release: Release | None = None) -> Said:
             "service works",
             "update the kernel: 5.3 or later, in the RHEL family 4.18.0-193 (RHEL 8.2) or later",
         )
+    elif release and release.oldest >= MASTER and not host.btf:
+        yield Finding(
+            ERROR,
+            "",
+            (*evidence, "/sys/kernel/btf/vmlinux: not there", str(release)),
+            "this release's programs are fitted to the kernel by its BTF; without it none can be loaded",
+            "use a kernel with CONFIG_DEBUG_INFO_BTF, or Calico v3.32",
+        )
     elif release and release.oldest >= (3, 31) and version < ((4, 18, 0, 305) if rhel else (5, 10)):
         yield Finding(
             WARNING,
@@ -393,14 +420,14 @@ def kernel_too_old(host: Host, release: Release | None = None) -> Said:
         )
 
 
-def mtu(links: Links, routes: Routes, kubernetes: Kubernetes | None = None, host: Host | None = None) -> Said:
+def mtu(links: Links, routes: Routes, nodes: Objects | None = None, host: Host | None = None) -> Said:
     """Compares the pods' MTU with that of the uplinks, which must leave 50 bytes for the NodePort tunnel (VXLAN).
 
     A packet that is too large is answered with an ICMP "fragmentation needed"; where that is lost, or the packet has
     no DF, small requests work and large ones hang.
     """
     pods = [link for link in links if is_workload(link) and link.up]
-    found = uplinks(links, routes, _addresses(kubernetes, host))
+    found = uplinks(links, routes, _addresses(nodes, host))
     if isinstance(found, Unknown):
         yield found
         return
@@ -420,8 +447,8 @@ def mtu(links: Links, routes: Routes, kubernetes: Kubernetes | None = None, host
                 ),
                 "full-size packets between a client and a pod on another node do not fit into the tunnel: large "
                 "answers stall (projectcalico/calico#4439, #12432)",
-                f"ip link set {uplink.name} mtu {max(pod.mtu for pod in large) + NODEPORT_OVERHEAD}, on every node and "
-                f"what is between; or lower the pods' MTU: {smaller}",
+                f"ip link set {uplink.name} mtu {max(pod.mtu for pod in large) + NODEPORT_OVERHEAD}; the same on every "
+                f"node and on what is between; or lower the pods' MTU; {smaller}",
             )
 
 
@@ -441,7 +468,7 @@ def vxlan_port_clash(links: Links, felix: Settings) -> Said:
                 link.name,
                 (f"{link.name}: VXLAN device on UDP {link.udp_port}", str(port)),
                 "another network uses the port of Calico's tunnels; a flow-based vxlan.calico (v3.31) cannot share it",
-                patch('"vxlanPort":4790') + ", and open that port between the nodes",
+                patch('"vxlanPort":4790', port) + "; open that port between the nodes",
             )
 
 
@@ -464,7 +491,7 @@ def vxlan_probe(vxlan_probes: tuple[VxlanProbe, ...]) -> Said:
                 "the network between the nodes loses Calico's tunnel (firewall, security group), or the service behind "
                 "it does not answer",
                 f"calitrace probe vxlan {each.node} --inner {each.inner} --vxlan-port {each.port} --trace"
-                + (f" on {each.sender}" if each.sender else ""),
+                + (f"  # on {each.sender}" if each.sender else ""),
             )
 
 
@@ -476,6 +503,8 @@ def checksum_offload(links: Links, felix: Settings | None = None) -> Said:
     port = felix.get("vxlanPort") if felix else Unset("")
     number = 4789 if isinstance(port, Unset) else port.value
     for link in links:
+        if link.driver == "vmxnet3" and not link.features:
+            yield Unknown(f"the offloads of {link.name} could not be read")
         on = [n for n in ("tx-checksum-ip-generic", "tx-udp_tnl-segmentation") if link.features.get(n)]
         if link.driver == "vmxnet3" and link.any_calico and on and number == 4789:
             yield Finding(
@@ -492,7 +521,7 @@ def rp_filter(
     links: Links,
     routes: Routes,
     sysctls: dict[str, str],
-    kubernetes: Kubernetes | None = None,
+    nodes: Objects | None = None,
     host: Host | None = None,
 ) -> Said:
     """Looks at the kernel's own reverse path filter on uplinks: the larger of ``all`` and the interface's counts.
@@ -507,7 +536,7 @@ def rp_filter(
     if shared is None:
         yield Unknown("net.ipv4.conf.all.rp_filter could not be read")
         return
-    found = uplinks(links, routes, _addresses(kubernetes, host))
+    found = uplinks(links, routes, _addresses(nodes, host))
     if isinstance(found, Unknown):
         yield found
         return
@@ -520,23 +549,27 @@ def rp_filter(
                 (f"net.ipv4.conf.all.rp_filter = {shared}", f"net.ipv4.conf.{link.name}.rp_filter = {own}"),
                 "the kernel drops packets whose source it would reach through another interface, after Calico let them "
                 "pass" + ("; Felix sets all to 0, so something set it again" if shared == "1" else ""),
-                f"sysctl -w net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.{link.name}.rp_filter=0; find who sets it: "
+                "sysctl -w net.ipv4.conf.all.rp_filter=0 "
+                f"net.ipv4.conf.{link.name.replace('.', '/')}.rp_filter=0; find who sets it: "
                 "systemd-networkd, tuned, /etc/sysctl.d",
             )
 
 
 def nat_interfaces(links: Links, felix: Settings, release: Release) -> Said:
     """Looks for bpfin.cali and bpfout.cali, through which the node itself reaches services when connect-time load
-    balancing does not do it (v3.27 and later; all of it unless bpfConnectTimeLoadBalancing is Enabled).
+    balancing does not do it (v3.27 and later; all of it unless bpfConnectTimeLoadBalancing is Enabled, or its older
+    name bpfConnectTimeLoadBalancingEnabled is true).
     """
     if release.oldest < (3, 27):
         yield Unknown(f"the switches for it are of v3.27, and this is {release}")
         return
     ctlb, without = felix.get("bpfConnectTimeLoadBalancing"), felix.get("bpfHostNetworkedNATWithoutCTLB")
-    if isinstance(ctlb, Unset) or isinstance(without, Unset):
+    legacy = felix.get("bpfConnectTimeLoadBalancingEnabled")
+    if isinstance(ctlb, Unset) or isinstance(without, Unset) or isinstance(legacy, Unset):
         yield Unknown("bpfConnectTimeLoadBalancing or bpfHostNetworkedNATWithoutCTLB is not known")
         return
-    if ctlb.says("Enabled") or not without.says("Enabled") or not ebpf_on(links):
+    balanced = ctlb.says("Enabled") if legacy.value is None else legacy.value
+    if balanced or not without.says("Enabled") or not ebpf_on(links):
         return
     by_name = {link.name: link for link in links}
     for name in ("bpfin.cali", "bpfout.cali"):
@@ -547,7 +580,7 @@ def nat_interfaces(links: Links, felix: Settings, release: Release) -> Said:
                 name,
                 (f"{name}: {'down' if link else 'not there'}", str(ctlb), str(without)),
                 "the node itself, and pods on its network, cannot reach services (projectcalico/calico#8867)",
-                f"ip link set {name} up" if link else "restart calico-node: it makes the pair at its start",
+                f"ip link set {name} up" if link else RESTART,
             )
 
 
@@ -579,7 +612,7 @@ _DSR_CLOUDS = {
 }
 
 
-def dsr_load_balancer(felix: Settings, kubernetes: Kubernetes) -> Said:
+def dsr_load_balancer(felix: Settings, services: Objects) -> Said:
     """Looks for Services of type LoadBalancer in DSR mode.
 
     A load balancer that keeps connections (all those of clouds do) expects the reply from the node it chose.
@@ -590,7 +623,7 @@ def dsr_load_balancer(felix: Settings, kubernetes: Kubernetes) -> Said:
         return
     behind = [
         name_of(each)
-        for each in kubernetes.services
+        for each in services
         if dig(each, "spec", "type") == "LoadBalancer" and items(each, "status", "loadBalancer", "ingress")
     ]
     if mode.says("DSR") and behind:
@@ -600,41 +633,70 @@ def dsr_load_balancer(felix: Settings, kubernetes: Kubernetes) -> Said:
             (str(mode), *iter_numbered((f"Service {name}: LoadBalancer" for name in behind), 5)),
             "replies go past the load balancer, straight from the pod's node to the client; one that keeps "
             "connections drops the flow (layer 2 announcement such as MetalLB's does not mind)",
-            patch('"bpfExternalServiceMode":"Tunnel"') + "; or name the balancer in bpfDSROptoutCIDRs (v3.26)",
+            patch('"bpfExternalServiceMode":"Tunnel"', mode) + "; or name the balancer in bpfDSROptoutCIDRs (v3.26)",
         )
 
 
-def api_endpoint(kubernetes: Kubernetes, links: Links, release: Release | None = None) -> Said:
+def api_endpoint(
+    links: Links,
+    felix_env: dict[str, str] | None = None,
+    nat: Nat | None = None,
+    services: Objects | None = None,
+    services_endpoint: dict[str, Any] | None = None,
+    calico_node: dict[str, Any] | None = None,
+    kube_proxy: dict[str, Any] | None = None,
+    processes: tuple[Process, ...] | None = None,
+    release: Release | None = None,
+) -> Said:
     """Looks whether calico-node reaches the API server without a service: in eBPF mode it serves services itself.
 
-    kubernetes-services-endpoint (ConfigMap) names the address; the service address of ``kubernetes`` is none.
+    KUBERNETES_SERVICE_HOST says where: in calico-node's own environment, else in its DaemonSet or in the ConfigMap
+    kubernetes-services-endpoint. An address that the NAT map, or the Service default/kubernetes, has for a service is
+    none to start with. From v3.30 on the operator may find the API server by itself.
     """
     if not ebpf_on(links):
         yield Unknown("no interface carries a Calico program: see services.ebpf-off")
         return
-    host = dig(kubernetes.services_endpoint, "data", "KUBERNETES_SERVICE_HOST")
-    api = [each for each in kubernetes.services if name_of(each) == "default/kubernetes"]
-    address = dig(api[0], "spec", "clusterIP") if api else None
-    proxy = dig(kubernetes.kube_proxy, "status", "desiredNumberScheduled")
-    if host is None and release and release.newest >= (3, 30):
-        yield Unknown("no kubernetes-services-endpoint; from v3.30 on the operator may find the API server by itself")
+    found = {
+        "calico-node's environment": dig(felix_env, "KUBERNETES_SERVICE_HOST"),
+        "DaemonSet calico-node": calico_environment(calico_node).get("KUBERNETES_SERVICE_HOST"),
+        "ConfigMap kubernetes-services-endpoint": dig(services_endpoint, "data", "KUBERNETES_SERVICE_HOST"),
+    }
+    where, host = next(((where, host) for where, host in found.items() if host), ("", None))
+    api = [dig(each, "spec", "clusterIP") for each in services or () if name_of(each) == "default/kubernetes"]
+    owners = [f"Service default/kubernetes: clusterIP {each}" for each in api if each == host]
+    owners += (
+        [f"NAT map: {each}, {each.count} backends" for each in nat.frontends if each.address == host] if nat else []
+    )
+    proxy = None if kube_proxy is None else bool(dig(kube_proxy, "status", "desiredNumberScheduled"))
+    proxy = any(each.name == "kube-proxy" for each in processes or ()) or proxy
+    create = (
+        "kubectl create configmap -n tigera-operator kubernetes-services-endpoint "
+        "--from-literal=KUBERNETES_SERVICE_HOST=HOST --from-literal=KUBERNETES_SERVICE_PORT=PORT"
+    )
+    injected = where == "calico-node's environment" and owners  # the kubelet does, unless something else was said
+    if release and release.newest >= (3, 30) and (host is None or injected):
+        yield Unknown(f"from v3.30 on the operator may find the API server by itself, and this is {release}")
+    elif host is None and services_endpoint is None:
+        yield Unknown("neither calico-node's environment nor the ConfigMap kubernetes-services-endpoint could be read")
+    elif host is None and proxy is None:
+        yield Unknown("whether kube-proxy serves the API server's service address is not known")
     elif host is None and not proxy:
         yield Finding(
             ERROR,
             "kubernetes-services-endpoint",
-            ("no ConfigMap kubernetes-services-endpoint", "kube-proxy does not run"),
+            ("no ConfigMap kubernetes-services-endpoint", "no node is to run kube-proxy (DaemonSet kube-proxy)"),
             "calico-node asks for the API server at its service address, which only calico-node itself could serve: "
             "after a restart it does not come up",
-            "kubectl create configmap -n tigera-operator kubernetes-services-endpoint "
-            "--from-literal=KUBERNETES_SERVICE_HOST=HOST --from-literal=KUBERNETES_SERVICE_PORT=PORT",
+            create,
         )
-    elif host is not None and host == address:
+    elif owners and not proxy:
         yield Finding(
             ERROR,
-            "kubernetes-services-endpoint",
-            (f"KUBERNETES_SERVICE_HOST: {host}", f"Service default/kubernetes: clusterIP {address}"),
-            "that is the service address, which only calico-node itself could serve",
-            "kubectl edit configmap -n tigera-operator kubernetes-services-endpoint: name a node's address",
+            "KUBERNETES_SERVICE_HOST",
+            (f"{where}: KUBERNETES_SERVICE_HOST={host}", *owners[:2]),
+            "that is a service address, which only calico-node itself could serve: after a reboot it does not come up",
+            f"name a node's address, or a load balancer outside the cluster; {create}",
         )
 
 
@@ -654,7 +716,7 @@ def host_conntrack_bypass(felix: Settings, chains: tuple[str, ...]) -> Said:
             "",
             (str(bypass), *iter_numbered((f"chain {chain}" for chain in hostports), 3)),
             "host ports of pods are not reachable from other machines (projectcalico/calico#6522)",
-            patch('"bpfHostConntrackBypass":false'),
+            patch('"bpfHostConntrackBypass":false', bypass),
         )
 
 
@@ -665,7 +727,7 @@ def node_local_dns(links: Links, felix: Settings, release: Release) -> Said:
     if isinstance(excluded, Unset):
         yield Unknown(excluded.why)
     elif caches and ebpf_on(links) and not excluded.value:
-        since = "" if release.oldest >= (3, 28) else " (v3.28 and later)"
+        since = "" if release.oldest >= (3, 28) else "; (v3.28 and later)"
         addresses = ", ".join(f'"{each.partition("/")[0]}/32"' for each in caches[0].addresses) or '"ADDRESS/32"'
         yield Finding(
             WARNING,
@@ -673,7 +735,7 @@ def node_local_dns(links: Links, felix: Settings, release: Release) -> Said:
             (f"nodelocaldns: {', '.join(caches[0].addresses)}", str(excluded)),
             "DNS queries go to the cluster's DNS pods and not to the node's cache, or loop "
             "(projectcalico/calico#4689, #8546)",
-            patch(f'"bpfExcludeCIDRsFromNAT":[{addresses}]') + since,
+            patch(f'"bpfExcludeCIDRsFromNAT":[{addresses}]', excluded) + since,
         )
 
 
@@ -696,7 +758,7 @@ def wireguard_port(links: Links, felix: Settings, release: Release) -> Said:
                 (f"{link.name}: WireGuard on UDP {link.udp_port}", str(port), str(enabled), str(release)),
                 "v3.32 drops WireGuard from addresses that are no nodes, as from an unauthorised source "
                 "(projectcalico/calico#12900)",
-                patch('"wireguardListeningPort":51822') + "; or update Calico",
+                patch('"wireguardListeningPort":51822', port) + "; or update Calico",
             )
 
 
@@ -705,7 +767,7 @@ def felix_started(felix_log: tuple[log.Line, ...], links: Links) -> Said:
 
     Only when the log goes back to Felix's start can its absence mean something.
     """
-    begins = any(line.text.startswith(("Felix starting up", "Logging initialized")) for line in felix_log)
+    begins = any(line.text.startswith(log.BEGINS) for line in felix_log)
     if any(log.STARTED in line.text for line in felix_log):
         return
     if not begins:
@@ -721,12 +783,21 @@ def felix_started(felix_log: tuple[log.Line, ...], links: Links) -> Said:
         )
 
 
-def _from_log(known: log.Known, felix_log: tuple[log.Line, ...]) -> Iterator[Finding]:
+def _from_log(known: log.Known, felix_log: tuple[log.Line, ...], links: Links | None = None) -> Iterator[Finding]:
     found = log.present(known, felix_log)
+    if known.check == "services.log-attach" and links is not None:
+        found = [line for line in found if not _recovered(line, links)]
     if found:
         times = f"{len(found)} times, last:" if len(found) > 1 else "once:"
         severity = ERROR if known.grave else WARNING
         yield Finding(severity, "", (times, found[-1].raw), known.meaning, known.fix)
+
+
+def _recovered(line: log.Line, links: Links) -> bool:
+    """Whether the interface that a line names has its programs by now, or is gone; Felix says that it will retry."""
+    name = log.interface(line)
+    here = [link for link in links if link.name == name]
+    return name != "" and all(all(link.calico(hook) for hook in _HOOKS) for link in here)
 
 
 def log_checks(area: str) -> tuple[Check, ...]:

@@ -9,7 +9,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from calitrace.errors import Malformed
 
@@ -25,12 +25,16 @@ class Missing:
 
 @dataclass(frozen=True)
 class Host:
-    """*node*: its name in Kubernetes. *kernel*: as uname -r says. *distribution*: /etc/os-release."""
+    """*node*: its name in Kubernetes. *kernel*: as uname -r says. *distribution*: /etc/os-release.
+
+    *btf*: the kernel describes its types, in /sys/kernel/btf/vmlinux.
+    """
 
     node: str
     kernel: str
     distribution: dict[str, str]
     cpus: int
+    btf: bool = True
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,8 @@ class Link:
     """An interface of the node's namespace. *kind*: veth, bond, bridge, vlan, vxlan, wireguard, dummy, or "".
 
     *addresses*: with prefix length. *master*, *parent*: names, or "". *programs*: by hook, in the order they run.
-    *features*: the offloads that ethtool knows. *udp_port*: of a vxlan or wireguard device, 0 when not known.
+    *features*: the offloads that ethtool knows, empty when it was not asked. *udp_port*: of a vxlan or wireguard
+    device, 0 when not known.
     *workload*: it is the host's side of a pod's; follows from its name and interfacePrefix.
     """
 
@@ -162,20 +167,25 @@ class Counters:
 
 @dataclass(frozen=True)
 class QdiscDrops:
-    """The drop counter of an interface's clsact qdisc, twice: what ``tc -s qdisc show`` prints."""
+    """What the programs at an interface's hooks dropped, twice.
+
+    *source*: ``clsact``, the counter of that qdisc, which ``tc -s qdisc show`` prints; ``tcx``, our own count of
+    kfree_skb, as the kernel has none.
+    """
 
     interface: str
     before: int
     after: int
+    source: str = "clsact"
 
 
 @dataclass(frozen=True)
 class Drops:
-    """Over *seconds* of wall time."""
+    """Over *seconds* of wall time. Each half may be missing by itself: before v3.24 Calico has no counters."""
 
     seconds: float
-    counters: tuple[Counters, ...] = ()
-    qdiscs: tuple[QdiscDrops, ...] = ()
+    counters: tuple[Counters, ...] | Missing = ()
+    qdiscs: tuple[QdiscDrops, ...] | Missing = ()
 
 
 @dataclass(frozen=True)
@@ -195,16 +205,20 @@ class VxlanProbe:
 
 @dataclass(frozen=True)
 class Kubernetes:
-    """Objects as the API sends them. *secrets are never asked for*."""
+    """Objects as the API sends them, each kind a source by itself: an account may read some and not others.
+
+    *calico*: the release that ClusterInformation names, or "". *Secrets are never asked for*.
+    """
 
     version: str = ""
-    nodes: tuple[dict[str, Any], ...] = ()
-    services: tuple[dict[str, Any], ...] = ()
-    endpoint_slices: tuple[dict[str, Any], ...] = ()
-    ip_pools: tuple[dict[str, Any], ...] = ()
-    calico_node: dict[str, Any] = field(default_factory=dict)
-    kube_proxy: dict[str, Any] = field(default_factory=dict)
-    services_endpoint: dict[str, Any] = field(default_factory=dict)
+    nodes: tuple[dict[str, Any], ...] | Missing = ()
+    services: tuple[dict[str, Any], ...] | Missing = ()
+    endpoint_slices: tuple[dict[str, Any], ...] | Missing = ()
+    ip_pools: tuple[dict[str, Any], ...] | Missing = ()
+    calico_node: dict[str, Any] | Missing = field(default_factory=dict)
+    kube_proxy: dict[str, Any] | Missing = field(default_factory=dict)
+    services_endpoint: dict[str, Any] | Missing = field(default_factory=dict)
+    calico: str | Missing = ""
 
 
 @dataclass(frozen=True)
@@ -221,6 +235,11 @@ class Cloud:
 class Snapshot:
     """All sources. *taken*: wall clock, ISO 8601."""
 
+    OF_THE_NODE: ClassVar[tuple[str, ...]] = (
+        *("sysctls", "links", "routes", "processes", "chains", "chains_later", "metrics", "trace_readers", "lockdown"),
+        *("programs", "maps", "thread_times", "program_times", "drops", "felix_env", "cloud"),
+    )
+
     taken: str = ""
     calico_version: str = ""
     host: Host | Missing = Missing("not collected")
@@ -229,6 +248,8 @@ class Snapshot:
     routes: tuple[Route, ...] | Missing = Missing("not collected")
     processes: tuple[Process, ...] | Missing = Missing("not collected")
     chains: tuple[str, ...] | Missing = Missing("not collected")
+    chains_later: tuple[str, ...] | Missing = Missing("not collected")
+    metrics: dict[str, float] | Missing = Missing("not collected")
     trace_readers: tuple[Process, ...] | Missing = Missing("not collected")
     lockdown: str | Missing = Missing("not collected")
     programs: tuple[Program, ...] | Missing = Missing("not collected")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import sys
+import time
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +16,9 @@ import click
 from calitrace.errors import EnvironmentUnfit, Exit, UsageError
 
 if TYPE_CHECKING:
-    from calitrace.checks.snapshot import Snapshot
+    from collections.abc import Iterable, Iterator
+
+    from calitrace.checks.snapshot import Missing, Snapshot
 
 
 @click.command(
@@ -33,8 +39,10 @@ Examples:
 @click.option("--kubeconfig", default="", help="The API server's.  [default: $KUBECONFIG, ~/.kube/config, in-cluster]")
 @click.option("--context", default="", help="The kubeconfig's context.")
 @click.option("--timeout", default=5.0, show_default=True, help="Seconds to wait for each answer of the API server.")
-@click.option("--felix-config", type=click.Path(path_type=Path), help="What calicoctl or kubectl printed, as YAML.")
-@click.option("--felix-log", type=click.Path(path_type=Path), help="calico-node's log; - is standard input.")
+@click.option("--felix-config", type=click.Path(path_type=Path), help="What calicoctl or kubectl printed.")
+@click.option(
+    "--felix-log", type=click.Path(path_type=Path), help="calico-node's log, plain or gz; - is standard input."
+)
 @click.option("--calico-version", default="", help="Calico's release, such as v3.31, where nothing else says it.")
 @click.option("--node-name", default="", help="The node's name in Kubernetes.  [default: calico-node's own]")
 @click.option("--netns", default="", help="Network namespace of the node.  [default: ours]")
@@ -75,10 +83,11 @@ def command(
     """Look through Calico's page "Troubleshoot eBPF mode" and show what was seen, what it means, what to do.
 
     AREA is services, drops, cpu, debug, maps or performance; all by default. A check whose source cannot be read is
-    not run, and said to be. Exit status 0: nothing found, 1: findings, 3: neither interfaces nor maps nor cluster nor
-    Felix could be looked at.
+    not run, and said to be. Exit status 0: nothing found, 1: findings, 3: no check of these areas could be run, or
+    neither interfaces nor maps nor cluster nor Felix be looked at.
     """
     from calitrace.checks import registry
+    from calitrace.checks.finding import Status
     from calitrace.report import check as shown
 
     if listed or explained:
@@ -86,6 +95,8 @@ def command(
     unknown = sorted(set(areas) - set(registry.AREAS))
     if unknown:
         raise UsageError(f"no area {unknown[0]!r}", f"choose from {', '.join(registry.AREAS)}")
+    if source and where["targets"]:
+        raise UsageError("--probe sends packets, and -r only reads", "give --probe where the snapshot is made")
     snapshot = _given(_read(source) if source else _collect(**where), **where)
     snapshot = _from_others(_probed(snapshot, **where), **where)
     if target:
@@ -102,7 +113,8 @@ def command(
         click.echo(line)
     if any(result.findings for result in results):
         return int(Exit.FINDINGS)
-    return int(Exit.DONE if _looked(snapshot) else Exit.ENVIRONMENT)
+    ran = any(result.status is not Status.NOT_RUN for result in results)
+    return int(Exit.DONE if ran and _looked(snapshot) else Exit.ENVIRONMENT)
 
 
 def _looked(snapshot: Snapshot) -> bool:
@@ -140,43 +152,61 @@ def _collect(
     interval: float,
     **_: Any,
 ) -> Snapshot:
-    from calitrace.checks.snapshot import Snapshot
+    from calitrace.checks.snapshot import Missing, Snapshot
     from calitrace.cluster import cloud, objects
 
-    progress = _Progress()
-    found = Snapshot(host=objects.host_of(node_name))
-    if only != "cluster":
-        from calitrace.kernel import node
+    found = Snapshot(time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+    if only == "cluster":
+        gone: dict[str, Any] = {
+            each: Missing("only the cluster was looked at (--cluster)") for each in Snapshot.OF_THE_NODE
+        }
+        found = replace(found, **gone, host=objects.host_of(node_name))
+    with _Progress() as progress:
+        if only != "cluster":
+            from calitrace.kernel import node
 
-        where = node.Where(netns, bpffs, node_name)
-        found = node.collect(where, interval, progress.say)
-        found = replace(found, cloud=cloud.collect())
-    if only != "node" and (only == "cluster" or kubeconfig or objects.configured()):
-        progress.say("the API server")
-        found = objects.collect(found, kubeconfig, context, timeout)
-    progress.done()
+            where = node.Where(netns, bpffs, node_name)
+            found = replace(node.collect(where, interval, progress.say), taken=found.taken)
+            progress.say("asking which cloud this is")
+            found = replace(found, cloud=cloud.collect())
+        if only != "node" and (only == "cluster" or kubeconfig or objects.configured()):
+            progress.say("asking the API server")
+            found = objects.collect(found, kubeconfig, context, timeout)
     return found
 
 
 class _Progress:
-    """One line on the terminal that says what is being looked at; nothing where stderr is no terminal."""
+    """One line on the terminal that says what is being done, gone at the end; nothing where stderr is no terminal."""
 
     def __init__(self) -> None:
         self._shown = sys.stderr.isatty()
 
     def say(self, what: str) -> None:
         if self._shown:
-            click.echo(f"\r\x1b[Klooking at {what} ...", err=True, nl=False)
+            click.echo(f"\r\x1b[K{what} ...", err=True, nl=False)
 
-    def done(self) -> None:
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self._shown:
             click.echo("\r\x1b[K", err=True, nl=False)
 
 
 def _given(
-    snapshot: Snapshot, *, felix_config: Path | None, felix_log: Path | None, calico_version: str, **_: Any
+    snapshot: Snapshot,
+    *,
+    felix_config: Path | None,
+    felix_log: Path | None,
+    calico_version: str,
+    node_name: str,
+    **_: Any,
 ) -> Snapshot:
     """The snapshot with what the command line adds."""
+    from calitrace.checks.snapshot import Missing
+
+    if node_name and not isinstance(snapshot.host, Missing):
+        snapshot = replace(snapshot, host=replace(snapshot.host, node=node_name))
     if calico_version:
         from calitrace.calico.release import parse
 
@@ -186,8 +216,32 @@ def _given(
     if felix_config:
         snapshot = replace(snapshot, felix_objects=felix_configurations(felix_config))
     if felix_log:
-        snapshot = replace(snapshot, felix_lines=tuple(_text(felix_log).splitlines()))
+        snapshot = replace(snapshot, felix_lines=_telling_lines(felix_log))
     return snapshot
+
+
+def _telling_lines(path: Path) -> tuple[str, ...] | Missing:
+    """What checks look at of a log of any length, plain or compressed with gzip. Raises UsageError."""
+    from calitrace.calico import felix_log
+    from calitrace.checks.snapshot import Missing
+
+    count = 0
+
+    def counted(lines: Iterable[str]) -> Iterator[str]:
+        nonlocal count
+        for line in lines:
+            count += 1
+            yield line
+
+    try:
+        with sys.stdin.buffer if str(path) == "-" else path.open("rb") as raw:
+            stream = io.BufferedReader(raw)  # type: ignore[type-var]
+            packed = stream.peek(2)[:2] == b"\x1f\x8b"
+            plain = gzip.GzipFile(fileobj=stream) if packed else stream
+            found = felix_log.telling(counted(io.TextIOWrapper(plain, errors="replace")))
+    except (OSError, EOFError, zlib.error) as failure:
+        raise UsageError(f"cannot read {path}: {getattr(failure, 'strerror', None) or failure}") from failure
+    return tuple(line.raw for line in found) or Missing(f"none of the {count} lines of {path} is Felix's")
 
 
 def _probed(snapshot: Snapshot, *, targets: tuple[str, ...], netns: str, **_: Any) -> Snapshot:
@@ -249,7 +303,7 @@ def felix_configurations(path: Path) -> tuple[dict[str, Any], ...]:
 
     try:
         found = configurations(yaml.safe_load_all(_text(path)))
-    except yaml.YAMLError as wrong:
+    except (yaml.YAMLError, ValueError, RecursionError) as wrong:  # ValueError: of a date that is none
         raise UsageError(f"{path} is not YAML: {' '.join(str(wrong).split())}") from wrong
     if not found:
         raise UsageError(

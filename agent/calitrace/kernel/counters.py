@@ -39,7 +39,7 @@ class Reader:
     def __init__(self, namespace: str, bpffs: Path | None, *, tcx: bool = False) -> None:
         self._namespace = namespace
         self._bpffs = maps.root(bpffs, namespace or None, None)
-        self._own = _OwnCount(netns.inum(namespace) if namespace else netns.own_inum()) if tcx else None
+        self._own = OwnCount(netns.inum(namespace) if namespace else netns.own_inum()) if tcx else None
         self._stack = ExitStack()
 
     def _inside(self) -> ExitStack:
@@ -80,7 +80,7 @@ class Reader:
             )
 
 
-class _OwnCount:
+class OwnCount:
     """The kernel's drops in one network namespace by the reasons that tc and tcx programs cause."""
 
     def __init__(self, inum: int) -> None:

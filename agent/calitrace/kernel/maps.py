@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 BPFFS = Path("/sys/fs/bpf")
 _NETFILTER = Path("/proc/sys/net/netfilter")
 _PREFIXES = ("cali", "xdp_cali")
+_PER_INTERFACE = ("_igr", "_egr", "_xdp")
 _DEEPEST = 6
 # enum bpf_map_type: these have one value for each CPU; those iterate by bucket, so no key comes twice.
 _PER_CPU = {5, 6, 10, 21}
@@ -57,28 +58,45 @@ class Found:
 
 
 def root(bpffs: Path | None, namespace: str | None, pid: int | None) -> Path:
-    """The bpffs that the options ask for. Raises UsageError for a process or namespace that is not there."""
-    if pid is None and namespace is not None:
-        pid = _process_in(namespace)
+    """The bpffs that the options ask for. Raises UsageError for a process or namespace that is not there.
+
+    A namespace has no mounts of its own: of its processes' views and ours the first with pins of Calico is taken. What
+    `ip netns exec` starts has a /sys of its own, without a bpffs.
+    """
     where = bpffs or BPFFS
-    if pid is None:
+    if pid is not None:
+        if not Path(f"/proc/{pid}/root").exists():
+            raise UsageError(f"no process {pid}", "name one of the node's own processes, such as calico-node's")
+        return _seen_by(pid, where)
+    if namespace is None:
         return where
-    inside = Path(f"/proc/{pid}/root")
-    if not inside.exists():
-        raise UsageError(f"no process {pid}", "name one of the node's own processes, such as calico-node's")
-    return inside / where.relative_to("/") if where.is_absolute() else inside / where
+    views = [*(_seen_by(each, where) for each in _processes_in(namespace)), where]
+    return next((each for each in views if _has_pins(each)), views[0])
 
 
-def _process_in(namespace: str) -> int:
-    """A process of that network namespace, to look through its mounts; ours when nobody is in it."""
+def _seen_by(pid: int, where: Path) -> Path:
+    """A path as that process has it."""
+    return Path(f"/proc/{pid}/root") / (where.relative_to("/") if where.is_absolute() else where)
+
+
+def _has_pins(where: Path) -> bool:
+    """Whether there is anything named like Calico's; where we may not look there may be."""
+    try:
+        return next(_iter_pins(where), None) is not None
+    except PermissionError:
+        return True
+
+
+def _processes_in(namespace: str) -> list[int]:
+    """Processes of that network namespace, one for each set of mounts among them."""
     wanted = netns.inum(namespace)
+    found: dict[int, int] = {}
     for process in sorted(int(each.name) for each in Path("/proc").iterdir() if each.name.isdigit()):
-        try:
-            if Path(f"/proc/{process}/ns/net").stat().st_ino == wanted:
-                return process
-        except OSError:  # it ended while we looked
-            continue
-    return os.getpid()
+        spaces = Path(f"/proc/{process}/ns")
+        with suppress(OSError):  # it ended while we looked
+            if (spaces / "net").stat().st_ino == wanted:
+                found.setdefault((spaces / "mnt").stat().st_ino, process)
+    return list(found.values())
 
 
 def interfaces(namespace: str | None, pid: int | None) -> dict[int, str]:
@@ -129,6 +147,16 @@ def find(where: Path, namespace: str = "") -> list[Found]:
             "is bpfEnabled set, and the bpffs mounted here? --bpffs, --pid and --netns look elsewhere",
         )
     return sorted(maps, key=lambda each: (each.pin, each.name))
+
+
+def home(where: Path, used: Iterable[int]) -> Path | None:
+    """Of several nodes' directories below *where* the one in which a map with one of these ids is pinned."""
+    ids = set(used)
+    for path in _iter_pins(where):
+        found = _open_pin(path, where, {})
+        if found is not None and found.info.id in ids and not found.directory.endswith(_PER_INTERFACE):
+            return where / found.directory.removesuffix("tc/globals")
+    return None
 
 
 def of_node(state_map: int) -> list[Found]:
@@ -195,7 +223,7 @@ def _several_nodes(maps: list[Found]) -> list[str]:
     """Where maps of one name are: they are two nodes', except those that old releases kept for each interface."""
     places: dict[str, set[str]] = {}
     for each in maps:
-        if not each.directory.endswith(("_igr", "_egr", "_xdp")):
+        if not each.directory.endswith(_PER_INTERFACE):
             places.setdefault(each.name, set()).add(each.directory if each.pin else str(each.info.id))
     return sorted({place for group in places.values() if len(group) > 1 for place in group})
 

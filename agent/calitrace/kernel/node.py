@@ -7,10 +7,12 @@ Each source is read by itself: what fails becomes `Missing` with the reason and 
 from __future__ import annotations
 
 import errno
+import http.client
 import os
 import re
 import socket
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -37,7 +39,7 @@ from calitrace.checks.snapshot import (
     ThreadTime,
     ThreadTimes,
 )
-from calitrace.errors import EnvironmentUnfit
+from calitrace.errors import EnvironmentUnfit, UsageError
 from calitrace.kernel import counters, iptables, maps, netns, syscall, tc
 from calitrace.kernel.missing import or_missing as _source
 
@@ -54,9 +56,11 @@ _DECODED = {
     "cali_iface": _ALL,
     "cali_v4_ct": 50_000,
 }
+_THROUGH_PROC = re.compile(r"^/proc/\d+/root(?=/)")  # how we came to it, not where it is
 _COUNTED_TYPES = (1, 5, 9, 10, 11)  # hash, per-CPU hash, LRU, per-CPU LRU, LPM trie: arrays are always full
 _MOST_ETHTOOL = 64
-_FELIX_ENV = re.compile(r"FELIX_[A-Z0-9_]+|KUBERNETES_SERVICE_HOST|NODENAME")
+_METRICS_PORT, _MOST_METRICS = 9091, 4 << 20
+_FELIX_ENV = re.compile(r"(?i:FELIX_[A-Z0-9_]+)|KUBERNETES_SERVICE_HOST|NODENAME")
 
 
 @dataclass(frozen=True)
@@ -75,11 +79,10 @@ def collect(where: Where, interval_s: float, progress: Progress) -> Snapshot:
     """
     bpffs = maps.root(where.bpffs, where.namespace or None, None)
     inum = netns.inum(where.namespace) if where.namespace else netns.own_inum()
-    progress("processes and kernel settings")
+    progress("looking at processes and kernel settings")
     processes = _source(lambda: tuple(iter_processes(inum)), "processes")
     env = _source(lambda: _felix_env(processes), "calico-node's environment")
     found = Snapshot(
-        taken=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         host=_source(lambda: _host(where.node, env), "host"),
         processes=processes,
         felix_env=env,
@@ -90,22 +93,62 @@ def collect(where: Where, interval_s: float, progress: Progress) -> Snapshot:
     with ExitStack() as stack:
         if where.namespace:
             stack.enter_context(netns.inside(where.namespace))
-        progress("interfaces, routes and programs")
+        progress("looking at interfaces, routes and programs")
         network = _network()
         found = replace(found, **{**network, "sysctls": sysctls | network["sysctls"]})
-        progress("maps")
+        progress("looking at maps")
+        located = _source(lambda: _find(bpffs, found.links), f"maps below {bpffs}")
+        pinned: tuple[Map, ...] | Missing
+        if isinstance(located, Missing):
+            pinned = located
+        else:
+            bpffs, every = located
+            pinned = _source(lambda: tuple(_map(each) for each in every), f"maps below {bpffs}")
         found = replace(
             found,
             programs=_source(lambda: tuple(iter_programs()), "programs"),
-            maps=_source(lambda: _maps(bpffs), f"maps below {bpffs}"),
+            maps=pinned,
+            metrics=_source(lambda: _metrics(env), "Felix's metrics"),
         )
         if interval_s > 0:
             progress(f"measuring for {interval_s:g} s")
-            found = replace(found, **_measured(found, bpffs, interval_s))
+            found = replace(found, **_measured(found, bpffs, interval_s, inum))
         else:
             none = Missing("nothing was measured: --interval 0")
-            found = replace(found, thread_times=none, program_times=none, drops=none)
+            found = replace(found, thread_times=none, program_times=none, drops=none, chains_later=none)
     return found
+
+
+def _find(bpffs: Path, links: tuple[Link, ...] | Missing) -> tuple[Path, list[maps.Found]]:
+    """This node's maps and where they are: of several nodes' below one bpffs those beside which its programs' are.
+
+    Raises as `maps.find`.
+    """
+    try:
+        return bpffs, maps.find(bpffs)
+    except UsageError:
+        known = () if isinstance(links, Missing) else links
+        programs = (each for link in known for attached in link.programs.values() for each in attached)
+        home = maps.home(bpffs, [number for each in programs for number in each.maps.values()])
+        if home is None:
+            raise
+        return home, maps.find(home)
+
+
+def _metrics(env: dict[str, str] | Missing) -> dict[str, float]:
+    """Felix's metrics, where it serves them on this node. Raises OSError, EnvironmentUnfit."""
+    if isinstance(env, Missing):
+        raise EnvironmentUnfit(f"Felix's metrics: {env.why}")
+    host = env.get("FELIX_PROMETHEUSMETRICSHOST") or "127.0.0.1"
+    address = f"http://{host}:{env.get('FELIX_PROMETHEUSMETRICSPORT') or _METRICS_PORT}/metrics"
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(address, timeout=1) as answer:
+            text = answer.read(_MOST_METRICS).decode(errors="replace")
+    except (OSError, ValueError, http.client.HTTPException) as failure:
+        raise EnvironmentUnfit(f"{address} does not answer ({failure}): is prometheusMetricsEnabled true?") from failure
+    rows = re.findall(r"^(felix_bpf_\w+) ([0-9.eE+-]+)$", text, re.MULTILINE)
+    return {name: float(value) for name, value in rows}
 
 
 def _host(node: str, env: dict[str, str] | Missing) -> Host:
@@ -116,7 +159,9 @@ def _host(node: str, env: dict[str, str] | Missing) -> Host:
             key, equals, value = line.partition("=")
             if equals:
                 distribution[key] = value.strip("\"'")
-    return Host(named or socket.gethostname().lower(), os.uname().release, distribution, os.cpu_count() or 1)
+    name = named or socket.gethostname().lower()
+    btf = Path("/sys/kernel/btf/vmlinux").exists()
+    return Host(name, os.uname().release, distribution, os.cpu_count() or 1, btf)
 
 
 def _lockdown() -> str:
@@ -362,10 +407,6 @@ def iter_programs() -> Iterator[Program]:
             yield Program(identifier, info.name, info.jited_bytes)
 
 
-def _maps(where: Path) -> tuple[Map, ...]:
-    return tuple(_map(found) for found in maps.find(where))
-
-
 def _map(found: maps.Found) -> Map:
     info = found.info
     raw: tuple[tuple[bytes, bytes], ...] = ()
@@ -379,30 +420,33 @@ def _map(found: maps.Found) -> Map:
             count = len(raw) + sum(1 for _ in rows)
         else:
             count = sum(number for number, _, _ in maptables.blocks(maps.read(found)))
-    path = str(found.path) if found.path else ""
+    elif identify(found.name)[0].startswith("cali_progs"):
+        count = len(maps.programs_at(found, range(info.max_entries)))
+    path = _THROUGH_PROC.sub("", str(found.path)) if found.path else ""
     return Map(info.id, found.name, path, info.type, info.key_size, info.value_size, info.max_entries, count, raw)
 
 
 # Measurements
 
 
-def _measured(found: Snapshot, bpffs: Path, interval_s: float) -> dict[str, Any]:
+def _measured(found: Snapshot, bpffs: Path, interval_s: float, inum: int) -> dict[str, Any]:
     processes = () if isinstance(found.processes, Missing) else found.processes
     links = () if isinstance(found.links, Missing) else found.links
     with ExitStack() as stack:
+        own = _source(lambda: _own_count(stack, links, inum), "our own count")
         statistics = _source(lambda: stack.callback(os.close, syscall.enable_stats()), "BPF statistics")
         began = time.monotonic()
-        threads, programs = _cpu_times(processes), _source(lambda: _run_times(links), "run times")
+        threads, programs = _cpu_times(processes), _source(_run_times, "run times")
         names = {link.index: link.name for link in links}
-        rows, qdiscs = _source(lambda: _counters(bpffs, names), "counters map"), _source(_clsact_drops, "qdiscs")
+        rows = _source(lambda: _counters(bpffs, names), "counters map")
+        dropped = _source(lambda: _program_drops(own, links), "qdiscs")
         time.sleep(interval_s)
-        after_threads, after_programs = _cpu_times(processes), _source(lambda: _run_times(links), "run times")
-        after_rows, after_qdiscs = (
-            _source(lambda: _counters(bpffs, names), "counters map"),
-            _source(_clsact_drops, "qdiscs"),
-        )
+        after_threads, after_programs = _cpu_times(processes), _source(_run_times, "run times")
+        # Outside the first time and inside the second: no drop that Calico counted is missed for one of the qdisc's.
+        after_dropped = _source(lambda: _program_drops(own, links), "qdiscs")
+        after_rows = _source(lambda: _counters(bpffs, names), "counters map")
         seconds = round(time.monotonic() - began, 3)
-    measured: dict[str, Any] = {}
+    measured: dict[str, Any] = {"chains_later": _source(iptables.chains, "netfilter chains")}
     measured["thread_times"] = (
         found.processes
         if isinstance(found.processes, Missing)
@@ -427,12 +471,12 @@ def _measured(found: Snapshot, bpffs: Path, interval_s: float) -> dict[str, Any]
                 if identifier in programs and count > programs[identifier][2]
             ),
         )
-    measured["drops"] = _drops(seconds, names, (rows, after_rows), (qdiscs, after_qdiscs))
+    measured["drops"] = _drops(seconds, names, (rows, after_rows), (dropped, after_dropped))
     return measured
 
 
-def _run_times(links: tuple[Link, ...]) -> dict[int, tuple[str, int, int]]:
-    """Name, run time and run count by id, of the node's attached programs and what they tail-call: their names."""
+def _run_times() -> dict[int, tuple[str, int, int]]:
+    """Name, run time and run count by id, of all programs of this machine."""
     found = {}
     for identifier in syscall.program_ids():
         with suppress(OSError):
@@ -461,22 +505,54 @@ def _clsact_drops() -> dict[int, int]:
         return {each.ifindex: each.drops for each in counters.iter_qdiscs(route) if each.kind == "clsact"}
 
 
+def _own_count(stack: ExitStack, links: tuple[Link, ...], inum: int) -> counters.OwnCount | None:
+    """Our own count of what programs drop, where some are on interfaces without a clsact qdisc: the kernel has none."""
+    with_clsact = _clsact_drops()
+    if not any(link.any_calico and link.index not in with_clsact for link in links):
+        return None
+    own = counters.OwnCount(inum)
+    stack.enter_context(own.collectors)
+    return own
+
+
+Dropped = dict[tuple[str, int], int]  # by source ("clsact", "tcx") and ifindex
+
+
+def _program_drops(own: counters.OwnCount | Missing | None, links: tuple[Link, ...]) -> Dropped:
+    clsact = _clsact_drops()
+    found = {("clsact", index): drops for index, drops in clsact.items()}
+    if own is not None and not isinstance(own, Missing):
+        found |= {("tcx", link.index): 0 for link in links if link.any_calico and link.index not in clsact}
+        for each in own.read():
+            if ("tcx", each.ifindex) in found:
+                found["tcx", each.ifindex] += each.drops
+    return found
+
+
 def _drops(
     seconds: float,
     names: dict[int, str],
     counted: tuple[Rows | Missing, Rows | Missing],
-    qdiscs: tuple[dict[int, int] | Missing, dict[int, int] | Missing],
-) -> Drops | Missing:
+    by_programs: tuple[Dropped | Missing, Dropped | Missing],
+) -> Drops:
     before, after = counted
-    dropped, dropped_after = qdiscs
-    if isinstance(before, Missing) or isinstance(after, Missing):
-        return before if isinstance(before, Missing) else Missing("the counters map went while we measured")
-    rows = tuple(Counters(*where, before.get(where, (0,) * len(values)), values) for where, values in after.items())
-    if isinstance(dropped, Missing) or isinstance(dropped_after, Missing):
-        return Drops(seconds, rows)
-    clsact = tuple(
-        QdiscDrops(names.get(index, f"ifindex {index}"), dropped[index], value)
-        for index, value in dropped_after.items()
-        if index in dropped
-    )
+    dropped, dropped_after = by_programs
+    rows: tuple[Counters, ...] | Missing
+    clsact: tuple[QdiscDrops, ...] | Missing
+    if isinstance(before, Missing):
+        rows = before
+    elif isinstance(after, Missing):
+        rows = Missing("the counters map went while we measured")
+    else:
+        rows = tuple(Counters(*where, before.get(where, (0,) * len(values)), values) for where, values in after.items())
+    if isinstance(dropped, Missing):
+        clsact = dropped
+    elif isinstance(dropped_after, Missing):
+        clsact = dropped_after
+    else:
+        clsact = tuple(
+            QdiscDrops(names.get(index, f"ifindex {index}"), dropped[source, index], value, source)
+            for (source, index), value in dropped_after.items()
+            if (source, index) in dropped
+        )
     return Drops(seconds, rows, clsact)

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import textwrap
 from collections.abc import Iterable, Iterator
 
 from calitrace.checks.finding import Check, Finding, Result, Severity, Status
 from calitrace.checks.snapshot import Missing, Snapshot
 
-WIDTH = 100
+WIDTH = 80
+_WORD = re.compile(r"(?:'[^']*'|\"[^\"]*\"|[^\s'\"]|['\"])+")
+_COMMANDS = frozenset(
+    {
+        *("kubectl", "calicoctl", "calico-node", "calitrace", "bpftool", "ip", "tc", "ethtool", "sysctl", "tcpdump"),
+        *("aws", "gcloud", "mount", "kill", "rm", "kube-proxy"),
+    }
+)
 _ORDER = (Severity.ERROR, Severity.WARNING, Severity.INFO)
 
 
@@ -42,8 +50,8 @@ def _reasons(results: Iterable[Result]) -> dict[str, list[str]]:
 
 
 def iter_table(results: list[Result], *, verbose: bool = False) -> Iterator[str]:
-    """Lines of at most 100 columns: findings, gravest first, then why others
-    were not run; *verbose*: each of these by name, and those that passed.
+    """Lines of at most 80 columns, but for commands and words that are longer: findings, gravest first, then why
+    others were not run; *verbose*: each of these by name, and those that passed.
     """
     for result, finding in _by_severity(results):
         yield f"{finding.severity.value.upper():8} {result.check.id}{f'  {finding.subject}' if finding.subject else ''}"
@@ -53,7 +61,8 @@ def iter_table(results: list[Result], *, verbose: bool = False) -> Iterator[str]
             ("fix", finding.fix.split("; ")),
         ):
             for line in lines:
-                yield from _folded(line, f"         {label:6} ")
+                fold = _folded_command if line.partition(" ")[0] in _COMMANDS else _folded
+                yield from fold(line, f"         {label:6} ")
                 label = ""
         yield f"         {'page':6} {result.check.section}"
         yield ""
@@ -77,6 +86,25 @@ def _folded(text: str, first: str) -> list[str]:
         text, WIDTH, initial_indent=first, subsequent_indent=" " * len(first), break_long_words=False,
         break_on_hyphens=False,
     ) or [first.rstrip()]  # fmt: skip
+
+
+def _folded_command(text: str, first: str) -> list[str]:
+    """A command that a shell still takes: broken between words, with a backslash, and before a comment."""
+    command, _, comment = text.partition("  # ")
+    lines = [first]
+    for word in _WORD.findall(command):
+        longer = f"{lines[-1]}{word} "
+        if len(longer) > WIDTH - 1 and lines[-1].strip() and lines[-1] != first:
+            lines[-1] += "\\"
+            lines.append(" " * (len(first) + 2) + f"{word} ")
+        else:
+            lines[-1] = longer
+    if comment and len(lines[-1]) + len(comment) + 3 <= WIDTH:
+        lines[-1] += f" # {comment}"
+    elif comment:
+        indent = " " * len(first)
+        lines += textwrap.wrap(comment, WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
+    return [line.rstrip() for line in lines]
 
 
 def iter_json(results: Iterable[Result]) -> Iterator[str]:
@@ -171,8 +199,9 @@ def iter_explanation(check: Check) -> Iterator[str]:
     """What ``--explain`` prints."""
     yield f"{check.id}  ({check.section})"
     yield ""
-    yield from check.explanation.splitlines()
-    yield ""
-    yield f"needs: {', '.join(check.needs)}"
+    for paragraph in check.explanation.split("\n\n"):
+        yield from textwrap.wrap(paragraph, WIDTH)
+        yield ""
+    yield from textwrap.wrap(f"needs: {', '.join(check.needs)}", WIDTH)
     if check.uses:
-        yield f"uses, where there: {', '.join(check.uses)}"
+        yield from textwrap.wrap(f"uses, where there: {', '.join(check.uses)}", WIDTH)
