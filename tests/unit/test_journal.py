@@ -22,6 +22,7 @@ _FRAMES: tuple[tuple[str, dict[str, Any]], ...] = (
     (journal.PROBES, {"probes": [_PROBE]}),
     (journal.SYMBOLS, {"names": {1: "f+0x1"}}),
     (journal.TOTALS, {"lost": {"hop": 2}}),
+    (journal.STATEMENT, {"ktime_ns": 3, "skbaddr": 4, "said": {"back": "eth1"}}),
     (journal.END, {}),
 )
 
@@ -42,6 +43,7 @@ def test_all_comes_back() -> None:
     assert found.header == {"schema": journal.SCHEMA, **_HEADER}
     assert (found.events, found.probes, found.symbols) == ([b"one", b"two"], {1: _PROBE}, {1: "f+0x1"})
     assert (found.totals, dict(found.unknown)) == ({"lost": {"hop": 2}}, {"from the future": 1})
+    assert found.statements == {(3, 4): {"back": "eth1"}}
     assert (found.complete, found.cut_at) == (True, None)
 
 
