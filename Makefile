@@ -17,7 +17,6 @@ demo: setup ## the main job on the built-in lab
 bench: ## what the collectors cost, beside bpftrace
 	@bash tools/setup.sh bpftrace bpftool
 	@$(PYTHON) -W ignore tools/bench.py
-	@$(PYTHON) -W ignore tools/bench_check.py
 
 wheel: setup ## build the wheel, install it elsewhere, find its BPF sources
 	@bash tools/wheel.sh
