@@ -22,6 +22,9 @@ struct drop_scratch {
 	u8 slack[SLACK_BYTES];
 };
 struct calico_state {
+	u8 bytes[STATE_VALUE_BYTES];
+};
+struct state_words {
 	u64 words[STATE_VALUE_BYTES / 8];
 };
 /* The counter comes first: a reader that sees it above zero then sees the whole key behind it. */
@@ -29,9 +32,11 @@ struct drop_cell {
 	u64 drops;
 	struct drop_key key;
 };
+/* Of bytes: of other arrays in a map BCC makes code to print each element, which takes longer than all else. */
 struct drop_table {
-	struct drop_cell cells[DROP_SLOTS];
+	u8 cells[DROP_TABLE_BYTES];
 };
+_Static_assert(sizeof(struct drop_table) == DROP_SLOTS * sizeof(struct drop_cell), "drop_table");
 BPF_PERCPU_ARRAY(drop_tables, struct drop_table, 1);
 BPF_TABLE("percpu_hash", struct drop_key, u64, drop_counts, DROP_CELLS);
 BPF_ARRAY(next_event_ns, u64, 1);
@@ -43,7 +48,7 @@ BPF_TABLE("hash_of_maps$state_template", u32, int, states, 256); /* BCC 0.18 can
  * Each kind of drop has a slot of the table, which costs a tenth of a hash lookup; where two kinds want the same one,
  * the later one is counted in the hash. Programs do not interrupt themselves, so a slot of this CPU is ours.
  */
-static __always_inline void count_drop(const struct drop_key *key)
+static __always_inline void count_drop(struct drop_key *key)
 {
 	u32 mixed = (u32)key->location * 0x9e3779b1 + key->skb_drop_reason * 0x85ebca6b + key->ifindex * 0xc2b2ae35 +
 		    key->netns * 0x27d4eb2f + key->ip_proto * 0x165667b1;
@@ -52,7 +57,7 @@ static __always_inline void count_drop(const struct drop_key *key)
 	u64 *total, one = 1;
 
 	if (table) {
-		struct drop_cell *cell = &table->cells[slot];
+		struct drop_cell *cell = (struct drop_cell *)table->cells + slot;
 		struct drop_key *held = &cell->key;
 
 		if (!cell->drops)
@@ -95,7 +100,7 @@ static __always_inline void send_state(const struct drop_event *drop)
 	e->skbaddr = drop->skbaddr;
 	e->state_bytes = STATE_VALUE_BYTES;
 	e->pad = 0;
-	*(struct calico_state *)e->state = *state;
+	*(struct state_words *)e->state = *(struct state_words *)state;
 	events.ringbuf_submit(e, BPF_RB_NO_WAKEUP);
 	count(STAT_STATE_SENT, 1);
 }

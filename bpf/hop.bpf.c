@@ -47,7 +47,8 @@ static __always_inline int send_hop(struct hop_event *e, u32 kind, int rc)
 
 static __always_inline int hop(u64 skb, u32 kind)
 {
-	struct hop_scratch *s = hop_scratches.lookup(&kind);
+	u32 at = kind; /* a variable whose address is taken is no constant any more */
+	struct hop_scratch *s = hop_scratches.lookup(&at);
 	struct window *window;
 	struct view v;
 	u64 *slot;

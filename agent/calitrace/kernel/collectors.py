@@ -71,6 +71,11 @@ class Plan:
     state_bytes: int = STATE_BYTES
     ring_bytes: int = RING_BYTES
 
+    @property
+    def drop_slots(self) -> int:
+        """Kinds of drops that have a place of their own, not one in the hash of *drop_cells*."""
+        return min(self.drop_cells, _DROP_SLOTS)
+
     def sources(self) -> list[str]:
         """Files below bpf/, in the order in which they use each other."""
         files = ["include/events.h", "include/packet.h"]
@@ -123,7 +128,8 @@ class Plan:
             "RATE_LIMIT": str(self.rate_limit),
             "SAMPLE": str(self.sample),
             "DROP_CELLS": str(self.drop_cells),
-            "DROP_SLOTS": str(min(self.drop_cells, _DROP_SLOTS)),
+            "DROP_SLOTS": str(self.drop_slots),
+            "DROP_TABLE_BYTES": str(self.drop_slots * _DROP_CELL.size),
             **{f"{each}_REASON": f"{numbers[each]}u" for each in ("TC_INGRESS", "TC_EGRESS") if each in numbers},
             **({"NETNS": f"{self.netns}u"} if self.netns else {}),
             **({"NAMED_BY": self.named_by} if self.named_by else {}),
@@ -242,7 +248,7 @@ class Collectors:
         found: Counter[Cell] = Counter()
         for key, values in self._bpf[b"drop_counts"].items():
             found[Cell(key.location, key.skb_drop_reason, key.ifindex, key.netns, key.ip_proto)] += sum(values)
-        size = min(self.plan.drop_cells, _DROP_SLOTS) * _DROP_CELL.size * syscall.possible_cpus()
+        size = self.plan.drop_slots * _DROP_CELL.size * syscall.possible_cpus()
         table = syscall.map_lookup(self._bpf[b"drop_tables"].map_fd, bytes(4), size)
         for drops, *key in _DROP_CELL.iter_unpack(table or b""):
             if drops:
