@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-pytestmark = [pytest.mark.root, pytest.mark.skipif(not shutil.which("tc"), reason="needs tc")]
+pytestmark = pytest.mark.root
 POD = "calif00dbeef012"
 COUNT = 37
 TIMEOUT_S = 60

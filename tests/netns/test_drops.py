@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import signal
 import socket
 import struct
@@ -113,7 +112,6 @@ def nft(lab: Lab, part: str, rules: str) -> None:
         subprocess.run(["nft", "-f", "-"], input=rules, text=True, check=True)
 
 
-@pytest.mark.skipif(not shutil.which("nft"), reason="needs nft")
 @pytest.mark.parametrize("level", ["off", "debug"])
 @pytest.mark.parametrize(
     ("fault", "target", "calico"),
@@ -302,8 +300,6 @@ def test_journal_filter_and_pcapng(healed: Lab, tmp_path: Path) -> None:
     again = calitrace("drops", "-r", str(journal), "-o", "json", expression)
     assert again.returncode == 0, again.stderr
     assert [json.loads(line) for line in again.stdout.splitlines()][:-1] == drops
-    if not shutil.which("tshark"):
-        pytest.skip("needs tshark")
     fields = ["-T", "fields", "-e", "udp.srcport", "-e", "frame.comment", "-e", "frame.interface_name"]
     read = subprocess.run(["tshark", "-r", str(pcap), *fields], capture_output=True, text=True, check=True)
     rows = [line.split("\t") for line in read.stdout.splitlines() if line.startswith(str(port))]
