@@ -10,6 +10,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -51,12 +52,28 @@ def listening(*words: str) -> Iterator[subprocess.Popen[str]]:
             process.send_signal(signal.SIGINT)
 
 
-def finished(process: subprocess.Popen[str]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Interrupt it; its drops and its summary."""
-    process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=TIMEOUT_S)
+def finished(process: subprocess.Popen[str], *ports: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Interrupt it once it has shown COUNT drops from each of these *ports*; its drops and its summary.
+
+    The kernel may still be at work on what was sent: who interrupts at once misses it.
+    """
+    assert process.stdout is not None
+    assert process.stderr is not None
+    missing, lines = Counter(dict.fromkeys(ports, COUNT)), []
+    watchdog = threading.Timer(TIMEOUT_S, process.kill)
+    watchdog.start()
+    try:
+        while any(missing[port] > 0 for port in ports) and (line := process.stdout.readline()):
+            lines.append(line)
+            missing[json.loads(line).get("sport")] -= 1
+        process.send_signal(signal.SIGINT)
+        lines += process.stdout.readlines()
+        errors = process.stderr.read()
+        process.wait()
+    finally:
+        watchdog.cancel()
     assert process.returncode == 0, errors
-    *drops, summary = [json.loads(line) for line in output.splitlines()]
+    *drops, summary = map(json.loads, lines)
     assert summary["type"] == "summary"
     parts = ("shown", "harmless", "filtered", "limited", "unsampled", "malformed", "events_lost")
     assert summary["drops_seen"] == sum(summary[part] for part in parts), summary
@@ -135,7 +152,7 @@ def test_each_cause_against_its_own_count(
                 send(healed, "pod-a", "10.10.0.1", 9, COUNT): "QDISC_DROP",
                 send_bad_checksums(healed, "node-a", "10.10.0.1", "10.65.0.2", COUNT): "UDP_CSUM",
             }
-            drops, summary = finished(process)
+            drops, summary = finished(process, *ports)
     finally:
         nft(healed, "pod-a", "delete table ip t")
     injected = [each for each in drops if each["sport"] in ports and each["proto"] == "udp"]
@@ -193,7 +210,7 @@ def test_reasons_that_calico_records(healed: Lab, level: str) -> None:
         send_raw(healed, "client", ip_header(CLIENT, "10.10.0.1", 6) + ack, "10.10.0.1", COUNT)  # of no connection
         syn = struct.pack("!HHIIBBHHH", 40010, 30080, 1, 0, 0x50, 2, 100, 0, 0)
         send_raw(healed, "client", ip_header(CLIENT, "10.10.0.1", 6) + syn, "10.10.0.1", COUNT)  # it is answered
-        drops, summary = finished(process)
+        drops, summary = finished(process, ranges, 1, 0)
     assert summary["events_lost"] == summary["limited"] == 0
     blamed = [each for each in drops if each["by_calico"] and each["src"] == CLIENT]
     found = Counter((each["calico_reason"], each["proto"], each["sport"]) for each in blamed)
@@ -240,7 +257,7 @@ def test_a_pod_that_sends_from_another_address(healed: Lab, tmp_path: Path) -> N
     with listening("-o", "json", "--calico-only", "-w", file) as process:
         send_raw(healed, "pod-a", datagram, "10.10.0.100", COUNT)
         port = send(healed, "client", "10.10.0.1", 30053, COUNT)
-        drops, _ = finished(process)
+        drops, _ = finished(process, port, 4001)
     silent = [each for each in drops if each["src"] == "10.65.0.99"]
     assert len(silent) == COUNT
     for each in silent:
@@ -262,7 +279,7 @@ def test_a_program_that_ends_before_it_reads_the_packet(healed: Lab) -> None:
         key = struct.pack("<II", socket.if_nametoindex("calif00dbeef012"), 1)
     with changed(healed.pins / "node-b" / "cali_counters6", key, None), listening("-o", "json") as process:
         port = send(healed, "client", "10.10.0.1", 30053, COUNT)
-        drops, _ = finished(process)
+        drops, _ = finished(process, port)
     mine = [each for each in drops if each["sport"] == port]
     assert len(mine) == COUNT
     for each in mine:
@@ -294,7 +311,7 @@ def test_journal_filter_and_pcapng(healed: Lab, tmp_path: Path) -> None:
     expression = f"udp and src host {CLIENT} and dst port 5353"
     with listening("-o", "json", "-w", str(journal), "--pcap", str(pcap), expression) as process:
         port = send(healed, "client", "10.10.0.1", 30053, COUNT)
-        drops, _ = finished(process)
+        drops, _ = finished(process, port)
     mine = [each for each in drops if each["sport"] == port]
     assert len(mine) == COUNT
     again = calitrace("drops", "-r", str(journal), "-o", "json", expression)
@@ -317,7 +334,7 @@ def test_filters_come_before_the_rate_limit(healed: Lab, tmp_path: Path) -> None
     with listening(*words, "-i", "cali*", "udp and src host", CLIENT) as process:
         send(healed, "node-a", "10.65.0.2", 9, 500)  # another interface: it must not use up the limit
         port = send(healed, "client", "10.10.0.1", 30053, COUNT)
-        drops, summary = finished(process)
+        drops, summary = finished(process, port)
     assert [each["sport"] for each in drops] == [port] * COUNT
     assert summary["filtered"] >= 500
     assert summary["limited"] == summary["stacks_lost"] == 0
@@ -332,7 +349,7 @@ def test_a_filter_looks_into_the_tunnel(healed: Lab) -> None:
     assert on(healed, "fault", "vxlan-blocked").returncode == 0
     with listening("-o", "json", "--all", "udp dst port 30053") as process:
         port = send(healed, "client", "10.10.0.1", 30053, COUNT)
-        drops, _ = finished(process)
+        drops, _ = finished(process, port)
     mine = [each for each in drops if each["sport"] == port]
     assert len(mine) == COUNT
     assert all(len(each["packet"]) == 2 and each["packet"][0].endswith(":4789") for each in mine)
