@@ -20,37 +20,31 @@ struct drop_scratch {
 	struct drop_event event;
 	u8 slack[SLACK_BYTES];
 };
-struct calico_state {
-	u64 words[STATE_VALUE_BYTES / 8];
-};
 BPF_TABLE("percpu_hash", struct drop_key, u64, drop_counts, DROP_CELLS);
 BPF_ARRAY(next_event_ns, u64, 1);
 BPF_PERCPU_ARRAY(drop_scratches, struct drop_scratch, 1);
 BPF_PERCPU_ARRAY(state_scratches, struct state_event, 1);
-BPF_TABLE("percpu_array", u32, struct calico_state, state_template, 2);
-BPF_TABLE("hash_of_maps$state_template", u32, int, states, 256); /* BCC 0.18 cannot name the key in BPF_HASH_OF_MAPS */
 
-/* Calico still holds the dropped packet in its per-CPU state: each node has its own map, found by namespace. */
+/*
+ * Calico still holds the dropped packet in its per-CPU state: each node has its own map, found by namespace.
+ * read_state() is made by calitrace/kernel/collectors.py, with a hash of maps for each size that a release has.
+ */
 static __always_inline void send_state(const struct drop_event *drop)
 {
-	u32 zero = 0, netns = drop->netns;
+	u32 zero = 0;
 	struct state_event *e = state_scratches.lookup(&zero);
-	struct calico_state *state;
-	void *map = states.lookup(&netns);
 
-	if (!map || !e)
+	if (!e)
 		return;
-	state = bpf_map_lookup_elem(map, &zero);
-	if (!state)
+	e->state_bytes = read_state(drop->netns, e->state);
+	if (!e->state_bytes)
 		return;
 	e->ktime_ns = drop->ktime_ns;
 	e->type = EVENT_STATE;
 	e->cpu = drop->cpu;
-	e->netns = netns;
+	e->netns = drop->netns;
 	e->skbaddr = drop->skbaddr;
-	e->state_bytes = STATE_VALUE_BYTES;
 	e->pad = 0;
-	bpf_probe_read_kernel(e->state, STATE_VALUE_BYTES, state);
 	if (events.ringbuf_output(e, sizeof(*e), BPF_RB_NO_WAKEUP))
 		count(STAT_STATE_LOST, 1);
 	else

@@ -37,7 +37,7 @@ def test_programs_roles_and_state_map(pair: Pair) -> None:
     link = node.links[index]
     assert (node.role, client.role) == (Role.NODE, Role.CLIENT)
     assert link.calico == {"ingress": ("cali_from_hep",)}
-    assert link.foreign == {"ingress": ("other_prog",), "xdp": ("XDP program",)}
+    assert link.foreign == {"ingress": ("other_prog",), "xdp": ("some_xdp",)}
     assert pair.right_ip in link.addresses
     assert link.peer_netns == client.inum
     assert (node.state_name, node.state_bytes) == ("cali_state6", 512)

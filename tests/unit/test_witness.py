@@ -44,18 +44,33 @@ def test_every_counted_drop_has_a_meaning() -> None:
 
 
 def test_one_counter_that_rose_is_a_likely_cause() -> None:
-    said = Statement({"TOTAL_PACKETS": 5, "IP_OPTIONS": 2, "SHORT": 0}, 2.0)
+    said = Statement({"UNKNOWN": 5, "IP_OPTIONS": 2, "SHORT": 0}, 2.0)
     found = weigh(hook_only(), said)
     assert (found.calico_reason, found.sources, found.confidence) == ("IP_OPTIONS", ("counters",), Confidence.LIKELY)
     assert found.text == "dropped by Calico, it seems: IP options are not supported"
     assert found.evidence[-1] == "Calico's counters of this hook rose within 2.0 s: IP_OPTIONS +2"
 
 
-@pytest.mark.parametrize("counters", [{"SHORT": 1, "IP_OPTIONS": 1}, {"TOTAL_PACKETS": 5}, {"SHORT": -3}])
+@pytest.mark.parametrize("counters", [{"SHORT": 1, "IP_OPTIONS": 1}, {"UNKNOWN": 5}, {"SHORT": -3}])
 def test_several_counters_or_none_name_nothing(counters: dict[str, int]) -> None:
     found = weigh(hook_only(), Statement(counters, 2.0))
     assert (found.detail, found.sources) == ("cause not recorded", ("hook",))
     assert found.evidence[-1].startswith("Calico's counters of this hook rose within 2.0 s: ")
+
+
+@pytest.mark.parametrize(
+    ("arrays", "why"),
+    [
+        ({}, "its place in the array of programs is empty"),
+        ({"cali_progs_ing2": 0, "cali_progs_egr2": 9}, "no program is in cali_progs_ing2"),
+    ],
+)
+def test_a_main_program_that_does_not_run_counts_nothing(arrays: dict[str, int], why: str) -> None:
+    said = Statement({"UNKNOWN": 0, "SHORT": 0}, 2.0, arrays=arrays)
+    found = weigh(hook_only(), said)
+    assert (found.detail, found.confidence) == (f"its main program did not run: {why}", Confidence.LIKELY)
+    assert found.sources == ("counters",)
+    assert weigh(in_state(), said).detail.startswith("cause not recorded")  # it did write its state
 
 
 def test_counters_do_not_speak_for_a_packet_whose_state_has_no_reason() -> None:

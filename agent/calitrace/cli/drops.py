@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import shutil
 import signal
 import sys
 import time
 from collections import Counter
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
-from calitrace.errors import Exit, Malformed, UsageError
+from calitrace.errors import EnvironmentUnfit, Exit, Malformed, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -31,6 +32,7 @@ _UNATTENDED_S = 60.0  # a live run ends by itself where no terminal is attached
 _POLL_MS = 100
 _TOP_EVERY_S = 1.0
 _TOP_ROWS = 20
+_NARROWEST = 80
 _LOOK_EVERY_S = 2.0
 _CLEAR = "\x1b[H\x1b[J"
 
@@ -180,6 +182,8 @@ class _Session:
         return int(Exit.DONE)
 
     def _stop(self, *_: object) -> None:
+        if self._stopped:  # asked again: we wait for somebody who does not read what we print
+            raise KeyboardInterrupt
         self._stopped = True
 
     # -- sources ----------------------------------------------------------------------------------------
@@ -188,7 +192,7 @@ class _Session:
         from calitrace import journal
         from calitrace.cli.drop_witness import Witness
         from calitrace.cli.probe import LAB_POLICY_DIRS, POLICY_DIRS
-        from calitrace.cli.recording import create, header, say
+        from calitrace.cli.recording import create, header, say, unread_states
         from calitrace.cluster import pods
         from calitrace.kernel import discover, headers, symbols, syscall
         from calitrace.kernel.collectors import Collectors, Plan, name_condition
@@ -196,7 +200,6 @@ class _Session:
         settings = self._settings
         types = headers.kernel_btf()
         topology = discover.topology()
-        sizes = {each.state_bytes for each in topology.namespaces.values() if each.state_map}
         plan = Plan(
             hop=False,
             drop_all=True,
@@ -208,8 +211,7 @@ class _Session:
             pcap_filter=self._kernel_filter(),
             stack=settings.stack,
         )
-        plan = replace(plan, state_bytes=max(sizes, default=plan.state_bytes))
-        warnings = ["nodes with different releases of Calico: only one state layout is read"] * (len(sizes) > 1)
+        warnings = unread_states(topology)
         directories = [*POLICY_DIRS, *LAB_POLICY_DIRS[0].glob(LAB_POLICY_DIRS[1])]
         facts = {**header(topology, types, plan, directories, warnings), "pods": pods.of_this_node()}
         self._know(facts)
@@ -227,7 +229,7 @@ class _Session:
         writer = self._writer = journal.Writer(stream, facts) if stream else None
         say("listening to tracepoint kfree_skb")
         if settings.output == "table" and not settings.top:
-            click.echo(self._report.HEADER)
+            click.echo(self._report.fit(self._report.HEADER, self._width()))
 
         def take(records: list[bytes]) -> None:
             if writer is not None:
@@ -282,28 +284,30 @@ class _Session:
             return ""
 
     def _watch(self, topology: Topology, collectors: Collectors) -> None:
-        """Read Calico's state in each node's namespace, as far as its release has the plan's size."""
-        collectors.watch_state(
-            {
-                each.inum: each.state_map
-                for each in topology.namespaces.values()
-                if each.state_map and each.state_bytes == collectors.plan.state_bytes
-            }
-        )
+        """Read Calico's state in each node's namespace, whatever its release."""
+        from calitrace.kernel import discover
+
+        collectors.watch_state(discover.state_maps(topology, everywhere=True))
         if self._witness is not None:
             self._witness.settle(topology)
         self._looked_at = time.monotonic()
 
     def _look_again(self) -> bool:
         """Whether interfaces and programs were read anew, since pods come and go and Felix replaces its programs."""
+        from calitrace.cli.recording import say
         from calitrace.cluster import pods
         from calitrace.kernel import discover
         from calitrace.model import Topology
 
         if self._collectors is None or time.monotonic() < self._looked_at + _LOOK_EVERY_S:
             return False
-        topology = discover.topology()
-        self._watch(topology, self._collectors)
+        self._looked_at = time.monotonic()
+        try:
+            topology = discover.topology()
+            self._watch(topology, self._collectors)
+        except EnvironmentUnfit as failure:  # Felix replaces its programs: the next look finds the new ones
+            say(f"warning: interfaces and programs could not be read again: {failure}")
+            return False
         self._pods.update(pods.of_this_node())
         self._settle(Topology({**self._whole.namespaces, **topology.namespaces}))  # who has gone keeps its name
         return True
@@ -328,7 +332,7 @@ class _Session:
         self._symbols.update(found.symbols)
         self._statements = found.statements
         if self._settings.output == "table" and not self._settings.top:
-            click.echo(self._report.HEADER)
+            click.echo(self._report.fit(self._report.HEADER, self._width()))
         self._take(found.events, lambda _: {})
         self._rest()
         stats = found.totals.get("stats", {})
@@ -402,7 +406,7 @@ class _Session:
             return
         cause = self._explain(dropped)
         unknown = event.ifindex and not cause.place.interface
-        if (unknown or (cause.sources == ("hook",) and not cause.by_calico)) and self._look_again():
+        if (unknown or cause.sources == ("hook",)) and self._look_again():
             cause = self._explain(dropped)
         cause = self._weigh(dropped, cause)
         if not settings.wants(cause):
@@ -425,12 +429,13 @@ class _Session:
             click.echo(self._report.dump(self._report.drop_object(dropped, cause, harmless, time_ns, self._names)))
             return
         clock = datetime.fromtimestamp(time_ns / 1e9).astimezone().strftime("%H:%M:%S.%f")[:-3]
-        click.secho(self._report.table_line(dropped, cause, clock, self._names), fg="red" if cause.by_calico else None)
+        line = self._report.table_line(dropped, cause, clock, self._names, self._width())
+        click.secho(line, fg="red" if cause.by_calico else None)
         if settings.stack:
             for line in self._drops.stack(dropped, self._names):
                 click.echo(f"        {line}")
         if settings.verbose:
-            for line in self._report.iter_explanation(cause, harmless):
+            for line in self._report.iter_explanation(cause, harmless, self._pods.get(cause.place.interface, "")):
                 click.echo(line)
 
     def _matches(self, capture: bytes) -> bool:
@@ -459,6 +464,10 @@ class _Session:
             self._writer.write(journal.STATEMENT, {"ktime_ns": key[0], "skbaddr": key[1], "said": said.to_map()})
         return witness.weigh(cause, said)
 
+    def _width(self) -> int:
+        """Columns of the terminal, 0 where there is none."""
+        return max(shutil.get_terminal_size().columns, _NARROWEST) if self._is_tty else 0
+
     # -- totals -----------------------------------------------------------------------------------------
 
     def _sum(self, stats: dict[str, int], missed: int) -> None:
@@ -481,7 +490,7 @@ class _Session:
             return
         other = collectors.stats()[Stat.DROP_OTHER]
         for line in self._report.iter_top(counts, other, self._causes, self._topology, self._names, _TOP_ROWS):
-            click.echo(line)
+            click.echo(self._report.fit(line, self._width()))
 
     def _close(self) -> None:
         if self._settings.output == "json":

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from calitrace import identity
+from calitrace.calico.state import SIZES
 from calitrace.errors import EnvironmentUnfit
-from calitrace.events import STATE_BYTES, Stat
+from calitrace.events import Stat
 from calitrace.kernel import headers, loader, syscall
 from calitrace.kernel.ring import Ring
 from calitrace.model import Cell
@@ -32,6 +33,37 @@ RECORDER_LINES = 256
 _IFNAMSIZ = 16
 _TYPED = "kfree_skb"  # the one tracepoint whose program must be cheap, since it runs for packets of others
 _NO_TAG = 0xFFFFFFFF  # a sequence number shifted right is never this
+# A hash of maps takes maps of one value size: there is one for each size that a release of Calico has.
+# BCC 0.18 cannot name the key in BPF_HASH_OF_MAPS.
+_STATES_OF_SIZE = """
+struct calico_state_{size} {{
+\tu64 words[{size} / 8];
+}};
+BPF_TABLE("percpu_array", u32, struct calico_state_{size}, state_template_{size}, 2);
+BPF_TABLE("hash_of_maps$state_template_{size}", u32, int, states_{size}, 256);
+"""
+_READ_OF_SIZE = """
+\tmap = states_{size}.lookup(&netns);
+\tif (map) {{
+\t\tstate = bpf_map_lookup_elem(map, &zero);
+\t\tif (!state)
+\t\t\treturn 0;
+\t\tbpf_probe_read_kernel(to, {size}, state);
+\t\treturn {size};
+\t}}
+"""
+_READ_STATE = (
+    "".join(_STATES_OF_SIZE.format(size=size) for size in SIZES)
+    + """
+/* Copy the state that Calico has on this CPU in a namespace. Returns its bytes, 0 where there is none. */
+static __always_inline u32 read_state(u32 netns, u8 *to)
+{
+\tu32 zero = 0;
+\tvoid *map, *state;
+"""
+    + "".join(_READ_OF_SIZE.format(size=size) for size in SIZES)
+    + "\treturn 0;\n}\n"
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +76,7 @@ class Plan:
     *drop_cells*: entries of the table of totals. *netns* (0: any), *named_by* (C, see ``name_condition``; empty: any)
     and *pcap_filter* (C, see ``cbpf``): which drops are sent, of those that *drop_all* sends. *stack*: send the
     kernel's stack with each. *log*: "" for none, "flight" for the lines that led to a probe's event, "stream" for
-    all. *state_bytes*: value size of Calico's state maps.
+    all.
     """
 
     drop: bool = True
@@ -62,7 +94,6 @@ class Plan:
     run_id: int = 0
     client: tuple[str, int, int] | None = None
     vxlan_port: int = 4789
-    state_bytes: int = STATE_BYTES
     ring_bytes: int = RING_BYTES
 
     def sources(self) -> list[str]:
@@ -109,7 +140,6 @@ class Plan:
             "CLIENT_PORT_MIN": str(low),
             "CLIENT_PORT_MAX": str(high),
             "VXLAN_PORT": str(self.vxlan_port),
-            "STATE_VALUE_BYTES": str(self.state_bytes),
             "RECORDER_LINES": str(RECORDER_LINES),
             "RING_PAGES": str(self.ring_bytes // os.sysconf("SC_PAGE_SIZE")),
             "WAKE_BYTES": str(WAKE_BYTES),
@@ -139,7 +169,7 @@ class Collectors:
         """Compile, verify, attach. Raises EnvironmentUnfit (CompileFailed with the verifier's log)."""
         types = self._types or headers.kernel_btf()
         parts = {name: loader.bpf_source(name).replace("#pragma once", "") for name in self.plan.sources()}
-        parts["include/packet.h"] += self.plan.pcap_filter
+        parts["include/packet.h"] += self.plan.pcap_filter + _READ_STATE * self.plan.drop
         text = "".join(parts.values())
         reasons = types.enum("skb_drop_reason") if types else None
         defines = self.plan.defines(has_drop_reason(types), reasons)
@@ -193,18 +223,19 @@ class Collectors:
     def watch_state(self, maps: Mapping[int, int]) -> None:
         """Read Calico's state at each drop. *maps*: namespace inode number to id of its cali_state map.
 
-        Raises EnvironmentUnfit for a map that does not have the plan's value size.
+        Raises EnvironmentUnfit for a map that has gone, or has a size of no release that we know.
         """
         for netns, identifier in maps.items():
             try:
                 descriptor = syscall.map_fd(identifier)
+                size = syscall.map_info(descriptor).value_size
             except OSError as failure:
                 raise EnvironmentUnfit(
                     f"Calico's state map {identifier} has gone: {failure.strerror}",
                     "its programs were just replaced; try again",
                 ) from failure
             try:
-                self._bpf[b"states"][ctypes.c_uint32(netns)] = ctypes.c_int(descriptor)
+                self._bpf[f"states_{size}".encode()][ctypes.c_uint32(netns)] = ctypes.c_int(descriptor)
             except Exception as failure:
                 raise EnvironmentUnfit(
                     f"cannot watch Calico's state map {identifier} of namespace {netns}: {failure}"

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from calitrace.correlate.drops import stack, tc_hook
+from calitrace.correlate.drops import hook_of, stack
 from calitrace.packet import PROTOCOLS
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from calitrace.model import Cell, Topology
 
 HEADER = f"{'TIME':<12} {'INTERFACE HOOK':<19} {'PACKET':<41} CAUSE [EVIDENCE]"
-_HOOKS = {"tc ingress": "in", "tc egress": "out", "": ""}
+_HOOKS = {"tc ingress": "in", "tc egress": "out", "XDP": "xdp", "": ""}
 
 
 @dataclass
@@ -101,16 +101,25 @@ def short(cause: Cause) -> str:
     return " ".join([*words, evidence])
 
 
-def table_line(dropped: Dropped, cause: Cause, clock: str, names: Names) -> str:
-    """One line. *clock*: the time, as text."""
+def table_line(dropped: Dropped, cause: Cause, clock: str, names: Names, width: int = 0) -> str:
+    """One line. *clock*: the time, as text. *width*: columns that there are, 0 for as many as it takes."""
     place = f"{cause.place.interface or '-'} {_HOOKS[cause.place.hook]}".strip()
     pod = names.pods.get(cause.place.interface)
-    return f"{clock:<12} {place:<19} {tuple_of(dropped):<41} {short(cause)}" + (f" {pod}" if pod else "")
+    packet, found = tuple_of(dropped), short(cause) + (f" {pod}" if pod else "")
+    line = f"{clock:<12} {place:<19} {packet:<41} {found}"
+    if width and len(line) > width:
+        line = f"{clock.partition('.')[0]} {place} {packet} {found}"
+    return fit(line, width)
 
 
-def iter_explanation(cause: Cause, harmless: str) -> Iterator[str]:
+def fit(line: str, width: int) -> str:
+    """The line, cut off where it is longer than *width* columns; 0: as it is."""
+    return line if not width or len(line) <= width else f"{line[: width - 1]}…"
+
+
+def iter_explanation(cause: Cause, harmless: str, pod: str = "") -> Iterator[str]:
     """The lines below it with -v."""
-    yield f"    {cause.place}: {cause.text} ({cause.confidence.value})"
+    yield f"    {cause.place}{f', pod {pod}' if pod else ''}: {cause.text} ({cause.confidence.value})"
     if harmless:
         yield f"    harmless: {harmless}"
     for line in cause.evidence:
@@ -153,7 +162,6 @@ def cell_object(cell: Cell, number: int, topology: Topology, names: Names) -> di
     """One exact total."""
     link, namespace = topology.link(cell.netns, cell.ifindex), topology.namespace(cell.netns)
     reason, symbol = names.reason(cell.skb_drop_reason), names.symbols.get(cell.location, f"{cell.location:#x}")
-    hook = tc_hook(reason, symbol, names)
     return {
         "type": "total",
         "drops": number,
@@ -161,7 +169,7 @@ def cell_object(cell: Cell, number: int, topology: Topology, names: Names) -> di
         "location": symbol,
         "namespace": namespace.name if namespace else None,
         "interface": link.name if link else None,
-        "hook": f"tc {hook}" if hook else "",
+        "hook": hook_of(reason, symbol, names),
         "ip_proto": cell.ip_proto,
     }
 
