@@ -77,6 +77,7 @@ def finished(process: subprocess.Popen[str], *ports: int) -> tuple[list[dict[str
     assert summary["type"] == "summary"
     parts = ("shown", "harmless", "filtered", "limited", "unsampled", "malformed", "events_lost")
     assert summary["drops_seen"] == sum(summary[part] for part in parts), summary
+    assert summary["unread"] == 0
     assert summary["shown"] == sum(each["type"] == "drop" for each in drops)
     return drops, summary
 
@@ -410,6 +411,20 @@ def test_a_flood_with_stdout_blocked_is_counted_exactly(lab: Lab) -> None:
         drops, summary = finished(process)
     assert summary["drops_seen"] == summary["runs"] >= 50_000
     assert sum(each["dport"] == 9 for each in drops) + summary["events_lost"] + summary["filtered"] >= 50_000
+
+
+def test_stdout_that_is_never_read_is_left_when_asked_twice(lab: Lab) -> None:
+    with listening("--all", "--rate-limit", "0") as process:
+        assert process.stderr is not None
+        send(lab, "node-a", "10.65.0.2", 9, 20_000)
+        while process.poll() is None:  # the first one, and those that come while it is blocked
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.5)
+        said = process.stderr.read().splitlines()[0]
+    parts = [part.split(" ", 1) for part in said.split("; ")[0].split(": ")[1].split(", ")]
+    assert any(int(number) > 0 for number, name in parts if name == "not looked at")
+    assert int(said.split()[0]) == sum(int(number) for number, _ in parts)
 
 
 def test_a_journal_of_probes_is_read(healed: Lab, tmp_path: Path) -> None:

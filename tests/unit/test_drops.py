@@ -308,6 +308,18 @@ def test_lines_and_objects() -> None:
         f"cali1 out           tcp SYN {CLIENT}:{SPORT} > {POD}:8080 calico DROPPED_BY_POLICY rule {RULE:#018x} [state]"
         " default/web"
     )
+    for width, shown in (
+        (len(lines[0]) + 13, lines[0]),
+        (len(lines[0]) + 12, lines[0].removesuffix(" default/web")),
+        (120, f"cali1 out tcp SYN {CLIENT}:{SPORT} > {POD}:8080 calico DROPPED_BY_POLICY rule {RULE:#018x} [state]"),
+        (90, f"cali1 out tcp SYN {CLIENT}:{SPORT} > {POD}:8080 calico DROPPED_BY_P… [state]"),
+        (80, f"cali1 out tcp SYN {CLIENT}:{SPORT} > {POD}:8080 calico DROPPED_BY…"),
+        (70, f"cali1 out tcp SYN {CLIENT}:{SPORT} > {POD}:8080 calico …"),
+    ):
+        line = report.table_line(*found[0], "12:00:00.123", Names(pods={"cali1": "default/web"}), width)
+        assert len(line) <= width
+        assert line.split(maxsplit=1)[1] == shown
+    assert report.fit("12345", 4) == "123…"
     assert [line.split("  ")[-1].strip() for line in lines[1:]] == [
         "calico cause not recorded [hook]",
         "NO_SOCKET in some_function [kernel]",
@@ -327,10 +339,16 @@ def test_lines_and_objects() -> None:
         "    harmless: why",
     ]
     assert len(list(report.iter_explanation(found[0][1], ""))) == 1 + len(found[0][1].evidence)
+    assert next(report.iter_explanation(found[0][1], "", "default/web")).startswith(
+        "    lab-node-b cali1 tc egress, pod default/web: dropped"
+    )
 
 
 def test_the_closing_line() -> None:
     assert report.Sums(9, 3, 2, 4).line() == "9 drops seen: 3 shown, 2 harmless, 4 filtered, 0 lost"
+    assert report.Sums(9, 3, 2, lost=1, unread=3).line() == (
+        "9 drops seen: 3 shown, 2 harmless, 0 filtered, 3 not looked at, 1 lost"
+    )
     sums = report.Sums(20, 3, 2, 4, 5, 1, 4, 2, 1, 0, 1, 10, 4567)
     assert sums.line() == (
         "20 drops seen: 3 shown, 2 harmless, 4 filtered, 5 rate-limited, 1 not sampled, 1 not decoded, 4 lost; "
@@ -345,13 +363,13 @@ def test_top() -> None:
     counts = {Cell(1, NO_SOCKET, UPLINK, A_NS, 6): 40, Cell(2, TC_EGRESS, 0, 0, 0): 2, Cell(2, 99, 7, A_NS, 99): 1}
     lines = list(report.iter_top(counts, 3, Counter({"calico X [state]": 2}), topology(), names, 2))
     assert lines == [
-        "     DROPS  REASON                   FUNCTION                     INTERFACE                      PROTO",
-        "        40  NO_SOCKET                tcp_v4_rcv                   lab-node-a ens192              tcp",
-        "         2  TC_EGRESS                0x2                          -                              -",
-        "         4  all others",
+        "DROPS  REASON      FUNCTION    INTERFACE          PROTO",
+        "   40  NO_SOCKET   tcp_v4_rcv  lab-node-a ens192  tcp",
+        "    2  TC_EGRESS   0x2         -                  -",
+        "    4  all others",
         "",
-        "  DETAILED  CAUSE [EVIDENCE]",
-        "         2  calico X [state]",
+        "DETAILED  CAUSE [EVIDENCE]",
+        "       2  calico X [state]",
     ]
     assert len(list(report.iter_top({}, 0, Counter(), topology(), names, 2))) == 1
     objects = [report.cell_object(cell, number, topology(), names) for cell, number in counts.items()]

@@ -20,7 +20,7 @@ import click
 from calitrace.errors import EnvironmentUnfit, Exit, Malformed, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator, Mapping
 
     from calitrace.cli.drop_witness import Witness
     from calitrace.correlate.drops import Cause, Dropped
@@ -227,6 +227,8 @@ class _Session:
         self._watch(topology, collectors)
         self._collectors = collectors
         writer = self._writer = journal.Writer(stream, facts) if stream else None
+        for note in self._unmatched(topology, facts["drop_reasons"]):
+            say(f"warning: {note}")
         say("listening to tracepoint kfree_skb")
         if settings.output == "table" and not settings.top:
             click.echo(self._report.fit(self._report.HEADER, self._width()))
@@ -256,6 +258,7 @@ class _Session:
             self._sum(stats, program.recursion_misses)
             self._sums.filtered += stats["drop_filtered"]
             self._sums.runs, self._sums.ns = program.run_count, program.run_time_ns
+            self._sums.settle()
             if writer is not None:
                 writer.write(journal.SYMBOLS, {"names": self._symbols})
                 lost = {name: stats[f"{name}_lost"] for name in ("drop", "log", "state")}
@@ -269,6 +272,18 @@ class _Session:
                 click.echo(_CLEAR, nl=False)
             self._show_top(collectors)
             self._close()
+
+    def _unmatched(self, topology: Topology, drop_reasons: Mapping[int, str]) -> Iterator[str]:
+        """What was asked for and is not there: most likely misspelled."""
+        from calitrace.calico import reasons
+
+        names = [link.name for each in topology.namespaces.values() for link in each.links.values()]
+        for pattern in self._settings.interfaces:
+            if not fnmatch.filter(names, pattern):
+                yield f"no interface is called {pattern}: what comes up under that name is shown"
+        known = [*reasons.MEANING, *(each.removeprefix("SKB_DROP_REASON_") for each in drop_reasons.values())]
+        if self._settings.reason and not fnmatch.filter(known, self._settings.reason.upper()):
+            yield f"neither Calico nor this kernel has a reason called {self._settings.reason}"
 
     def _kernel_filter(self) -> str:
         """The pcap filter as C, or nothing where it can only be applied to what was sent."""
