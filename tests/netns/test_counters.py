@@ -31,6 +31,18 @@ def where(lab: Lab, node: str) -> tuple[str, ...]:
     return "--netns", lab.namespace(node), "--bpffs", str(lab.pins / node)
 
 
+def test_the_namespaces_programs_tell_which_nodes_maps_are_its_own(lab: Lab) -> None:
+    """The maps of both nodes lie below one bpffs, and nobody says which."""
+    rows = {}
+    for words in (("--netns", lab.namespace("node-b")), where(lab, "node-b")):
+        done = calitrace("counters", *words, "--all", "-o", "json")
+        assert done.returncode == 0, done.stderr
+        found = [row for row in map(json.loads, done.stdout.splitlines()) if row.get("source") == "calico"]
+        rows[words] = {(row["interface"], row["place"], row["counter"]) for row in found}
+    first, second = rows.values()
+    assert first == second != set()
+
+
 def run(lab: Lab, node: str, *words: str) -> str:
     done = calitrace("counters", *where(lab, node), *words)
     assert done.returncode == 0, done.stderr

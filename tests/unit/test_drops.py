@@ -346,9 +346,9 @@ def test_lines_and_objects() -> None:
 
 def test_the_closing_line() -> None:
     assert report.Sums(9, 3, 2, 4).line() == "9 drops seen: 3 shown, 2 harmless, 4 filtered, 0 lost"
-    assert report.Sums(9, 3, 2, lost=1, unread=3).line() == (
-        "9 drops seen: 3 shown, 2 harmless, 0 filtered, 3 not looked at, 1 lost"
-    )
+    interrupted = report.Sums(9, 3, 2, lost=1)
+    interrupted.settle()
+    assert interrupted.line() == "9 drops seen: 3 shown, 2 harmless, 0 filtered, 3 not looked at, 1 lost"
     sums = report.Sums(20, 3, 2, 4, 5, 1, 4, 2, 1, 0, 1, 10, 4567)
     assert sums.line() == (
         "20 drops seen: 3 shown, 2 harmless, 4 filtered, 5 rate-limited, 1 not sampled, 1 not decoded, 4 lost; "

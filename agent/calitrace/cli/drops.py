@@ -34,6 +34,7 @@ _TOP_EVERY_S = 1.0
 _TOP_ROWS = 20
 _NARROWEST = 80
 _LOOK_EVERY_S = 2.0
+_SHARE = 20  # looking takes at most this part of the time
 _CLEAR = "\x1b[H\x1b[J"
 
 
@@ -225,6 +226,7 @@ class _Session:
             say(f"warning: what we cost is not measured: {failure.strerror}")
         self._witness = Witness()
         self._watch(topology, collectors)
+        self._look_at = time.monotonic() + _LOOK_EVERY_S
         self._collectors = collectors
         writer = self._writer = journal.Writer(stream, facts) if stream else None
         for note in self._unmatched(topology, facts["drop_reasons"]):
@@ -305,7 +307,6 @@ class _Session:
         collectors.watch_state(discover.state_maps(topology, everywhere=True))
         if self._witness is not None:
             self._witness.settle(topology)
-        self._looked_at = time.monotonic()
 
     def _look_again(self) -> bool:
         """Whether interfaces and programs were read anew, since pods come and go and Felix replaces its programs."""
@@ -314,16 +315,19 @@ class _Session:
         from calitrace.kernel import discover
         from calitrace.model import Topology
 
-        if self._collectors is None or time.monotonic() < self._looked_at + _LOOK_EVERY_S:
+        begin = time.monotonic()
+        if self._collectors is None or begin < self._look_at:
             return False
-        self._looked_at = time.monotonic()
         try:
             topology = discover.topology()
             self._watch(topology, self._collectors)
+            self._pods.update(pods.of_this_node())
         except EnvironmentUnfit as failure:  # Felix replaces its programs: the next look finds the new ones
             say(f"warning: interfaces and programs could not be read again: {failure}")
             return False
-        self._pods.update(pods.of_this_node())
+        finally:
+            now = time.monotonic()
+            self._look_at = now + max(_LOOK_EVERY_S, _SHARE * (now - begin))
         self._settle(Topology({**self._whole.namespaces, **topology.namespaces}))  # who has gone keeps its name
         return True
 

@@ -19,9 +19,9 @@ from calitrace.calico import maptables
 from calitrace.calico.maps import identify
 from calitrace.checks.snapshot import Missing
 from calitrace.correlate.counters import STATISTICS, CalicoRow, Interface, Qdisc, Reading, Softnet, TcDrops, Tcx
-from calitrace.errors import EnvironmentUnfit
+from calitrace.errors import EnvironmentUnfit, UsageError
 from calitrace.events import Stat
-from calitrace.kernel import maps, netns, syscall, tc
+from calitrace.kernel import discover, maps, netns, syscall, tc
 from calitrace.kernel.missing import or_missing
 
 _SOFTNET = Path("/proc/net/softnet_stat")
@@ -39,6 +39,7 @@ class Reader:
     def __init__(self, namespace: str, bpffs: Path | None, *, tcx: bool = False) -> None:
         self._namespace = namespace
         self._bpffs = maps.root(bpffs, namespace or None, None)
+        self._may_choose = bpffs is None
         self._own = _OwnCount(netns.inum(namespace) if namespace else netns.own_inum()) if tcx else None
         self._stack = ExitStack()
 
@@ -71,13 +72,23 @@ class Reader:
             return Reading(
                 mono_ns,
                 wall_ns,
-                or_missing(lambda: calico(self._bpffs, [each.name for each in known]), "counters map"),
+                or_missing(lambda: self._calico([each.name for each in known]), "counters map"),
                 or_missing(lambda: tuple(iter_qdiscs(self._route)), "qdiscs"),
                 links,
                 or_missing(lambda: tuple(_iter_tcx(known)), "tcx programs"),
                 or_missing(softnet, str(_SOFTNET)),
                 or_missing(self._own.read, "our own count") if self._own is not None else None,
             )
+
+    def _calico(self, names: list[str]) -> tuple[CalicoRow, ...]:
+        """Of several nodes on this machine, those that the namespace's own programs use."""
+        try:
+            return calico(self._bpffs, names)
+        except UsageError:
+            node = discover.state_map_of(self._namespace) if self._may_choose else 0
+            if not node:
+                raise
+            return calico(self._bpffs, names, maps.of_node(node))
 
 
 class _OwnCount:
@@ -107,12 +118,14 @@ class _OwnCount:
         return tuple(TcDrops(*place, drops) for place, drops in found.items())
 
 
-def calico(where: Path, names: Iterable[str]) -> tuple[CalicoRow, ...]:
+def calico(where: Path, names: Iterable[str], node: Iterable[maps.Found] | None = None) -> tuple[CalicoRow, ...]:
     """The rows of all counters maps that loaded programs use, or of all when none says it is used.
 
-    *names*: of the node's interfaces. Raises NotCalico and the like as `maps.find` does, EnvironmentUnfit for no rows.
+    *names*: of the node's interfaces; *node*: its maps, None for those below *where*. Raises NotCalico and the like as
+    `maps.find` does, EnvironmentUnfit for no rows.
     """
-    found = [each for each in maps.find(where) if identify(each.name)[::2] == ("cali_counters", False)]
+    every = maps.find(where) if node is None else node
+    found = [each for each in every if identify(each.name)[::2] == ("cali_counters", False)]
     rows = tuple(_iter_rows([each for each in found if each.in_use] or found, names))
     if not rows:
         raise EnvironmentUnfit(f"no counters map with rows below {where}")

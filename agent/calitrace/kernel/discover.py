@@ -107,6 +107,12 @@ def _namespace(route: Any, inum: int, name: str, names: Mapping[int, str]) -> Na
     )
 
 
+def state_map_of(name: str) -> int:
+    """Id of the state map that the programs of a namespace use, "" for ours; 0 for none."""
+    inum = netns.inum(name) if name else netns.own_inum()
+    return _look(inum, name or netns.OURS, {}).state_map
+
+
 def is_calico(program: str) -> bool:
     """Whether a tc program is Calico's, by name: ``cali_tc_preambl``, ``calico_from_hos``, ``calico_tc_main``."""
     return program.startswith("cali")
