@@ -34,7 +34,7 @@ _TOP_EVERY_S = 1.0
 _TOP_ROWS = 20
 _NARROWEST = 80
 _LOOK_EVERY_S = 2.0
-_SHARE = 20  # looking takes at most this part of the time
+_SHARE = 5  # looking takes at most this part of the time
 _CLEAR = "\x1b[H\x1b[J"
 
 

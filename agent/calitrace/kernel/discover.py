@@ -33,22 +33,25 @@ _NO_ROUTE = {
 
 def topology(client: str = "") -> Topology:
     """Look at every namespace. *client*: namespace from which probes will come, "" for ours."""
-    names = netns.names()
+    names, here = netns.names(), netns.own_inum()
     found: dict[int, Namespace] = {}
-    for inum, name in names.items():
-        try:
-            found[inum] = _look(inum, name, names)
-        except (UsageError, EnvironmentUnfit, OSError):
-            if name == netns.OURS:
-                raise
-            continue  # it was deleted while we looked
-    start = netns.inum(client) if client else netns.own_inum()
+    with open("/proc/thread-self/ns/net", "rb") as ours:  # noqa: PTH123  # nothing is read from it
+        files = {here: f"/proc/self/fd/{ours.fileno()}"}  # first, since most veths end there
+        files |= {inum: name for inum, name in names.items() if inum != here}
+        for inum, name in names.items():
+            try:
+                found[inum] = _look(inum, name, files)
+            except (UsageError, EnvironmentUnfit, OSError):
+                if name == netns.OURS:
+                    raise
+                continue  # it was deleted while we looked
+    start = netns.inum(client) if client else here
     if start not in found:
         raise EnvironmentUnfit(f"namespace {client} changed while we looked at it", "try again")
     return _with_roles(found, start)
 
 
-def _look(inum: int, name: str, names: Mapping[int, str]) -> Namespace:
+def _look(inum: int, name: str, files: Mapping[int, str]) -> Namespace:
     from pyroute2 import IPRoute
     from pyroute2.netlink.exceptions import NetlinkError
 
@@ -56,13 +59,13 @@ def _look(inum: int, name: str, names: Mapping[int, str]) -> Namespace:
     with nullcontext() if ours else netns.inside(name), IPRoute() as route:
         for _ in range(_ATTEMPTS):
             try:
-                return _namespace(route, inum, socket.gethostname() if ours else name, names)
+                return _namespace(route, inum, socket.gethostname() if ours else name, files)
             except (FileNotFoundError, NetlinkError):
                 continue  # a program or an interface went while we looked
     raise EnvironmentUnfit(f"the interfaces and programs of {name} change faster than they can be read", "try again")
 
 
-def _namespace(route: Any, inum: int, name: str, names: Mapping[int, str]) -> Namespace:
+def _namespace(route: Any, inum: int, name: str, files: Mapping[int, str]) -> Namespace:
     addresses: dict[int, list[str]] = {}
     for message in route.get_addr():
         address = message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS")
@@ -71,8 +74,10 @@ def _namespace(route: Any, inum: int, name: str, names: Mapping[int, str]) -> Na
     links: dict[int, Link] = {}
     state_map: syscall.MapInfo | None = None
     counters = 0
-    nsids = _peer_namespaces(route, names)
-    for message in route.get_links():
+    messages = list(route.get_links())
+    peers = {message.get_attr("IFLA_LINK_NETNSID") for message in messages} - {None}
+    nsids = _peer_namespaces(route, peers, files)
+    for message in messages:
         index = message["index"]
         calico: dict[str, tuple[str, ...]] = {}
         foreign: dict[str, tuple[str, ...]] = {}
@@ -213,14 +218,19 @@ def _calico_maps(program: syscall.ProgramInfo) -> tuple[syscall.MapInfo | None, 
     return state_map, counters
 
 
-def _peer_namespaces(route: Any, names: Mapping[int, str]) -> dict[int | None, int]:
-    """nsid of this namespace to inode number, for all others."""
+def _peer_namespaces(route: Any, wanted: set[int], files: Mapping[int, str]) -> dict[int | None, int]:
+    """nsid of this namespace to inode number, of those *wanted*.
+
+    *files*: what holds each namespace, in the order in which they are asked about: all would take long with many pods.
+    """
     found: dict[int | None, int] = {}
-    for inum, name in names.items():
+    for inum, file in files.items():
+        if wanted <= found.keys():
+            break
         try:
-            descriptor = os.open(netns.path(name), os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(netns.path(file), os.O_RDONLY | os.O_CLOEXEC)
         except (UsageError, OSError):
-            continue  # ours, which has no name, or one that was deleted while we looked
+            continue  # it was deleted while we looked
         try:
             nsid = route.get_netnsid(fd=descriptor).get("nsid")
         finally:
