@@ -138,7 +138,8 @@ class _Attached:
     @property
     def is_calico(self) -> bool:
         """Loaders before libbpf gave programs no name of their own, but the filter: ``…:[calico_from_host_ep]``."""
-        return self.info is not None and is_calico(self.info.name or self.label.rpartition("[")[2])
+        names = [self.info.name] if self.info and self.info.name else [self.label, self.label.rpartition("[")[2]]
+        return self.info is not None and any(map(is_calico, names))
 
     def __str__(self) -> str:
         if self.info is None:

@@ -84,12 +84,15 @@ def names() -> dict[int, str]:
     it is mounted, or of a process in it.
     """
     found: dict[int, str] = {}
+    nsfs = Path("/proc/thread-self/ns/net").stat().st_dev
     if RUN_NETNS.is_dir():
         for entry in sorted(RUN_NETNS.iterdir()):
             try:
-                found[entry.stat().st_ino] = entry.name
-            except OSError:  # a stale mount point: someone deletes it while we look
+                about = entry.stat()
+            except OSError:  # someone deletes it while we look
                 continue
+            if about.st_dev == nsfs:  # else a mount point that was left when its namespace went
+                found[about.st_ino] = entry.name
     found.setdefault(own_inum(), OURS)
     for line in _MOUNTS.read_text().splitlines():
         words = line.split()
