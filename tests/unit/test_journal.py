@@ -67,7 +67,7 @@ def test_cut_short(cut: int) -> None:
     found = journal.read(io.BytesIO(raw[:cut]))
     assert (found.complete, found.cut_at) == (False, max(end for end in ends if end <= cut))
     assert found.events == ([b"one", b"two"] if cut >= ends[1] else [])
-    assert found.totals == ({"lost": {"hop": 2}} if cut >= ends[5] else {})
+    assert found.totals == ({"lost": {"hop": 2}} if cut >= ends[6] else {})
 
 
 _START = journal.frame(journal.HEADER, {"schema": journal.SCHEMA})
