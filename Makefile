@@ -8,7 +8,8 @@ setup: ## make .venv with everything that is needed
 check: setup ## style, types, generated header, spelling
 	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check . && $(PYTHON) -m mypy && $(PYTHON) tools/gen_events_h.py --check && $(PYTHON) tools/gen_man.py --check && $(PYTHON) tools/gen_calico_log.py --check && $(PYTHON) tools/gen_log_corpus.py --check && $(PYTHON) -m codespell_lib --skip './.*,./build,./tests/data' .
 
-test: setup ## all tests; those of the pure core with full branch coverage
+test: ## all tests; those of the pure core with full branch coverage
+	@bash tools/setup.sh binutils gcc iproute2 nftables tshark
 	@bash tools/test.sh
 
 demo: setup ## the main job on the built-in lab

@@ -21,12 +21,6 @@ struct drop_scratch {
 	struct drop_event event;
 	u8 slack[SLACK_BYTES];
 };
-struct calico_state {
-	u8 bytes[STATE_VALUE_BYTES];
-};
-struct state_words {
-	u64 words[STATE_VALUE_BYTES / 8];
-};
 /* The counter comes first: a reader that sees it above zero then sees the whole key behind it. */
 struct drop_cell {
 	u64 drops;
@@ -41,8 +35,6 @@ BPF_PERCPU_ARRAY(drop_tables, struct drop_table, 1);
 BPF_TABLE("percpu_hash", struct drop_key, u64, drop_counts, DROP_CELLS);
 BPF_ARRAY(next_event_ns, u64, 1);
 BPF_PERCPU_ARRAY(drop_scratches, struct drop_scratch, 1);
-BPF_TABLE("percpu_array", u32, struct calico_state, state_template, 2);
-BPF_TABLE("hash_of_maps$state_template", u32, int, states, 256); /* BCC 0.18 cannot name the key in BPF_HASH_OF_MAPS */
 
 /*
  * Each kind of drop has a slot of the table, which costs a tenth of a hash lookup; where two kinds want the same one,
@@ -75,17 +67,16 @@ static __always_inline void count_drop(struct drop_key *key)
 		count(STAT_DROP_OTHER, 1);
 }
 
-/* Calico still holds the dropped packet in its per-CPU state: each node has its own map, found by namespace. */
+/*
+ * Calico still holds the dropped packet in its per-CPU state: each node has its own map, found by namespace.
+ * state_of() and copy_state() are made by calitrace/kernel/collectors.py, for each size that a release has.
+ */
 static __always_inline void send_state(const struct drop_event *drop)
 {
-	u32 zero = 0, netns = drop->netns;
+	u32 bytes = 0;
+	void *state = state_of(drop->netns, &bytes);
 	struct state_event *e;
-	struct calico_state *state;
-	void *map = states.lookup(&netns);
 
-	if (!map)
-		return;
-	state = bpf_map_lookup_elem(map, &zero);
 	if (!state)
 		return;
 	e = events.ringbuf_reserve(sizeof(*e));
@@ -96,11 +87,11 @@ static __always_inline void send_state(const struct drop_event *drop)
 	e->ktime_ns = drop->ktime_ns;
 	e->type = EVENT_STATE;
 	e->cpu = drop->cpu;
-	e->netns = netns;
+	e->netns = drop->netns;
 	e->skbaddr = drop->skbaddr;
-	e->state_bytes = STATE_VALUE_BYTES;
+	e->state_bytes = bytes;
 	e->pad = 0;
-	*(struct state_words *)e->state = *(struct state_words *)state;
+	copy_state(e->state, state, bytes);
 	events.ringbuf_submit(e, BPF_RB_NO_WAKEUP);
 	count(STAT_STATE_SENT, 1);
 }

@@ -401,7 +401,7 @@ def drops_cost() -> Iterator[Result]:
         yield row("drops: counted, not shown", ours, "ns", peer=theirs, at_most=0.75, of_peer=True)
         yield row("drops: counted, not shown, alone", ours, "ns", at_most=150)
         with bpftrace(PRINTING_EACH) as peer:
-            full = measure(Plan(hop=False, drop_all=True, state_bytes=512), left, b"x", peer, states)
+            full = measure(Plan(hop=False, drop_all=True), left, b"x", peer, states)
         theirs, ours = statistics.median(full["peer"]), statistics.median(full["collect_drop"])
         yield row("drops: event with state", ours, "ns", peer=theirs, at_most=0.1, of_peer=True)
         yield row("drops: event with state, alone", ours, "ns", at_most=600)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make .venv with everything calitrace and its tests need. Debian 12 and 13, Ubuntu 22.04 and 24.04; root or sudo.
-# Safe to run again: what is there already is left alone. Arguments: further system packages (make bench: bpftrace).
+# Safe to run again: what is there already is left alone. Arguments: further system packages (make test: what tests compare with; make bench: bpftrace).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

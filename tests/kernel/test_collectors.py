@@ -196,6 +196,13 @@ def test_a_state_is_believed_of_its_own_packet_only(pair: Pair, own: bool) -> No
     assert ("Calico's state held another packet by then: not used" in cause.evidence) != own
 
 
+def test_a_state_of_another_size_is_told(pair: Pair) -> None:
+    bpf = compile_tc(SHOT_WITH_LOG)
+    inum, identifier = netns.inum(pair.left), syscall.map_info(bpf[b"cali_state"].map_fd).id
+    with Collectors(Plan(hop=False, log="", drop_all=True, state_bytes=(416, 480))) as collectors:
+        assert collectors.watch_state({inum: identifier}) == [inum]
+
+
 def test_lost_events_are_counted_exactly(pair: Pair) -> None:
     bpf = compile_tc("int cali_shot(struct __sk_buff *skb) { return 2; }")
     pair.attach(bpf, "cali_shot", pair.right, "right0", "ingress")

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
 from pyroute2 import IPRoute
 
 from calitrace.errors import EnvironmentUnfit
-from calitrace.kernel import discover, headers, loader, netns
+from calitrace.kernel import discover, headers, loader, netns, syscall
 from calitrace.model import Role
 from tests.kernel.conftest import compile_tc
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.kernel.conftest import Pair
 
 pytestmark = pytest.mark.root
@@ -37,7 +41,7 @@ def test_programs_roles_and_state_map(pair: Pair) -> None:
     link = node.links[index]
     assert (node.role, client.role) == (Role.NODE, Role.CLIENT)
     assert link.calico == {"ingress": ("cali_from_hep",)}
-    assert link.foreign == {"ingress": ("other_prog",), "xdp": ("XDP program",)}
+    assert link.foreign == {"ingress": ("other_prog",), "xdp": ("some_xdp",)}
     assert pair.right_ip in link.addresses
     assert link.peer_netns == client.inum
     assert (node.state_name, node.state_bytes) == ("cali_state6", 512)
@@ -54,6 +58,47 @@ def test_a_name_without_a_namespace_harms_nothing(pair: Pair) -> None:
         name.unlink()
     assert {netns.inum(pair.left), netns.inum(pair.right)} <= found.namespaces.keys()
     assert name.name not in {each.name for each in found.namespaces.values()}
+
+
+@pytest.mark.parametrize(
+    ("label", "ours"),
+    [("calico-tc123.o:[calico_from_host_ep]", True), ("cali_tc_preambl:[7]", True), ("x.o:[y]", False)],
+)
+def test_a_program_without_a_name_is_known_by_its_filter(label: str, ours: bool) -> None:
+    info = syscall.ProgramInfo(7, 3, "", "tag", 0, (), 0, 0, 0, 0)
+    found = discover._Attached("tc pref 1", label, info)
+    assert (found.is_calico, found.name) == (ours, label)
+    assert not discover._Attached("tc pref 1", "calico_x").is_calico
+
+
+def test_a_namespace_that_only_a_mount_holds(pair: Pair, tmp_path: Path) -> None:
+    held, inum = tmp_path / "held here", netns.inum(pair.right)
+    held.touch()
+    subprocess.run(["mount", "--bind", str(netns.path(pair.right)), str(held)], check=True)
+    try:
+        assert netns.names()[inum] == pair.right
+        subprocess.run(["umount", str(netns.path(pair.right))], check=True)
+        assert netns.names()[inum] == str(held)
+        assert discover.topology(pair.left).namespaces[inum].links
+    finally:
+        subprocess.run(["mount", "--bind", str(held), str(netns.RUN_NETNS / pair.right)], check=True)
+        subprocess.run(["umount", str(held)], check=True)
+
+
+def test_only_the_other_ends_that_are_wanted_are_looked_for(pair: Pair) -> None:
+    asked = []
+
+    class Route:
+        def get_netnsid(self, fd: int) -> dict[str, int]:
+            asked.append(os.fstat(fd).st_ino)
+            return {"nsid": 5 if asked[-1] == netns.inum(pair.right) else -1}
+
+    files = {netns.inum(each): each for each in (pair.left, pair.right)}
+    more = {**files, netns.own_inum(): "/proc/self/ns/net"}
+    assert discover._peer_namespaces(Route(), {5}, more) == {5: netns.inum(pair.right)}
+    assert asked == list(files)
+    assert discover._peer_namespaces(Route(), set(), more) == {}
+    assert len(asked) == len(files)
 
 
 def test_neither_btf_nor_headers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -336,17 +336,14 @@ def test_a_healthy_node_has_traffic_and_no_unanswered_connections(lab: Lab, feli
 
 def test_chains_of_netfilter_are_read(lab: Lab) -> None:
     """kube-proxy's chains are known by name, as nftables and the nft variant of iptables keep them."""
-    nft = shutil.which("nft")
-    if nft is None:
-        pytest.skip("needs nft")
     rules = "add table ip nat\nadd chain ip nat KUBE-SERVICES\nadd chain ip nat KUBE-SVC-TCOU7JCQXEZGVUNU\n"
     with netns.inside(lab.namespace("node-a")):
         assert iptables.chains() == ()
-        subprocess.run([nft, "-f", "-"], input=rules, text=True, check=True)
+        subprocess.run(["nft", "-f", "-"], input=rules, text=True, check=True)
         try:
             assert iptables.chains() == ("KUBE-SERVICES", "KUBE-SVC-TCOU7JCQXEZGVUNU")
         finally:
-            subprocess.run([nft, "delete", "table", "ip", "nat"], check=True)
+            subprocess.run(["nft", "delete", "table", "ip", "nat"], check=True)
 
 
 def test_chains_that_come_back_while_we_measure(lab: Lab) -> None:

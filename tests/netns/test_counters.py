@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-pytestmark = [pytest.mark.root, pytest.mark.skipif(not shutil.which("tc"), reason="needs tc")]
+pytestmark = pytest.mark.root
 POD = "calif00dbeef012"
 COUNT = 37
 TIMEOUT_S = 60
@@ -30,6 +29,18 @@ NODEPORT = ("10.10.0.1", 30053)
 def where(lab: Lab, node: str) -> tuple[str, ...]:
     """The options for a node."""
     return "--netns", lab.namespace(node), "--bpffs", str(lab.pins / node)
+
+
+def test_the_namespaces_programs_tell_which_nodes_maps_are_its_own(lab: Lab) -> None:
+    """The maps of both nodes lie below one bpffs, and nobody says which."""
+    rows = {}
+    for words in (("--netns", lab.namespace("node-b")), where(lab, "node-b")):
+        done = calitrace("counters", *words, "--all", "-o", "json")
+        assert done.returncode == 0, done.stderr
+        found = [row for row in map(json.loads, done.stdout.splitlines()) if row.get("source") == "calico"]
+        rows[words] = {(row["interface"], row["place"], row["counter"]) for row in found}
+    first, second = rows.values()
+    assert first == second != set()
 
 
 def run(lab: Lab, node: str, *words: str) -> str:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import struct
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, ip_address
+from typing import TYPE_CHECKING
 
 from calitrace import identity
 from calitrace.events import CAPTURE_BYTES, DROP, HOP, LOG, STACK, STATE, EventType, HopKind
 from calitrace.packet import TCP, UDP
+
+if TYPE_CHECKING:
+    from calitrace.calico.state import Layout
 
 RUN_ID = 0x12345678
 CLIENT, NODE_A, NODE_B, POD = "10.10.0.100", "10.10.0.1", "10.10.0.2", "10.65.1.2"
@@ -99,6 +103,33 @@ class Recorder:
 def _packet(raw: bytes) -> dict[str, int | bytes]:
     capture = raw[:CAPTURE_BYTES]
     return {"len_bytes": len(raw), "capture_bytes": len(capture), "capture": capture, "ethertype": 0x0800}
+
+
+def state_of(
+    table: Layout, flow: tuple[str, int, str, int], proto: int, *, nat: tuple[str, int] | None = None, pol_rc: int = 0,
+    rules: tuple[int, ...] = (), ct_rc: int = 0, flags: int = 0, reason: int = 0, result: int = 2,
+) -> bytes:  # fmt: skip
+    """The state of a packet with this *flow* (source, port, destination, port) in any release that has what is said."""
+    src, sport, dst, dport = flow
+    after, after_port = nat or (dst, dport)
+    six = ":" in src
+    raw = bytearray(table.size)
+    addresses, ports = [src, dst, dst, after], [sport, dport, dport, after_port]
+    if not table.has_pre_nat:
+        del addresses[1], ports[1]
+    for number, address in enumerate(addresses):
+        packed, at = ip_address(address).packed, table.addresses + number * table.stride
+        raw[at : at + len(packed)] = packed
+    struct.pack_into(f"<{len(ports)}H", raw, table.ports, *ports)
+    struct.pack_into("<i", raw, table.pol_rc, pol_rc)
+    raw[table.ip_proto] = proto
+    struct.pack_into("<h", raw, table.ct_rc, ct_rc)
+    struct.pack_into(table.flags_format, raw, table.flags[six], flags)
+    if table.rules_hit is not None and table.rule_ids is not None:
+        struct.pack_into(f"<I{len(rules)}Q", raw, table.rules_hit, len(rules), *rules)
+    if table.fwd is not None:
+        struct.pack_into("<iII", raw, table.fwd[six], result, 0, reason)
+    return bytes(raw)
 
 
 def calico_state(

@@ -8,6 +8,7 @@ import struct
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.unit.packets import state_of
 
 from calitrace.calico import policy, reasons, state
 from calitrace.calico.state import LAYOUTS, Layout
@@ -17,13 +18,14 @@ from calitrace.errors import LayoutMismatch, Malformed
 def written(table: Layout, version: int = 4) -> bytes:
     """10.0.0.1:1000 > 10.0.0.2:80, before NAT 10.0.0.3:30080, after NAT 10.0.0.4:8080, tcp, denied by rule 7."""
     raw = bytearray(table.size)
-    for at in range(4):
+    kept = (0, 1, 2, 3) if table.has_pre_nat else (0, 1, 3)
+    for at, which in enumerate(kept):
         start = table.addresses + at * table.stride
-        raw[start : start + 4] = bytes([10, 0, 0, at + 1])
+        raw[start : start + 4] = bytes([10, 0, 0, which + 1])
         if version == 6:
             raw[start + 15] = 1
+        struct.pack_into("<H", raw, table.ports + 2 * at, (1000, 80, 30080, 8080)[which])
     struct.pack_into("<i", raw, table.pol_rc, 2)
-    struct.pack_into("<HHHH", raw, table.ports, 1000, 80, 30080, 8080)
     raw[table.ip_proto] = 6
     struct.pack_into("<h", raw, table.ct_rc, 1)
     struct.pack_into(table.flags_format, raw, table.flags[version == 6], 4)
@@ -38,10 +40,13 @@ def written(table: Layout, version: int = 4) -> bytes:
 def test_each_layout(table: Layout) -> None:
     assert state.layout(table.map_name, table.size) is table
     held = state.decode(written(table), table)
+    before, before_port = ("10.0.0.3", 30080) if table.has_pre_nat else ("10.0.0.2", 80)
     assert [str(a) for a in (held.src, held.dst, held.pre_nat_dst, held.post_nat_dst)] == [
-        "10.0.0.1", "10.0.0.2", "10.0.0.3", "10.0.0.4"
+        "10.0.0.1", "10.0.0.2", before, "10.0.0.4"
     ]  # fmt: skip
-    assert (held.sport, held.dport, held.pre_nat_dport, held.post_nat_dport) == (1000, 80, 30080, 8080)
+    assert (held.sport, held.dport, held.pre_nat_dport, held.post_nat_dport) == (1000, 80, before_port, 8080)
+    assert held.nat == "10.0.0.4:8080"
+    assert held.conntrack == ("MID_FLOW_MISS" if table.has_pre_nat else "ESTABLISHED")  # v3.20 renumbered them
     assert (held.proto, held.pol_rc, held.flags, held.ct_rc) == (6, 2, 4, 1)
     assert held.rule_ids == ((6, 7) if table.rules_hit is not None else ())
     assert (held.result, held.calico_reason) == ((2, 11) if table.fwd is not None else (None, None))
@@ -78,6 +83,61 @@ def test_holds_before_and_after_nat_only() -> None:
     assert not held.holds(17, "10.0.0.1", 1000, "10.0.0.2", 80)
     assert not held.holds(6, "10.0.0.9", 1000, "10.0.0.2", 80)
     assert not held.holds(6, "10.0.0.1", 1001, "10.0.0.2", 80)
+
+
+V4, V6 = ("10.0.0.1", 1000, "10.0.0.2", 80), ("fd00::1", 1000, "fd00::2", 80)
+
+
+@pytest.mark.parametrize(
+    ("flow", "proto", "nat", "shown"),
+    [
+        (V4, 6, ("10.0.0.4", 8080), "10.0.0.4:8080"),
+        (V4, 6, ("10.0.0.2", 8080), "10.0.0.2:8080"),
+        (V4, 6, None, ""),
+        (V4, 6, ("0.0.0.0", 0), ""),
+        (V4, 1, ("10.0.0.2", 8), ""),  # of ICMP Calico keeps type and code there
+        (V4, 1, ("10.0.0.4", 8), "10.0.0.4"),
+        (V6, 17, ("fd00::4", 8080), "[fd00::4]:8080"),
+    ],
+)
+def test_where_nat_sends_it(
+    flow: tuple[str, int, str, int], proto: int, nat: tuple[str, int] | None, shown: str
+) -> None:
+    raw = state_of(LAYOUTS[0], flow, proto, nat=nat)
+    assert state.decode(raw, LAYOUTS[0], 6 if ":" in flow[0] else 4).nat == shown
+
+
+@pytest.mark.parametrize("table", LAYOUTS, ids=lambda t: t.releases)
+@pytest.mark.parametrize("dport", [8, 0])
+def test_icmp_has_type_and_code_where_ports_are(table: Layout, dport: int) -> None:
+    held = state.decode(state_of(table, ("10.0.0.1", 0, "10.0.0.2", dport), 1), table)
+    assert held.holds(1, "10.0.0.1", 0, "10.0.0.2", 0)
+    assert not held.holds(1, "10.0.0.2", 0, "10.0.0.1", 0)
+    assert not held.holds(17, "10.0.0.1", 0, "10.0.0.2", 0)
+
+
+def test_flags_in_words() -> None:
+    table = LAYOUTS[0]
+    assert state.decode(state_of(table, V4, 6, flags=0x805), table).flag_names == (
+        "NAT outgoing", "to this host", "0x800"
+    )  # fmt: skip
+    assert state.decode(state_of(table, V4, 6), table).flag_names == ()
+
+
+@pytest.mark.parametrize(
+    ("pol_rc", "ct_rc", "flags", "from_pod", "found"),
+    [
+        (1, 0, 4, True, "from a pod to its own host, which defaultEndpointToHostAction forbids"),
+        (1, 0, 4, False, ""),
+        (1, 0, 0x10, False, "mid-flow packet without conntrack entry, to an interface that has policy"),
+        (1, 0, 0, True, ""),
+        (1, 2, 4, True, ""),
+        (0, 0, 4, True, ""),
+    ],
+)
+def test_what_a_silent_drop_leaves(pol_rc: int, ct_rc: int, flags: int, from_pod: bool, found: str) -> None:
+    held = state.decode(state_of(LAYOUTS[0], V4, 6, pol_rc=pol_rc, ct_rc=ct_rc, flags=flags), LAYOUTS[0])
+    assert held.silent(from_pod=from_pod) == found
 
 
 def test_a_size_of_no_release_is_refused() -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import struct
 from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.unit import packets
-from tests.unit.packets import CLIENT, NODE_A, POD, SPORT, TARGET_PORT, Recorder, calico_state
+from tests.unit.packets import CLIENT, NODE_A, POD, SPORT, TARGET_PORT, Recorder, calico_state, state_of
 from tests.unit.test_verdict import A_NS, B_NS, CALI, NO_SOCKET, REASONS, RULE, TC_EGRESS, TC_INGRESS, UPLINK, topology
 
 from calitrace.calico import pods, state
@@ -138,6 +139,83 @@ def test_other_programs_at_the_hook(where: Topology, detail: str, confidence: st
     assert (cause.by_calico, cause.detail, cause.confidence.value) == (False, detail, confidence)
 
 
+def test_what_calico_let_pass_to_another_program() -> None:
+    recorder = Recorder()
+    recorder.drop(B_NS, CALI, SYN, TC_EGRESS)
+    recorder.state(B_NS, calico_state(result=-1))
+    (cause,) = causes(recorder, topology(foreign=True))
+    assert (cause.by_calico, cause.confidence) == (False, Confidence.LIKELY)
+    assert cause.detail == "tc program: other_prog, which Calico's program let it pass to"
+
+
+def test_an_icmp_error_does_not_take_the_state_of_what_it_quotes() -> None:
+    recorder = Recorder()
+    recorder.drop(B_NS, CALI, packets.icmp_error(NODE_A, CLIENT, SYN), TC_EGRESS)
+    recorder.state(B_NS, calico_state(pol_rc=2, rules=(RULE,)))
+    (cause,) = causes(recorder)
+    assert cause.sources == ("hook",)
+    assert "Calico's state held another packet by then: not used" in cause.evidence
+
+
+@pytest.mark.parametrize("table", state.LAYOUTS, ids=lambda each: each.releases)
+@pytest.mark.parametrize("proto", [6, 17, 1])
+def test_the_state_of_every_release_is_evidence(table: state.Layout, proto: int) -> None:
+    echo = packets.ip(CLIENT, POD, 1, b"\x08\0" * 4)
+    raw = {6: SYN, 17: packets.udp(CLIENT, SPORT, POD, TARGET_PORT), 1: echo}[proto]
+    flow = (CLIENT, SPORT, POD, TARGET_PORT) if proto != 1 else (CLIENT, 0, POD, 8)
+    kept = state_of(table, flow, proto, nat=("10.65.9.9", 99), pol_rc=2, rules=(7, RULE), flags=4, reason=4)
+    recorder = Recorder()
+    recorder.drop(B_NS, CALI, raw, TC_EGRESS)
+    recorder.state(B_NS, kept)
+    (cause,) = causes(recorder, with_state(table), {7: "first", RULE: "deny-all rule 0"})
+    assert (cause.calico_reason, cause.confidence, cause.sources) == (
+        "DROPPED_BY_POLICY", Confidence.PROVEN, ("state",)
+    )  # fmt: skip
+    assert cause.rules == (("deny-all rule 0",) if table.rule_ids is not None else ())
+    (line,) = [each for each in cause.evidence if each.startswith("Calico's state of this packet: ")]
+    assert "policy deny" in line
+    assert f"NAT to {'10.65.9.9:99' if proto != 1 else '10.65.9.9'}" in line
+    assert "flags to this host" in line
+    assert ("rules hit first, deny-all rule 0" in line) == (table.rule_ids is not None)
+    assert ("reason DROPPED_BY_POLICY" in line) == (table.fwd is not None)
+    assert ("reason not kept by this release" in line) == (table.fwd is None)
+
+
+def with_state(table: state.Layout) -> Topology:
+    """The topology with that release's state map on node B."""
+    found = topology()
+    node = replace(found.namespaces[B_NS], state_name=table.map_name, state_bytes=table.size)
+    return replace(found, namespaces={**found.namespaces, B_NS: node})
+
+
+def test_a_pod_and_its_host() -> None:
+    recorder = Recorder()
+    recorder.drop(B_NS, CALI, SYN, TC_INGRESS)
+    flow = (CLIENT, SPORT, POD, TARGET_PORT)
+    recorder.state(B_NS, state_of(state.LAYOUTS[0], flow, 6, pol_rc=1, flags=4))
+    (cause,) = causes(recorder)
+    assert cause.text == (
+        "dropped by Calico, it seems: from a pod to its own host, which defaultEndpointToHostAction forbids"
+    )
+    assert (cause.confidence, cause.recorded, cause.sources) == (Confidence.LIKELY, False, ("state",))
+
+
+@pytest.mark.parametrize("function", ["do_xdp_generic+0x12", "netif_receive_generic_xdp+0x1"])
+def test_generic_xdp(function: str) -> None:
+    recorder = Recorder()
+    recorder.drop(B_NS, CALI, SYN, 2, location=5)
+    (dropped,) = joined(recorder)
+    where = topology()
+    names = Names(REASONS, {5: function})
+    cause = explain(dropped.event, [], None, where, names)
+    assert (cause.by_calico, cause.detail) == (False, "an XDP program that we did not see attached")
+    links = where.namespaces[B_NS].links
+    links[CALI] = replace(links[CALI], calico={"xdp": ("cali_xdp_preamb",)})
+    cause = explain(dropped.event, [], None, where, names)
+    assert (cause.by_calico, cause.confidence, cause.place.hook) == (True, Confidence.LIKELY, "XDP")
+    assert " xdp " in report.table_line(dropped, cause, "12:00:00.123", names)
+
+
 def test_what_the_kernel_drops_is_never_calicos() -> None:
     recorder = Recorder()
     recorder.log(*DENIED_LOG)
@@ -230,6 +308,18 @@ def test_lines_and_objects() -> None:
         f"cali1 out           tcp SYN {CLIENT}:{SPORT} > {POD}:8080 calico DROPPED_BY_POLICY rule {RULE:#018x} [state]"
         " default/web"
     )
+    for width, shown in (
+        (len(lines[0]) + 13, lines[0]),
+        (len(lines[0]) + 12, lines[0].removesuffix(" default/web")),
+        (120, f"cali1 out tcp SYN {CLIENT}:{SPORT} > {POD}:8080 calico DROPPED_BY_POLICY rule {RULE:#018x} [state]"),
+        (90, f"cali1 out tcp SYN {CLIENT}:{SPORT} > {POD}:8080 calico DROPPED_BY_P… [state]"),
+        (80, f"cali1 out tcp SYN {CLIENT}:{SPORT} > {POD}:8080 calico DROPPED_BY…"),
+        (70, f"cali1 out tcp SYN {CLIENT}:{SPORT} > {POD}:8080 calico …"),
+    ):
+        line = report.table_line(*found[0], "12:00:00.123", Names(pods={"cali1": "default/web"}), width)
+        assert len(line) <= width
+        assert line.split(maxsplit=1)[1] == shown
+    assert report.fit("12345", 4) == "123…"
     assert [line.split("  ")[-1].strip() for line in lines[1:]] == [
         "calico cause not recorded [hook]",
         "NO_SOCKET in some_function [kernel]",
@@ -249,10 +339,16 @@ def test_lines_and_objects() -> None:
         "    harmless: why",
     ]
     assert len(list(report.iter_explanation(found[0][1], ""))) == 1 + len(found[0][1].evidence)
+    assert next(report.iter_explanation(found[0][1], "", "default/web")).startswith(
+        "    lab-node-b cali1 tc egress, pod default/web: dropped"
+    )
 
 
 def test_the_closing_line() -> None:
     assert report.Sums(9, 3, 2, 4).line() == "9 drops seen: 3 shown, 2 harmless, 4 filtered, 0 lost"
+    interrupted = report.Sums(9, 3, 2, lost=1)
+    interrupted.settle()
+    assert interrupted.line() == "9 drops seen: 3 shown, 2 harmless, 0 filtered, 3 not looked at, 1 lost"
     sums = report.Sums(20, 3, 2, 4, 5, 1, 4, 2, 1, 0, 1, 10, 4567)
     assert sums.line() == (
         "20 drops seen: 3 shown, 2 harmless, 4 filtered, 5 rate-limited, 1 not sampled, 1 not decoded, 4 lost; "
@@ -267,13 +363,13 @@ def test_top() -> None:
     counts = {Cell(1, NO_SOCKET, UPLINK, A_NS, 6): 40, Cell(2, TC_EGRESS, 0, 0, 0): 2, Cell(2, 99, 7, A_NS, 99): 1}
     lines = list(report.iter_top(counts, 3, Counter({"calico X [state]": 2}), topology(), names, 2))
     assert lines == [
-        "     DROPS  REASON                   FUNCTION                     INTERFACE                      PROTO",
-        "        40  NO_SOCKET                tcp_v4_rcv                   lab-node-a ens192              tcp",
-        "         2  TC_EGRESS                0x2                          -                              -",
-        "         4  all others",
+        "DROPS  REASON      FUNCTION    INTERFACE          PROTO",
+        "   40  NO_SOCKET   tcp_v4_rcv  lab-node-a ens192  tcp",
+        "    2  TC_EGRESS   0x2         -                  -",
+        "    4  all others",
         "",
-        "  DETAILED  CAUSE [EVIDENCE]",
-        "         2  calico X [state]",
+        "DETAILED  CAUSE [EVIDENCE]",
+        "       2  calico X [state]",
     ]
     assert len(list(report.iter_top({}, 0, Counter(), topology(), names, 2))) == 1
     objects = [report.cell_object(cell, number, topology(), names) for cell, number in counts.items()]

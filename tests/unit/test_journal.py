@@ -21,8 +21,8 @@ _FRAMES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("from the future", {"x": 1}),
     (journal.PROBES, {"probes": [_PROBE]}),
     (journal.SYMBOLS, {"names": {1: "f+0x1"}}),
+    (journal.STATEMENT, {"ktime_ns": 5, "skbaddr": 7, "said": {"back": "eth1"}}),
     (journal.TOTALS, {"lost": {"hop": 2}}),
-    (journal.STATEMENT, {"ktime_ns": 3, "skbaddr": 4, "said": {"back": "eth1"}}),
     (journal.END, {}),
 )
 
@@ -43,7 +43,7 @@ def test_all_comes_back() -> None:
     assert found.header == {"schema": journal.SCHEMA, **_HEADER}
     assert (found.events, found.probes, found.symbols) == ([b"one", b"two"], {1: _PROBE}, {1: "f+0x1"})
     assert (found.totals, dict(found.unknown)) == ({"lost": {"hop": 2}}, {"from the future": 1})
-    assert found.statements == {(3, 4): {"back": "eth1"}}
+    assert found.statements == {(5, 7): {"back": "eth1"}}
     assert (found.complete, found.cut_at) == (True, None)
 
 
@@ -67,7 +67,7 @@ def test_cut_short(cut: int) -> None:
     found = journal.read(io.BytesIO(raw[:cut]))
     assert (found.complete, found.cut_at) == (False, max(end for end in ends if end <= cut))
     assert found.events == ([b"one", b"two"] if cut >= ends[1] else [])
-    assert found.totals == ({"lost": {"hop": 2}} if cut >= ends[5] else {})
+    assert found.totals == ({"lost": {"hop": 2}} if cut >= ends[6] else {})
 
 
 _START = journal.frame(journal.HEADER, {"schema": journal.SCHEMA})

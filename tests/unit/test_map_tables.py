@@ -6,7 +6,6 @@ counters.h), v3.31 to master.
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 
 import pytest
@@ -70,9 +69,6 @@ MAPS = (
     ("cali_v{}_arp2", "arp_key", "arp_value"),
     ("cali_counters6", "cnt_key", "counters_t"),
 )
-pytestmark = pytest.mark.skipif(
-    not (shutil.which("gcc") and shutil.which("objcopy")), reason="gcc and objcopy make the BTF"
-)
 
 
 @pytest.fixture(scope="module", params=[4, 6])
@@ -81,7 +77,12 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     where = tmp_path_factory.mktemp("btf")
     (where / "d.c").write_text(DECLARATIONS)
     version = ["-DIPVER6"] if request.param == 6 else []
-    subprocess.run(["gcc", "-gbtf", "-c", *version, "d.c", "-o", "d.o"], cwd=where, check=True)
+    made = subprocess.run(
+        ["gcc", "-gbtf", "-c", *version, "d.c", "-o", "d.o"], cwd=where, capture_output=True, text=True, check=False
+    )
+    if "-gbtf" in made.stderr:
+        pytest.skip("this gcc makes no BTF: it is older than 12")
+    assert made.returncode == 0, made.stderr
     subprocess.run(["objcopy", "-O", "binary", "--only-section=.BTF", "--set-section-flags", ".BTF=alloc", "d.o", "d"],
                    cwd=where, check=True)  # fmt: skip
     return request.param, Btf((where / "d").read_bytes())

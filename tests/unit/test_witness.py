@@ -58,6 +58,21 @@ def test_several_counters_or_none_name_nothing(counters: dict[str, int]) -> None
     assert found.evidence[-1].startswith("Calico's counters of this hook rose within 2.0 s: ")
 
 
+@pytest.mark.parametrize(
+    ("arrays", "why"),
+    [
+        ({}, "its place in the array of programs is empty"),
+        ({"cali_progs_ing2": 0, "cali_progs_egr2": 9}, "no program is in cali_progs_ing2"),
+    ],
+)
+def test_a_main_program_that_does_not_run_counts_nothing(arrays: dict[str, int], why: str) -> None:
+    said = Statement({"TOTAL_PACKETS": 0, "SHORT": 0}, 2.0, arrays=arrays)
+    found = weigh(hook_only(), said)
+    assert (found.detail, found.confidence) == (f"its main program did not run: {why}", Confidence.LIKELY)
+    assert found.sources == ("counters",)
+    assert weigh(in_state(), said).detail.startswith("cause not recorded")  # it did write its state
+
+
 def test_counters_do_not_speak_for_a_packet_whose_state_has_no_reason() -> None:
     found = weigh(in_state(), Statement({"SHORT": 1}, 2.0))
     assert found.detail == "cause not recorded (policy no match, conntrack NEW)"

@@ -63,9 +63,10 @@ OLD_REASONS = {
     0xFA: "FAILSAFE",
     0xDEAD: "RT_UNKNOWN",
 }
+TOTAL = "TOTAL_PACKETS"  # of an interface's hook: the first thing that the main program counts
 # As `calico-node -bpf counters dump` shows them: category and type. Source: felix/bpf/counters/counters.go.
 CAPTIONS = {
-    "TOTAL_PACKETS": ("Total", "packets"),
+    TOTAL: ("Total", "packets"),
     "ACCEPTED_BY_FAILSAFE": ("Accepted", "by failsafe"),
     "ACCEPTED_BY_POLICY": ("Accepted", "by policy"),
     "BYPASS": ("Accepted", "by another program"),
@@ -143,4 +144,4 @@ def counter_name(code: int, counters: int) -> str:
 
     Source: COUNTER_TOTAL_PACKETS in felix/bpf-gpl/counters.h.
     """
-    return name(code, counters) if code else "TOTAL_PACKETS"
+    return name(code, counters) if code else TOTAL

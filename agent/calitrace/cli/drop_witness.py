@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _COUNTERS_EVERY_NS = 1_000_000_000
 _ASK_AGAIN_NS = 10_000_000_000
 _SHARE = 20
+_SLOTS = 400  # of cali_progs_ing2
 _PROTOCOLS = {6: "tcp", 17: "udp"}
 _Counters = dict[tuple[int, str], dict[str, int]]  # by interface and hook: by name
 
@@ -76,6 +77,7 @@ class _Node:
         self._before_ns = self._last_ns = time.monotonic_ns()
         self._before: _Counters = {}
         self._last = self._counters()
+        self._arrays: dict[str, int] = {}
         self._next_ns = self._next_question_ns = 0
         self._answers: dict[tuple[Any, ...], tuple[int, tuple[tuple[walk.Step, ...], str]]] = {}
 
@@ -88,14 +90,14 @@ class _Node:
         steps, back = ((), "") if cause.recorded else self._asked(drop, cause)
         if counters is None and has_row and not steps and not back:
             return None
-        return Statement(counters, over_s, has_row, steps, back)
+        return Statement(counters, over_s, has_row, steps, back, self._arrays if counters is not None else {})
 
     def _rises(self, drop: Drop, hook: str) -> tuple[Mapping[str, int] | None, float, bool]:
         """What the drop's counters rose by between the readings before and after it, over how long, and their row."""
         now = time.monotonic_ns()
         if drop.ktime_ns > self._last_ns and now >= self._next_ns:
             self._before, self._before_ns, self._last = self._last, self._last_ns, self._counters()
-            self._last_ns = now
+            self._last_ns, self._arrays = now, self._programs()
             self._next_ns = now + max(_COUNTERS_EVERY_NS, _SHARE * (time.monotonic_ns() - now))
         place = (drop.ifindex, hook)
         if not self._last or not self._before_ns < drop.ktime_ns <= self._last_ns:
@@ -110,6 +112,14 @@ class _Node:
         """Empty before v3.26, whose counters have no interface."""
         rows = map_source.objects(self._source, self._source.pick(("counters",)))
         return {(row["ifindex"], row["hook"]): row["counters"] for row in rows if "ifindex" in row}
+
+    def _programs(self) -> dict[str, int]:
+        """How many programs each array of Calico's programs has; before v3.27 there is none."""
+        return {
+            each.name: len(maps.programs_at(each, range(min(each.info.max_entries, _SLOTS))))
+            for each in self._found
+            if each.name.startswith("cali_progs")
+        }
 
     def _asked(self, drop: Drop, cause: Cause) -> tuple[tuple[walk.Step, ...], str]:
         """The walk of a packet, and by which other interface its source is routed; of each flow now and then."""

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import shutil
 import signal
 import sys
 import time
 from collections import Counter
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
-from calitrace.errors import Exit, Malformed, UsageError
+from calitrace.errors import EnvironmentUnfit, Exit, Malformed, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator, Mapping
 
     from calitrace.cli.drop_witness import Witness
     from calitrace.correlate.drops import Cause, Dropped
@@ -31,7 +32,9 @@ _UNATTENDED_S = 60.0  # a live run ends by itself where no terminal is attached
 _POLL_MS = 100
 _TOP_EVERY_S = 1.0
 _TOP_ROWS = 20
+_NARROWEST = 80
 _LOOK_EVERY_S = 2.0
+_SHARE = 5  # looking takes at most this part of the time
 _CLEAR = "\x1b[H\x1b[J"
 
 
@@ -156,6 +159,7 @@ class _Session:
         self._causes: Counter[str] = Counter()
         self._symbols: dict[int, str] = {}
         self._netns = 0
+        self._other_release: set[int] = set()
         self._collectors: Collectors | None = None
         self._witness: Witness | None = None
         self._writer: Journal | None = None
@@ -180,6 +184,8 @@ class _Session:
         return int(Exit.DONE)
 
     def _stop(self, *_: object) -> None:
+        if self._stopped:  # asked again: we wait for somebody who does not read what we print
+            raise KeyboardInterrupt
         self._stopped = True
 
     # -- sources ----------------------------------------------------------------------------------------
@@ -188,7 +194,7 @@ class _Session:
         from calitrace import journal
         from calitrace.cli.drop_witness import Witness
         from calitrace.cli.probe import LAB_POLICY_DIRS, POLICY_DIRS
-        from calitrace.cli.recording import create, header, say
+        from calitrace.cli.recording import create, header, say, unread_states
         from calitrace.cluster import pods
         from calitrace.kernel import discover, headers, symbols, syscall
         from calitrace.kernel.collectors import Collectors, Plan, name_condition
@@ -196,7 +202,6 @@ class _Session:
         settings = self._settings
         types = headers.kernel_btf()
         topology = discover.topology()
-        sizes = {each.state_bytes for each in topology.namespaces.values() if each.state_map}
         plan = Plan(
             hop=False,
             drop_all=True,
@@ -207,9 +212,9 @@ class _Session:
             named_by=name_condition(settings.interfaces),
             pcap_filter=self._kernel_filter(),
             stack=settings.stack,
+            state_bytes=discover.state_sizes(topology),
         )
-        plan = replace(plan, state_bytes=max(sizes, default=plan.state_bytes))
-        warnings = ["nodes with different releases of Calico: only one state layout is read"] * (len(sizes) > 1)
+        warnings = unread_states(topology)
         directories = [*POLICY_DIRS, *LAB_POLICY_DIRS[0].glob(LAB_POLICY_DIRS[1])]
         facts = {**header(topology, types, plan, directories, warnings), "pods": pods.of_this_node()}
         self._know(facts)
@@ -223,11 +228,14 @@ class _Session:
             say(f"warning: what we cost is not measured: {failure.strerror}")
         self._witness = Witness()
         self._watch(topology, collectors)
+        self._look_at = time.monotonic() + _LOOK_EVERY_S
         self._collectors = collectors
         writer = self._writer = journal.Writer(stream, facts) if stream else None
+        for note in self._unmatched(topology, facts["drop_reasons"]):
+            say(f"warning: {note}")
         say("listening to tracepoint kfree_skb")
         if settings.output == "table" and not settings.top:
-            click.echo(self._report.HEADER)
+            click.echo(self._report.fit(self._report.HEADER, self._width()))
 
         def take(records: list[bytes]) -> None:
             if writer is not None:
@@ -254,6 +262,7 @@ class _Session:
             self._sum(stats, program.recursion_misses)
             self._sums.filtered += stats["drop_filtered"]
             self._sums.runs, self._sums.ns = program.run_count, program.run_time_ns
+            self._sums.settle()
             if writer is not None:
                 writer.write(journal.SYMBOLS, {"names": self._symbols})
                 lost = {name: stats[f"{name}_lost"] for name in ("drop", "log", "state")}
@@ -267,6 +276,18 @@ class _Session:
                 click.echo(_CLEAR, nl=False)
             self._show_top(collectors)
             self._close()
+
+    def _unmatched(self, topology: Topology, drop_reasons: Mapping[int, str]) -> Iterator[str]:
+        """What was asked for and is not there: most likely misspelled."""
+        from calitrace.calico import reasons
+
+        names = [link.name for each in topology.namespaces.values() for link in each.links.values()]
+        for pattern in self._settings.interfaces:
+            if not fnmatch.filter(names, pattern):
+                yield f"no interface is called {pattern}: what comes up under that name is shown"
+        known = [*reasons.MEANING, *(each.removeprefix("SKB_DROP_REASON_") for each in drop_reasons.values())]
+        if self._settings.reason and not fnmatch.filter(known, self._settings.reason.upper()):
+            yield f"neither Calico nor this kernel has a reason called {self._settings.reason}"
 
     def _kernel_filter(self) -> str:
         """The pcap filter as C, or nothing where it can only be applied to what was sent."""
@@ -282,29 +303,38 @@ class _Session:
             return ""
 
     def _watch(self, topology: Topology, collectors: Collectors) -> None:
-        """Read Calico's state in each node's namespace, as far as its release has the plan's size."""
-        collectors.watch_state(
-            {
-                each.inum: each.state_map
-                for each in topology.namespaces.values()
-                if each.state_map and each.state_bytes == collectors.plan.state_bytes
-            }
-        )
+        """Read Calico's state in each node's namespace, whatever its release was at the start."""
+        from calitrace.cli.recording import say
+        from calitrace.kernel import discover
+
+        for inum in collectors.watch_state(discover.state_maps(topology, everywhere=True)):
+            if inum not in self._other_release:
+                self._other_release.add(inum)
+                name = topology.namespaces[inum].name
+                say(f"warning: {name} has another release now, whose state is not read: start again")
         if self._witness is not None:
             self._witness.settle(topology)
-        self._looked_at = time.monotonic()
 
     def _look_again(self) -> bool:
         """Whether interfaces and programs were read anew, since pods come and go and Felix replaces its programs."""
+        from calitrace.cli.recording import say
         from calitrace.cluster import pods
         from calitrace.kernel import discover
         from calitrace.model import Topology
 
-        if self._collectors is None or time.monotonic() < self._looked_at + _LOOK_EVERY_S:
+        begin = time.monotonic()
+        if self._collectors is None or begin < self._look_at:
             return False
-        topology = discover.topology()
-        self._watch(topology, self._collectors)
-        self._pods.update(pods.of_this_node())
+        try:
+            topology = discover.topology()
+            self._watch(topology, self._collectors)
+            self._pods.update(pods.of_this_node())
+        except EnvironmentUnfit as failure:  # Felix replaces its programs: the next look finds the new ones
+            say(f"warning: interfaces and programs could not be read again: {failure}")
+            return False
+        finally:
+            now = time.monotonic()
+            self._look_at = now + max(_LOOK_EVERY_S, _SHARE * (now - begin))
         self._settle(Topology({**self._whole.namespaces, **topology.namespaces}))  # who has gone keeps its name
         return True
 
@@ -328,7 +358,7 @@ class _Session:
         self._symbols.update(found.symbols)
         self._statements = found.statements
         if self._settings.output == "table" and not self._settings.top:
-            click.echo(self._report.HEADER)
+            click.echo(self._report.fit(self._report.HEADER, self._width()))
         self._take(found.events, lambda _: {})
         self._rest()
         stats = found.totals.get("stats", {})
@@ -402,7 +432,7 @@ class _Session:
             return
         cause = self._explain(dropped)
         unknown = event.ifindex and not cause.place.interface
-        if (unknown or (cause.sources == ("hook",) and not cause.by_calico)) and self._look_again():
+        if (unknown or cause.sources == ("hook",)) and self._look_again():
             cause = self._explain(dropped)
         cause = self._weigh(dropped, cause)
         if not settings.wants(cause):
@@ -425,12 +455,13 @@ class _Session:
             click.echo(self._report.dump(self._report.drop_object(dropped, cause, harmless, time_ns, self._names)))
             return
         clock = datetime.fromtimestamp(time_ns / 1e9).astimezone().strftime("%H:%M:%S.%f")[:-3]
-        click.secho(self._report.table_line(dropped, cause, clock, self._names), fg="red" if cause.by_calico else None)
+        line = self._report.table_line(dropped, cause, clock, self._names, self._width())
+        click.secho(line, fg="red" if cause.by_calico else None)
         if settings.stack:
             for line in self._drops.stack(dropped, self._names):
                 click.echo(f"        {line}")
         if settings.verbose:
-            for line in self._report.iter_explanation(cause, harmless):
+            for line in self._report.iter_explanation(cause, harmless, self._pods.get(cause.place.interface, "")):
                 click.echo(line)
 
     def _matches(self, capture: bytes) -> bool:
@@ -459,6 +490,10 @@ class _Session:
             self._writer.write(journal.STATEMENT, {"ktime_ns": key[0], "skbaddr": key[1], "said": said.to_map()})
         return witness.weigh(cause, said)
 
+    def _width(self) -> int:
+        """Columns of the terminal, 0 where there is none."""
+        return max(shutil.get_terminal_size().columns, _NARROWEST) if self._is_tty else 0
+
     # -- totals -----------------------------------------------------------------------------------------
 
     def _sum(self, stats: dict[str, int], missed: int) -> None:
@@ -481,7 +516,7 @@ class _Session:
             return
         other = collectors.stats()[Stat.DROP_OTHER]
         for line in self._report.iter_top(counts, other, self._causes, self._topology, self._names, _TOP_ROWS):
-            click.echo(line)
+            click.echo(self._report.fit(line, self._width()))
 
     def _close(self) -> None:
         if self._settings.output == "json":

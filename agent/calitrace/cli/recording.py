@@ -16,9 +16,9 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from calitrace import __version__, journal
-from calitrace.calico import policy
+from calitrace.calico import policy, state
 from calitrace.decode import Decoder
-from calitrace.errors import Malformed, UsageError
+from calitrace.errors import LayoutMismatch, Malformed, UsageError
 from calitrace.events import Stat
 from calitrace.kernel import discover, headers, symbols
 from calitrace.kernel.collectors import Collectors, Plan
@@ -49,13 +49,8 @@ class Recording:
         self._policy_dirs = tuple(policy_dirs)
         self._types = headers.kernel_btf()
         self.topology = discover.topology(client)
-        nodes = discover.state_maps(self.topology)
-        sizes = {self.topology.namespaces[netns].state_bytes for netns in nodes}
-        self._warnings: list[str] = []
-        if len(sizes) > 1:
-            self._warnings.append("nodes with different releases of Calico: only one state layout is read")
-        self._state_bytes = max(sizes, default=plan.state_bytes)
-        self._plan = replace(plan, state_bytes=self._state_bytes)
+        self._plan = replace(plan, state_bytes=discover.state_sizes(self.topology))
+        self._warnings = unread_states(self.topology)
         self._collectors = Collectors(self._plan, self._types)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._read, name="calitrace-ring", daemon=True)
@@ -68,14 +63,7 @@ class Recording:
         self._stream: BinaryIO = io.BytesIO() if self._path is None else create(self._path)
         try:
             self._collectors.__enter__()
-            wanted = discover.state_maps(self.topology)
-            self._collectors.watch_state(
-                {
-                    netns: identifier
-                    for netns, identifier in wanted.items()
-                    if self.topology.namespaces[netns].state_bytes == self._state_bytes
-                }
-            )
+            self._collectors.watch_state(discover.state_maps(self.topology))
             self._writer = journal.Writer(self._stream, self._header())
         except BaseException:
             self._collectors.__exit__()
@@ -185,6 +173,18 @@ def header(
         "topology": topology.to_map(),
         "warnings": warnings,
     }
+
+
+def unread_states(topology: Topology) -> list[str]:
+    """A warning for each node whose release keeps its state as none that we know does."""
+    found = []
+    for node in topology.namespaces.values():
+        if node.state_map:
+            try:
+                state.layout(node.state_name, node.state_bytes)
+            except LayoutMismatch as unknown:
+                found.append(f"Calico's own reasons are not read on {node.name}: {unknown}")
+    return found
 
 
 def create(path: Path) -> BinaryIO:

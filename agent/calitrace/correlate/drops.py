@@ -40,7 +40,7 @@ class Confidence(str, Enum):
 
 @dataclass(frozen=True)
 class Place:
-    """Where. *hook*: ``tc ingress``, ``tc egress``, or empty when no hook took part."""
+    """Where. *hook*: ``tc ingress``, ``tc egress``, ``XDP``, or empty when no hook took part."""
 
     namespace: str
     interface: str = ""
@@ -102,15 +102,19 @@ class Cause:
     recorded: bool = True
 
 
-_TC_REASONS = {"TC_INGRESS": "ingress", "TC_EGRESS": "egress"}
+_TC_REASONS = {"TC_INGRESS": "tc ingress", "TC_EGRESS": "tc egress"}
 # Without these reasons (they came in v5.18): the functions that run tc.
 _TC_FUNCTIONS = {
-    "__netif_receive_skb_core": "ingress",
-    "sch_handle_ingress": "ingress",
-    "__dev_queue_xmit": "egress",
-    "sch_handle_egress": "egress",
+    "__netif_receive_skb_core": "tc ingress",
+    "sch_handle_ingress": "tc ingress",
+    "__dev_queue_xmit": "tc egress",
+    "sch_handle_egress": "tc egress",
 }
+# Generic XDP, which runs where there is an sk_buff already; it drops without a reason. Source: net/core/dev.c
+_XDP_FUNCTIONS = ("do_xdp_generic", "netif_receive_generic_xdp", "bpf_prog_run_generic_xdp")
+_AT = {"tc ingress": "ingress", "tc egress": "egress", "XDP": "xdp"}  # in Link.calico, .foreign and .chain
 _DROPPED_BY_POLICY = 4
+_POD_PREFIX = "cali"  # Felix's interfacePrefix, as it is by default
 
 
 def place_of(event: PacketEvent, topology: Topology, hook: str = "") -> Place:
@@ -122,8 +126,8 @@ def place_of(event: PacketEvent, topology: Topology, hook: str = "") -> Place:
 def explain(drop: Drop, passages: Sequence[Passage], copy: StateCopy | None, topology: Topology, names: Names) -> Cause:
     """The cause of a drop. *passages*: those of Calico's log that led to it; *copy*: Calico's state just then."""
     reason, symbol = names.drop_reason(drop), names.symbol(drop)
-    hook = tc_hook(reason, symbol, names)
-    place = place_of(drop, topology, f"tc {hook}" if hook else "")
+    hook = hook_of(reason, symbol, names)
+    place = place_of(drop, topology, hook)
     evidence = [f"skb:kfree_skb {reason or 'without reason'} in {symbol}"]
     if not hook:
         said_by_kernel = reason or "no reason given"
@@ -137,21 +141,26 @@ def explain(drop: Drop, passages: Sequence[Passage], copy: StateCopy | None, top
             evidence=tuple(evidence),
         )
     link, namespace = topology.link(drop.netns, drop.ifindex), topology.namespace(drop.netns)
-    evidence += [f"at this hook: {each}" for each in (link.chain.get(hook, ()) if link else ())]
+    at, kind = _AT[hook], "an XDP program" if hook == "XDP" else "a tc program"
+    evidence += [f"at this hook: {each}" for each in (link.chain.get(at, ()) if link else ())]
     passage = _denial(passages, link)
-    held = _held(drop, copy, namespace, evidence)
+    held, let_pass = _held(drop, copy, namespace, names, evidence)
     code, rules = _reason(passage, held)
-    ours = link.calico.get(hook, ()) if link else ()
-    foreign = link.foreign.get(hook, ()) if link else ()
+    ours = link.calico.get(at, ()) if link else ()
+    foreign = link.foreign.get(at, ()) if link else ()
     said = passage is not None or (held is not None and held.denied)
     if passage is not None:
         evidence += [f"{passage.interface}-{passage.direction}: {line}" for line in passage.texts[-6:]]
     if not said and (foreign or not ours):
+        if foreign and let_pass:
+            ours = ()
         who = ", ".join((*ours, *foreign)) or "a program that we did not see attached"
-        which = "; none of them is Calico's" if not ours else "; which of them is not known"
+        which = "; which of them is not known"
+        if not ours:
+            which = ", which Calico's program let it pass to" if let_pass else "; none of them is Calico's"
         return Cause(
-            f"dropped by a tc program at {place}: {who}{which}",
-            f"tc program: {who}{which}" if ours or foreign else "a tc program that we did not see attached",
+            f"dropped by {kind} at {place}: {who}{which}",
+            f"{kind.split(' ', 1)[1]}: {who}{which}" if ours or foreign else f"{kind} that we did not see attached",
             place,
             Confidence.LIKELY if foreign and not ours else Confidence.NONE,
             skb_drop_reason=reason,
@@ -163,19 +172,22 @@ def explain(drop: Drop, passages: Sequence[Passage], copy: StateCopy | None, top
     detail = (passage.cause() if passage else "") or reasons.MEANING.get(calico_reason, calico_reason)
     detail = detail or (held.conntrack_problem if held is not None else "")
     recorded = bool(detail or rules)
+    inferred = ""
     if not recorded and held is not None:
-        policy = state.POLICY_RESULTS.get(held.pol_rc, str(held.pol_rc))
-        detail = f"cause not recorded (policy {policy}, conntrack {held.conntrack})"
+        from_pod = link is not None and link.name.startswith(_POD_PREFIX) and at == "ingress"
+        inferred = held.silent(from_pod=from_pod)
+        detail = inferred or f"cause not recorded (policy {_policy(held)}, conntrack {held.conntrack})"
     if passage is not None and held is not None and held.calico_reason not in (None, 0, code):
         evidence.append(f"the log and the state disagree: the state says reason {held.calico_reason}")
     named = tuple(names.rule(rule) for rule in rules)
     detail = ": ".join(part for part in (detail or "cause not recorded", ", ".join(named)) if part)
     found = {"log": passage, "state": held}
+    sure = said and not inferred and not (passage is None and held and held.unread)
     return Cause(
-        f"dropped by Calico: {detail}",
+        f"dropped by Calico{', it seems' if inferred else ''}: {detail}",
         detail,
         place,
-        Confidence.PROVEN if said and not (passage is None and held and held.unread) else Confidence.LIKELY,
+        Confidence.PROVEN if sure else Confidence.LIKELY,
         True,
         calico_reason,
         reason,
@@ -187,13 +199,15 @@ def explain(drop: Drop, passages: Sequence[Passage], copy: StateCopy | None, top
     )
 
 
-def tc_hook(reason: str, symbol: str, names: Names) -> str:
-    """``ingress``, ``egress``, or empty. The reason says it, or, where the kernel has none, the function."""
+def hook_of(reason: str, symbol: str, names: Names) -> str:
+    """The hook whose program dropped, or empty. The reason says it, or, where the kernel has none, the function."""
     if reason in _TC_REASONS:
         return _TC_REASONS[reason]
+    function = symbol.split("+", 1)[0]
+    if function.startswith(_XDP_FUNCTIONS):
+        return "XDP"
     if any(each.endswith("TC_INGRESS") for each in names.drop_reasons.values()):
         return ""
-    function = symbol.split("+", 1)[0]
     return next((hook for name, hook in _TC_FUNCTIONS.items() if function.startswith(name)), "")
 
 
@@ -206,35 +220,50 @@ def _denial(passages: Sequence[Passage], link: Link | None) -> Passage | None:
 
 
 def _held(
-    drop: Drop, copy: StateCopy | None, namespace: Namespace | None, evidence: list[str]
-) -> state.CalicoState | None:
-    """Calico's state at the drop, if it is about this packet; what stands against it goes to *evidence*."""
+    drop: Drop, copy: StateCopy | None, namespace: Namespace | None, names: Names, evidence: list[str]
+) -> tuple[state.CalicoState | None, bool]:
+    """Calico's state at the drop, if it is about this packet, and whether it says that Calico let the packet pass.
+
+    What stands against it goes to *evidence*.
+    """
     if copy is None or namespace is None:
-        return None
+        return None, False
     try:
         table = state.layout(namespace.state_name, len(copy.raw))
     except LayoutMismatch as unknown:
         evidence.append(str(unknown))
-        return None
+        return None, False
     held = None
-    for layer in drop.packet.layers:
+    packet = drop.packet
+    # What an ICMP error quotes is another packet, whose state may still be there.
+    for layer in (each for each in packet.layers if each is not packet.quoted):
         held = state.decode(copy.raw, table, layer.src.version)
         if held.holds(layer.proto, str(layer.src), layer.sport, str(layer.dst), layer.dport):
-            policy = state.POLICY_RESULTS.get(held.pol_rc, str(held.pol_rc))
-            evidence.append(
-                f"Calico's state of this packet: policy {policy}, rules hit {len(held.rule_ids)}, "
-                f"reason {held.calico_reason if held.calico_reason is not None else 'not kept'}, "
-                f"conntrack {held.conntrack}"
-            )
+            evidence.append(f"Calico's state of this packet: {_shown(held, namespace, names)}")
             if held.passed and not held.conntrack_problem:
                 evidence.append("Calico's program that wrote this state let the packet pass: another one dropped it")
-                return None
-            return held
+                return None, True
+            return held, False
     if held is not None and held.unread:
         evidence.append(f"Calico's state: reason {held.calico_reason}, denied before the packet's addresses were read")
-        return held
+        return held, False
     evidence.append("Calico's state held another packet by then: not used")
-    return None
+    return None, False
+
+
+def _policy(held: state.CalicoState) -> str:
+    return state.POLICY_RESULTS.get(held.pol_rc, str(held.pol_rc))
+
+
+def _shown(held: state.CalicoState, namespace: Namespace, names: Names) -> str:
+    code = held.calico_reason
+    reason = reasons.name(code, namespace.reasons) if code else "none" if code == 0 else "not kept by this release"
+    parts = [f"reason {reason}", f"policy {_policy(held)}"]
+    parts += [f"rules hit {', '.join(map(names.rule, held.rule_ids))}"] * bool(held.rule_ids)
+    parts += [f"conntrack {held.conntrack}"]
+    parts += [f"NAT to {held.nat}"] * bool(held.nat)
+    parts += [f"flags {', '.join(held.flag_names)}"] * bool(held.flags)
+    return ", ".join(parts)
 
 
 def _reason(passage: Passage | None, held: state.CalicoState | None) -> tuple[int, tuple[int, ...]]:

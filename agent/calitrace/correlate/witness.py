@@ -30,7 +30,7 @@ class Statement:
 
     None: they were not read, or have no row for these (*has_row*). *steps*: the lookups for this packet, as ``walk``
     gives them; none: they were not made. *back*: by which other interface the kernel routes packets to the source of a
-    packet that came in by a host interface.
+    packet that came in by a host interface. *arrays*: how many programs stand in each array of Calico's programs.
     """
 
     counters: Mapping[str, int] | None = None
@@ -38,6 +38,7 @@ class Statement:
     has_row: bool = True
     steps: tuple[walk.Step, ...] = field(default=())
     back: str = ""
+    arrays: Mapping[str, int] = field(default_factory=dict)
 
     def to_map(self) -> dict[str, Any]:
         """For a journal."""
@@ -62,7 +63,12 @@ def weigh(cause: Cause, said: Statement) -> Cause:
         evidence.append(f"Calico's counters of this hook rose within {said.over_s:.1f} s: {shown}")
         if cause.calico_reason in reasons.DROPS and cause.calico_reason in said.counters.keys() - rose.keys():
             evidence.append(f"the counters disagree: {cause.calico_reason} did not rise")
-        if len(rose) == 1 and not {"log", "state"} & set(cause.sources):
+        if said.counters.get(reasons.TOTAL) == 0 and not {"log", "state"} & set(cause.sources):
+            empty = [name for name, programs in said.arrays.items() if not programs]
+            why = f"no program is in {', '.join(empty)}" if empty else "its place in the array of programs is empty"
+            evidence.append("Calico's count of all packets at this hook did not rise: its main program did not run")
+            found = ("counters", "", f"its main program did not run: {why}")
+        elif len(rose) == 1 and not {"log", "state"} & set(cause.sources):
             (name,) = rose
             found = ("counters", name, reasons.MEANING[name])
     elif not said.has_row:

@@ -31,30 +31,17 @@ def _look(route: Any) -> dict[tuple[str, str], tuple[int, ...]]:
 
     for _ in range(_ATTEMPTS):
         try:
-            with_clsact = {q["index"] for q in route.get_qdiscs() if q.get_attr("TCA_KIND") == "clsact"}
+            hooks = tc.hooks(route)
             return {
                 (message.get_attr("IFLA_IFNAME"), hook): tuple(each for each in ids if _is_calico(each))
                 for message in route.get_links()
-                for hook, ids in _attached(route, message["index"], with_clsact).items()
+                for hook, ids in tc.program_ids(route, message["index"], hooks.get(message["index"], ())).items()
             }
         except (FileNotFoundError, NetlinkError):
             continue  # program or interface went between the list and the look: the next list knows what came instead
         except PermissionError as refused:
             raise EnvironmentUnfit("may not look at BPF programs", "run as root") from refused
     raise EnvironmentUnfit("the BPF programs on this node change faster than they can be read", "try again")
-
-
-def _attached(route: Any, index: int, with_clsact: set[int]) -> dict[str, list[int]]:
-    found: dict[str, list[int]] = {}
-    for hook in tc.HOOKS:
-        try:
-            found[hook] = syscall.attached_programs(index, hook)
-        except OSError:
-            found[hook] = []  # no tcx before Linux 6.6
-    if index in with_clsact:
-        for hook, _, identifier, _ in tc.iter_programs(route, index):
-            found[hook].append(identifier)
-    return found
 
 
 def _is_calico(identifier: int) -> bool:

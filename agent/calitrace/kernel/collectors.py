@@ -38,6 +38,29 @@ _UNTYPED = "bpf_trace_printk"  # its argument is text: a type would help nothing
 _DROP_SLOTS = 512  # a value of a per-CPU map has at most 32 KiB
 _DROP_CELL = struct.Struct("=QQIIII")  # struct drop_cell of bpf/drop.bpf.c
 _NO_TAG = 0xFFFFFFFF  # a sequence number shifted right is never this
+# A hash of maps takes maps of one value size: there is one for each size of the plan. They are of bytes for BCC's sake,
+# and of words for a copy of 8 bytes at a time. BCC 0.18 cannot name the key in BPF_HASH_OF_MAPS.
+_STATES_OF_SIZE = """
+struct calico_state_{size} {{
+\tu8 bytes[{size}];
+}};
+struct state_words_{size} {{
+\tu64 words[{size} / 8];
+}};
+BPF_TABLE("percpu_array", u32, struct calico_state_{size}, state_template_{size}, 2);
+BPF_TABLE("hash_of_maps$state_template_{size}", u32, int, states_{size}, 256);
+"""
+_FIND_OF_SIZE = """
+\tmap = states_{size}.lookup(&netns);
+\tif (map) {{
+\t\t*bytes = {size};
+\t\treturn bpf_map_lookup_elem(map, &zero);
+\t}}
+"""
+_COPY_OF_SIZE = """
+\tif (bytes == {size})
+\t\t*(struct state_words_{size} *)to = *(struct state_words_{size} *)state;
+"""
 
 
 @dataclass(frozen=True)
@@ -50,7 +73,7 @@ class Plan:
     *drop_cells*: entries of the table of totals. *netns* (0: any), *named_by* (C, see ``name_condition``; empty: any)
     and *pcap_filter* (C, see ``cbpf``): which drops are sent, of those that *drop_all* sends. *stack*: send the
     kernel's stack with each. *log*: "" for none, "flight" for the lines that led to a probe's event, "stream" for
-    all. *state_bytes*: value size of Calico's state maps.
+    all. *state_bytes*: value sizes of Calico's state maps, of which each costs a lookup at a drop and time to compile.
     """
 
     drop: bool = True
@@ -68,7 +91,7 @@ class Plan:
     run_id: int = 0
     client: tuple[str, int, int] | None = None
     vxlan_port: int = 4789
-    state_bytes: int = STATE_BYTES
+    state_bytes: tuple[int, ...] = (STATE_BYTES,)
     ring_bytes: int = RING_BYTES
 
     @property
@@ -121,7 +144,6 @@ class Plan:
             "CLIENT_PORT_MIN": str(low),
             "CLIENT_PORT_MAX": str(high),
             "VXLAN_PORT": str(self.vxlan_port),
-            "STATE_VALUE_BYTES": str(self.state_bytes),
             "RECORDER_LINES": str(RECORDER_LINES),
             "RING_PAGES": str(self.ring_bytes // os.sysconf("SC_PAGE_SIZE")),
             "WAKE_BYTES": str(WAKE_BYTES),
@@ -153,7 +175,7 @@ class Collectors:
         """Compile, verify, attach. Raises EnvironmentUnfit (CompileFailed with the verifier's log)."""
         types = self._types or headers.kernel_btf()
         parts = {name: loader.bpf_source(name).replace("#pragma once", "") for name in self.plan.sources()}
-        parts["include/packet.h"] += self.plan.pcap_filter
+        parts["include/packet.h"] += self.plan.pcap_filter + _states(self.plan.state_bytes) * self.plan.drop
         text = "".join(parts.values())
         defines = self.plan.defines(types)
         with self._stack:
@@ -204,27 +226,33 @@ class Collectors:
             else:
                 self._bpf.detach_raw_tracepoint(attached.encode())
 
-    def watch_state(self, maps: Mapping[int, int]) -> None:
+    def watch_state(self, maps: Mapping[int, int]) -> list[int]:
         """Read Calico's state at each drop. *maps*: namespace inode number to id of its cali_state map.
 
-        Raises EnvironmentUnfit for a map that does not have the plan's value size.
+        Returns the namespaces whose map has a size that the plan has not. Raises EnvironmentUnfit when a map is gone.
         """
+        others = []
         for netns, identifier in maps.items():
             try:
                 descriptor = syscall.map_fd(identifier)
+                size = syscall.map_info(descriptor).value_size
             except OSError as failure:
                 raise EnvironmentUnfit(
                     f"Calico's state map {identifier} has gone: {failure.strerror}",
                     "its programs were just replaced; try again",
                 ) from failure
             try:
-                self._bpf[b"states"][ctypes.c_uint32(netns)] = ctypes.c_int(descriptor)
+                if size in self.plan.state_bytes:
+                    self._bpf[f"states_{size}".encode()][ctypes.c_uint32(netns)] = ctypes.c_int(descriptor)
+                else:
+                    others.append(netns)
             except Exception as failure:
                 raise EnvironmentUnfit(
                     f"cannot watch Calico's state map {identifier} of namespace {netns}: {failure}"
                 ) from failure
             finally:
                 os.close(descriptor)
+        return others
 
     def poll(self, timeout_ms: int) -> list[bytes]:
         """Wait until the ring is filling up or *timeout_ms* has passed; returns all events, oldest first."""
@@ -258,6 +286,31 @@ class Collectors:
     def programs(self) -> dict[str, syscall.ProgramInfo]:
         """Function name to kernel information about it: run time and count, recursion misses."""
         return {name: syscall.program_info(fd) for name, fd in self._descriptors.items()}
+
+
+def _states(sizes: Sequence[int]) -> str:
+    """C that finds and copies a node's state, whatever of these sizes it has."""
+    return "".join(
+        (
+            *(_STATES_OF_SIZE.format(size=size) for size in sizes),
+            """
+/* The state that Calico has on this CPU in a namespace, and its size; NULL where there is none. */
+static __always_inline void *state_of(u32 netns, u32 *bytes)
+{
+\tu32 zero = 0;
+\tvoid *map;
+""",
+            *(_FIND_OF_SIZE.format(size=size) for size in sizes),
+            """
+\treturn NULL;
+}
+static __always_inline void copy_state(u8 *to, void *state, u32 bytes)
+{
+""",
+            *(_COPY_OF_SIZE.format(size=size) for size in sizes),
+            "}\n",
+        )
+    )
 
 
 def has_drop_reason(types: Btf | None) -> bool:

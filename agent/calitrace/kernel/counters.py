@@ -71,7 +71,7 @@ class Reader:
             return Reading(
                 mono_ns,
                 wall_ns,
-                or_missing(lambda: calico(self._bpffs, [each.name for each in known]), "counters map"),
+                or_missing(lambda: calico(self._bpffs, [each.name for each in known], self._namespace), "counters map"),
                 or_missing(lambda: tuple(iter_qdiscs(self._route)), "qdiscs"),
                 links,
                 or_missing(lambda: tuple(_iter_tcx(known)), "tcx programs"),
@@ -107,12 +107,13 @@ class OwnCount:
         return tuple(TcDrops(*place, drops) for place, drops in found.items())
 
 
-def calico(where: Path, names: Iterable[str]) -> tuple[CalicoRow, ...]:
+def calico(where: Path, names: Iterable[str], namespace: str = "") -> tuple[CalicoRow, ...]:
     """The rows of all counters maps that loaded programs use, or of all when none says it is used.
 
-    *names*: of the node's interfaces. Raises NotCalico and the like as `maps.find` does, EnvironmentUnfit for no rows.
+    *names*: of the node's interfaces; *namespace*: the node's, "" for ours. Raises as `maps.find` does, and
+    EnvironmentUnfit for no rows.
     """
-    found = [each for each in maps.find(where) if identify(each.name)[::2] == ("cali_counters", False)]
+    found = [each for each in maps.find(where, namespace) if identify(each.name)[::2] == ("cali_counters", False)]
     rows = tuple(_iter_rows([each for each in found if each.in_use] or found, names))
     if not rows:
         raise EnvironmentUnfit(f"no counters map with rows below {where}")

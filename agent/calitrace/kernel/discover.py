@@ -10,16 +10,20 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from calitrace.calico import state
 from calitrace.errors import EnvironmentUnfit, UsageError
+from calitrace.events import STATE_BYTES
 from calitrace.kernel import netns, syscall, tc
 from calitrace.model import Link, Namespace, Role, Topology
 
 _WORKLOAD_PREFIX = "cali"
-_CLSACT = "clsact"
+_ATTEMPTS = 10
 _NO_ROUTE = {
     errno.ENETUNREACH,
     errno.EHOSTUNREACH,
@@ -29,61 +33,64 @@ _NO_ROUTE = {
 
 
 def topology(client: str = "") -> Topology:
-    """Look at every namespace that has a name. *client*: namespace from which probes will come, "" for ours."""
-    names = netns.names()
+    """Look at every namespace. *client*: namespace from which probes will come, "" for ours."""
+    names, here = netns.names(), netns.own_inum()
     found: dict[int, Namespace] = {}
-    for inum, name in names.items():
-        try:
-            found[inum] = _look(inum, name)
-        except (UsageError, EnvironmentUnfit, OSError):
-            if name == "(host)":
-                raise
-            continue  # it was deleted while we looked
-    start = netns.inum(client) if client else netns.own_inum()
+    with open("/proc/thread-self/ns/net", "rb") as ours:  # noqa: PTH123  # nothing is read from it
+        files = {here: f"/proc/self/fd/{ours.fileno()}"}  # first, since most veths end there
+        files |= {inum: name for inum, name in names.items() if inum != here}
+        for inum, name in names.items():
+            try:
+                found[inum] = _look(inum, name, files)
+            except (UsageError, EnvironmentUnfit, OSError):
+                if name == netns.OURS:
+                    raise
+                continue  # it was deleted while we looked
+    start = netns.inum(client) if client else here
     if start not in found:
         raise EnvironmentUnfit(f"namespace {client} changed while we looked at it", "try again")
     return _with_roles(found, start)
 
 
-def _look(inum: int, name: str) -> Namespace:
+def _look(inum: int, name: str, files: Mapping[int, str]) -> Namespace:
     from pyroute2 import IPRoute
+    from pyroute2.netlink.exceptions import NetlinkError
 
-    if name == "(host)":
-        with IPRoute() as route:
-            return _namespace(route, inum, socket.gethostname())
-    with netns.inside(name), IPRoute() as route:
-        return _namespace(route, inum, name)
+    ours = name == netns.OURS
+    with nullcontext() if ours else netns.inside(name), IPRoute() as route:
+        for _ in range(_ATTEMPTS):
+            try:
+                return _namespace(route, inum, socket.gethostname() if ours else name, files)
+            except (FileNotFoundError, NetlinkError):
+                continue  # a program or an interface went while we looked
+    raise EnvironmentUnfit(f"the interfaces and programs of {name} change faster than they can be read", "try again")
 
 
-def _namespace(route: Any, inum: int, name: str) -> Namespace:
+def _namespace(route: Any, inum: int, name: str, files: Mapping[int, str]) -> Namespace:
     addresses: dict[int, list[str]] = {}
     for message in route.get_addr():
         address = message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS")
         addresses.setdefault(message["index"], []).append(address)
-    with_clsact = {q["index"] for q in route.get_qdiscs() if q.get_attr("TCA_KIND") == _CLSACT}
+    hooks = tc.hooks(route)
     links: dict[int, Link] = {}
-    state: syscall.MapInfo | None = None
+    state_map: syscall.MapInfo | None = None
     counters = 0
-    nsids = _peer_namespaces(route)
-    for message in route.get_links():
+    messages = list(route.get_links())
+    peers = {message.get_attr("IFLA_LINK_NETNSID") for message in messages} - {None}
+    nsids = _peer_namespaces(route, peers, files)
+    for message in messages:
         index = message["index"]
         calico: dict[str, tuple[str, ...]] = {}
         foreign: dict[str, tuple[str, ...]] = {}
         chain: dict[str, tuple[str, ...]] = {}
-        for hook, attached in _attached(route, index, index in with_clsact).items():
-            infos = [_program(identifier) for _, identifier in attached]
-            chain[hook] = tuple(
-                f"{how} {info.name} id {info.id} tag {info.tag} loaded at boot + {info.load_time_ns / 1e9:.1f} s"
-                for (how, _), info in zip(attached, infos, strict=True)
-            )
-            calico[hook] = tuple(i.name for i in infos if is_calico(i.name))
-            foreign[hook] = tuple(i.name for i in infos if not is_calico(i.name))
-            for info in infos:
-                if is_calico(info.name) and state is None:
-                    state, counters = _calico_maps(info)
-        xdp = message.get_attr("IFLA_XDP")
-        if xdp is not None and xdp.get_attr("IFLA_XDP_ATTACHED"):
-            foreign["xdp"] = ("XDP program",)
+        for hook, attached in _attached(route, message, hooks.get(index, ())).items():
+            chain[hook] = tuple(str(each) for each in attached)
+            calico[hook] = tuple(each.name for each in attached if each.is_calico)
+            foreign[hook] = tuple(each.name for each in attached if not each.is_calico)
+            for each in attached:
+                if each.is_calico and each.info is not None and not (state_map and counters):
+                    its_state, its_counters = _calico_maps(each.info)
+                    state_map, counters = state_map or its_state, counters or its_counters
         links[index] = Link(
             index,
             message.get_attr("IFLA_IFNAME"),
@@ -99,9 +106,9 @@ def _namespace(route: Any, inum: int, name: str) -> Namespace:
         name,
         Role.NODE if any(link.calico for link in links.values()) else Role.OTHER,
         links,
-        state.id if state else 0,
-        state.name if state else "",
-        state.value_size if state else 0,
+        state_map.id if state_map else 0,
+        state_map.name if state_map else "",
+        state_map.value_size if state_map else 0,
         counters,
     )
 
@@ -111,19 +118,58 @@ def is_calico(program: str) -> bool:
     return program.startswith("cali")
 
 
-def _attached(route: Any, index: int, with_clsact: bool) -> dict[str, list[tuple[str, int]]]:
-    """By hook (how it is attached, program id), in the order in which they run: tcx comes before classic tc."""
-    found = {hook: [("tcx", identifier) for identifier in _tcx(index, hook)] for hook in tc.HOOKS}
-    for hook, _, identifier, priority in tc.iter_programs(route, index) if with_clsact else ():
-        found[hook].append((f"tc pref {priority}", identifier))
+@dataclass(frozen=True)
+class _Attached:
+    """What may drop at a hook. *how* it is attached, its *label* there; *info*: none of a filter without a program."""
+
+    how: str
+    label: str
+    info: syscall.ProgramInfo | None = None
+
+    @property
+    def name(self) -> str:
+        return (self.info.name if self.info else "") or self.label
+
+    @property
+    def is_calico(self) -> bool:
+        """Loaders before libbpf gave programs no name of their own, but the filter: ``…:[calico_from_host_ep]``."""
+        names = [self.info.name] if self.info and self.info.name else [self.label, self.label.rpartition("[")[2]]
+        return self.info is not None and any(map(is_calico, names))
+
+    def __str__(self) -> str:
+        if self.info is None:
+            return f"{self.how} {self.label}"
+        since = f"loaded at boot + {self.info.load_time_ns / 1e9:.1f} s"
+        return f"{self.how} {self.name} id {self.info.id} tag {self.info.tag} {since}"
+
+
+def _attached(route: Any, link: Any, hooks: Iterable[str]) -> dict[str, list[_Attached]]:
+    """What an interface has at each hook, in the order in which it runs: tcx comes before classic tc.
+
+    *hooks*: those at which it may have filters.
+    """
+    index = link["index"]
+    found = {hook: [_Attached("tcx", "", _program(each)) for each in _tcx(index, hook)] for hook in tc.HOOKS}
+    for each in tc.iter_filters(route, index, hooks):
+        info = _program(each.program) if each.program else None
+        attached = _Attached(f"tc pref {each.priority}", each.name if info else f"{each.kind} filter", info)
+        if attached not in found[each.hook]:  # the kernel tells the parts of one u32 filter one by one
+            found[each.hook].append(attached)
+    found["xdp"] = [_Attached("xdp", "XDP program", _program(each)) for each in _xdp(link)]
     return found
 
 
+def _xdp(link: Any) -> list[int]:
+    """The id of the XDP program that an interface has."""
+    xdp = link.get_attr("IFLA_XDP")
+    identifier = xdp.get_attr("IFLA_XDP_PROG_ID") if xdp is not None else None
+    return [int(identifier)] if identifier else []
+
+
 def _tcx(index: int, hook: str) -> list[int]:
-    """Program ids of the tcx links of an interface of this thread's namespace; none before Linux 6.6."""
     try:
-        return syscall.attached_programs(index, hook)
-    except OSError:
+        return tc.tcx_programs(index, hook)
+    except PermissionError:  # other things still can be seen
         return []
 
 
@@ -141,7 +187,7 @@ def _calico_maps(program: syscall.ProgramInfo) -> tuple[syscall.MapInfo | None, 
 
     Calico's preamble names the state map itself; the counters map belongs to the programs it tail-calls.
     """
-    state = None
+    state_map = None
     counters = 0
     waiting, seen = [program], {program.id}
     while waiting:
@@ -150,7 +196,7 @@ def _calico_maps(program: syscall.ProgramInfo) -> tuple[syscall.MapInfo | None, 
             try:
                 info = syscall.map_info(descriptor)
                 if "_state" in info.name and info.name.startswith("cali"):
-                    state = state or info
+                    state_map = state_map or info
                 elif info.name.startswith("cali_counters"):
                     counters = info.value_size // 8
                 elif info.type == syscall.MAP_TYPE_PROG_ARRAY and info.name.startswith("cali_progs"):
@@ -162,21 +208,26 @@ def _calico_maps(program: syscall.ProgramInfo) -> tuple[syscall.MapInfo | None, 
                             waiting.append(_program(identifier))
             finally:
                 os.close(descriptor)
-            if state and counters:
-                return state, counters
-    return state, counters
+            if state_map and counters:
+                return state_map, counters
+    return state_map, counters
 
 
-def _peer_namespaces(route: Any) -> dict[int | None, int]:
-    """nsid of this namespace to inode number, for all namespaces that have a name."""
+def _peer_namespaces(route: Any, wanted: set[int], files: Mapping[int, str]) -> dict[int | None, int]:
+    """nsid of this namespace to inode number, of those *wanted*.
+
+    *files*: what holds each namespace, in the order in which they are asked about: all would take long with many pods.
+    """
     from pyroute2.netlink.exceptions import NetlinkError
 
     found: dict[int | None, int] = {}
-    for inum, name in netns.names().items():
+    for inum, file in files.items():
+        if wanted <= found.keys():
+            break
         try:
-            descriptor = os.open(netns.path(name), os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(netns.path(file), os.O_RDONLY | os.O_CLOEXEC)
         except (UsageError, OSError):
-            continue  # ours, which has no name, or one that was deleted while we looked
+            continue  # it was deleted while we looked
         try:
             nsid = route.get_netnsid(fd=descriptor).get("nsid")
         except NetlinkError as failure:
@@ -247,9 +298,19 @@ def interface_towards(address: str) -> int:
     return int(message.get_attr("RTA_OIF") or 0)
 
 
-def state_maps(found: Topology) -> dict[int, int]:
-    """Namespace inode number to id of the state map of each node that is observed."""
-    return {n.inum: n.state_map for n in found.namespaces.values() if n.state_map and n.role is Role.NODE}
+def state_maps(found: Topology, *, everywhere: bool = False) -> dict[int, int]:
+    """Namespace inode number to id of the state map of each node that is observed, or of all; of a size we know."""
+    return {
+        each.inum: each.state_map
+        for each in found.namespaces.values()
+        if each.state_map and each.state_bytes in state.SIZES and (everywhere or each.role is Role.NODE)
+    }
+
+
+def state_sizes(found: Topology) -> tuple[int, ...]:
+    """The sizes of the state maps of all nodes, as far as we know them; that of the newest release without a node."""
+    sizes = {each.state_bytes for each in found.namespaces.values() if each.state_map} & set(state.SIZES)
+    return tuple(sorted(sizes)) or (STATE_BYTES,)
 
 
 def boot_id() -> str:

@@ -117,7 +117,8 @@ def sysctls(names: Iterable[str], namespace: str | None, pid: int | None) -> dic
 
 
 def find(where: Path, namespace: str = "") -> list[Found]:
-    """All of a node's maps, sorted by pin. *namespace*: the node's, by name or process id, to choose between several.
+    """All of a node's maps, sorted by pin. *namespace*: the node's, by name or process id, "" for ours: where several
+    nodes' maps lie below *where*, those are taken beside which are the ones that its programs use.
 
     Raises NotCalico when there are none, UsageError when those of several nodes lie below *where*,
     EnvironmentUnfit without the privilege to look.
@@ -129,7 +130,7 @@ def find(where: Path, namespace: str = "") -> list[Found]:
         raise _no_privilege() from None
     found = [_open_pin(path, where, used) for path in pins]
     maps = [each for each in found if each is not None]
-    if namespace and _several_nodes(maps):
+    if _several_nodes(maps):
         here = _attached_maps(namespace)
         homes = {each.directory for each in maps if each.info.id in here}
         maps = [each for each in maps if each.directory in homes] or maps
@@ -147,16 +148,6 @@ def find(where: Path, namespace: str = "") -> list[Found]:
             "is bpfEnabled set, and the bpffs mounted here? --bpffs, --pid and --netns look elsewhere",
         )
     return sorted(maps, key=lambda each: (each.pin, each.name))
-
-
-def home(where: Path, used: Iterable[int]) -> Path | None:
-    """Of several nodes' directories below *where* the one in which a map with one of these ids is pinned."""
-    ids = set(used)
-    for path in _iter_pins(where):
-        found = _open_pin(path, where, {})
-        if found is not None and found.info.id in ids and not found.directory.endswith(_PER_INTERFACE):
-            return where / found.directory.removesuffix("tc/globals")
-    return None
 
 
 def of_node(state_map: int) -> list[Found]:

@@ -14,6 +14,8 @@ from pathlib import Path
 from calitrace.errors import EnvironmentUnfit, UsageError
 
 RUN_NETNS = Path("/run/netns")
+OURS = "(host)"  # our own, where it has no name
+_MOUNTS, _PROC = Path("/proc/self/mountinfo"), Path("/proc")
 _CLONE_NEWNET = 0x40000000
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -76,13 +78,30 @@ def _setns(descriptor: int, name: str) -> None:
 
 
 def names() -> dict[int, str]:
-    """Inode number to name of every namespace below /run/netns, and of our own as ``(host)`` if unnamed."""
-    found = {}
+    """Inode number to name of every namespace that can be entered.
+
+    The name is that below /run/netns; of our own, if unnamed, `OURS`; of others the path of a file that holds it: where
+    it is mounted, or of a process in it.
+    """
+    found: dict[int, str] = {}
+    nsfs = Path("/proc/thread-self/ns/net").stat().st_dev
     if RUN_NETNS.is_dir():
         for entry in sorted(RUN_NETNS.iterdir()):
             try:
-                found[entry.stat().st_ino] = entry.name
-            except OSError:  # a stale mount point: someone deletes it while we look
+                about = entry.stat()
+            except OSError:  # someone deletes it while we look
                 continue
-    found.setdefault(own_inum(), "(host)")
+            if about.st_dev == nsfs:  # else a mount point that was left when its namespace went
+                found[about.st_ino] = entry.name
+    found.setdefault(own_inum(), OURS)
+    for line in _MOUNTS.read_text().splitlines():
+        words = line.split()
+        if words[3].startswith("net:[") and " - nsfs " in line:
+            found.setdefault(int(words[3][5:-1]), words[4].encode().decode("unicode_escape"))
+    for process in sorted(int(each.name) for each in _PROC.iterdir() if each.name.isdigit()):
+        file = _PROC / str(process) / "ns/net"
+        try:
+            found.setdefault(file.stat().st_ino, str(file))
+        except OSError:  # it ended, or is not ours to look at
+            continue
     return found

@@ -6,7 +6,6 @@ Each source is read by itself: what fails becomes `Missing` with the reason and 
 
 from __future__ import annotations
 
-import errno
 import http.client
 import os
 import re
@@ -39,7 +38,7 @@ from calitrace.checks.snapshot import (
     ThreadTime,
     ThreadTimes,
 )
-from calitrace.errors import EnvironmentUnfit, UsageError
+from calitrace.errors import EnvironmentUnfit
 from calitrace.kernel import counters, iptables, maps, netns, syscall, tc
 from calitrace.kernel.missing import or_missing as _source
 
@@ -97,17 +96,10 @@ def collect(where: Where, interval_s: float, progress: Progress) -> Snapshot:
         network = _network()
         found = replace(found, **{**network, "sysctls": sysctls | network["sysctls"]})
         progress("looking at maps")
-        located = _source(lambda: _find(bpffs, found.links), f"maps below {bpffs}")
-        pinned: tuple[Map, ...] | Missing
-        if isinstance(located, Missing):
-            pinned = located
-        else:
-            bpffs, every = located
-            pinned = _source(lambda: tuple(_map(each) for each in every), f"maps below {bpffs}")
         found = replace(
             found,
             programs=_source(lambda: tuple(iter_programs()), "programs"),
-            maps=pinned,
+            maps=_source(lambda: tuple(_map(each) for each in maps.find(bpffs)), f"maps below {bpffs}"),
             metrics=_source(lambda: _metrics(env), "Felix's metrics"),
         )
         if interval_s > 0:
@@ -117,22 +109,6 @@ def collect(where: Where, interval_s: float, progress: Progress) -> Snapshot:
             none = Missing("nothing was measured: --interval 0")
             found = replace(found, thread_times=none, program_times=none, drops=none, chains_later=none)
     return found
-
-
-def _find(bpffs: Path, links: tuple[Link, ...] | Missing) -> tuple[Path, list[maps.Found]]:
-    """This node's maps and where they are: of several nodes' below one bpffs those beside which its programs' are.
-
-    Raises as `maps.find`.
-    """
-    try:
-        return bpffs, maps.find(bpffs)
-    except UsageError:
-        known = () if isinstance(links, Missing) else links
-        programs = (each for link in known for attached in link.programs.values() for each in attached)
-        home = maps.home(bpffs, [number for each in programs for number in each.maps.values()])
-        if home is None:
-            raise
-        return home, maps.find(home)
 
 
 def _metrics(env: dict[str, str] | Missing) -> dict[str, float]:
@@ -300,7 +276,7 @@ def _links(route: Any) -> tuple[Link, ...]:
     for message in route.get_addr():
         address = message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS")
         addresses.setdefault(message["index"], []).append(f"{address}/{message['prefixlen']}")
-    with_clsact = {q["index"] for q in route.get_qdiscs() if q.get_attr("TCA_KIND") == "clsact"}
+    hooks = tc.hooks(route)
     messages = list(route.get_links())
     names = {message["index"]: message.get_attr("IFLA_IFNAME") for message in messages}
     known: dict[int, Program] = {}
@@ -321,25 +297,15 @@ def _links(route: Any) -> tuple[Link, ...]:
                 tuple(addresses.get(index, ())),
                 names.get(message.get_attr("IFLA_MASTER"), ""),
                 names.get(message.get_attr("IFLA_LINK"), "") if in_namespace else "",
-                programs=_attached(route, index, index in with_clsact, known),
+                programs={
+                    hook: tuple(_program(each, known) for each in ids)
+                    for hook, ids in tc.program_ids(route, index, hooks.get(index, ())).items()
+                    if ids
+                },
                 udp_port=port or 0,
             )
         )
     return tuple(_with_hardware(found))
-
-
-def _attached(route: Any, index: int, clsact: bool, known: dict[int, Program]) -> dict[str, tuple[Program, ...]]:
-    ids: dict[str, list[int]] = {hook: [] for hook in tc.HOOKS}
-    for hook in tc.HOOKS:
-        try:
-            ids[hook] += syscall.attached_programs(index, hook)
-        except OSError as failure:
-            if failure.errno == errno.EPERM:  # others mean a kernel before 6.6, which has no tcx
-                raise
-    if clsact:
-        for hook, _name, identifier, _ in tc.iter_programs(route, index):
-            ids[hook].append(identifier)
-    return {hook: tuple(_program(each, known) for each in found) for hook, found in ids.items() if found}
 
 
 def _program(identifier: int, known: dict[int, Program]) -> Program:

@@ -194,8 +194,9 @@ def iter_attached(lab: Lab, part: str) -> Iterator[Attachment]:
     with inside(lab.namespace(part)) as route:
         for link in route.get_links():
             interface = link.get_attr("IFLA_IFNAME")
-            for hook, name, identifier, _ in tc.iter_programs(route, link["index"]):
-                yield Attachment(part, interface, hook, name, identifier)
+            for each in tc.iter_filters(route, link["index"]):
+                if each.program:
+                    yield Attachment(part, interface, each.hook, each.name, each.program)
 
 
 def index_of(route: Any, interface: str) -> int:

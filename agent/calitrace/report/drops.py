@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from calitrace.correlate.drops import stack, tc_hook
+from calitrace.correlate.drops import hook_of, stack
 from calitrace.packet import PROTOCOLS
 
 if TYPE_CHECKING:
@@ -17,13 +17,16 @@ if TYPE_CHECKING:
     from calitrace.model import Cell, Topology
 
 HEADER = f"{'TIME':<12} {'INTERFACE HOOK':<19} {'PACKET':<41} CAUSE [EVIDENCE]"
-_HOOKS = {"tc ingress": "in", "tc egress": "out", "": ""}
+_FEW = 12  # columns: with less of a cause its evidence is of no use
+_HOOKS = {"tc ingress": "in", "tc egress": "out", "XDP": "xdp", "": ""}
 
 
 @dataclass
 class Sums:
-    """seen = shown + harmless + filtered + limited + unsampled + lost, exactly, and counts all *runs* of our program.
+    """seen = shown + harmless + filtered + limited + unsampled + malformed + unread + lost, exactly, and counts all
+    *runs* of our program.
 
+    *unread*: what we had not looked at when we had to stop, since nobody read what we print.
     *missed*: where it interrupted itself and did not run; *other*: seen, but in no cell of the totals; *ns*: its time.
     """
 
@@ -40,6 +43,12 @@ class Sums:
     malformed: int = 0
     runs: int = 0
     ns: int = 0
+    unread: int = 0
+
+    def settle(self) -> None:
+        """Of all that was seen, what is in no other part was not looked at."""
+        parts = (self.shown, self.harmless, self.filtered, self.limited, self.unsampled, self.malformed, self.lost)
+        self.unread = self.seen - sum(parts)
 
     def line(self) -> str:
         """The closing line."""
@@ -50,6 +59,7 @@ class Sums:
                 ("rate-limited", self.limited),
                 ("not sampled", self.unsampled),
                 ("not decoded", self.malformed),
+                ("not looked at", self.unread),
             )
             if number
         ]
@@ -73,6 +83,7 @@ class Sums:
             "limited": self.limited,
             "unsampled": self.unsampled,
             "malformed": self.malformed,
+            "unread": self.unread,
             "events_lost": self.lost,
             "stacks_lost": self.stacks_lost,
             "programs_missed": self.missed,
@@ -92,25 +103,49 @@ def tuple_of(dropped: Dropped) -> str:
 
 def short(cause: Cause) -> str:
     """Cause and evidence of a line: ``calico DROPPED_BY_POLICY default.deny rule 0 (deny) [log, state]``."""
-    evidence = f"[{', '.join(cause.sources)}]"
+    return f"{_words(cause)} {_evidence(cause)}"
+
+
+def _words(cause: Cause) -> str:
     if not cause.by_calico:
-        return f"{cause.detail} {evidence}"
+        return cause.detail
     words = ["calico", cause.calico_reason or cause.detail]
     if cause.calico_reason:
         words += [", ".join(cause.rules)] * bool(cause.rules)
-    return " ".join([*words, evidence])
+    return " ".join(words)
 
 
-def table_line(dropped: Dropped, cause: Cause, clock: str, names: Names) -> str:
-    """One line. *clock*: the time, as text."""
+def _evidence(cause: Cause) -> str:
+    return f"[{', '.join(cause.sources)}]"
+
+
+def table_line(dropped: Dropped, cause: Cause, clock: str, names: Names, width: int = 0) -> str:
+    """One line. *clock*: the time, as text. *width*: columns that there are, 0 for as many as it takes.
+
+    What does not fit goes in this order: the pod, the gaps and the milliseconds, the end of the cause, the evidence.
+    """
     place = f"{cause.place.interface or '-'} {_HOOKS[cause.place.hook]}".strip()
     pod = names.pods.get(cause.place.interface)
-    return f"{clock:<12} {place:<19} {tuple_of(dropped):<41} {short(cause)}" + (f" {pod}" if pod else "")
+    packet, evidence = tuple_of(dropped), _evidence(cause)
+    line = f"{clock:<12} {place:<19} {packet:<41} {short(cause)}"
+    whole = f"{line} {pod}" if pod else line
+    if not width or len(whole) <= width:
+        return whole
+    if len(line) <= width:
+        return line
+    line = f"{clock.partition('.')[0]} {place} {packet} {_words(cause)}"
+    room = width - len(evidence) - 1
+    return f"{fit(line, room)} {evidence}" if room >= len(line) - len(_words(cause)) + _FEW else fit(line, width)
 
 
-def iter_explanation(cause: Cause, harmless: str) -> Iterator[str]:
+def fit(line: str, width: int) -> str:
+    """The line, cut off where it is longer than *width* columns; 0: as it is."""
+    return line if not width or len(line) <= width else f"{line[: width - 1]}…"
+
+
+def iter_explanation(cause: Cause, harmless: str, pod: str = "") -> Iterator[str]:
     """The lines below it with -v."""
-    yield f"    {cause.place}: {cause.text} ({cause.confidence.value})"
+    yield f"    {cause.place}{f', pod {pod}' if pod else ''}: {cause.text} ({cause.confidence.value})"
     if harmless:
         yield f"    harmless: {harmless}"
     for line in cause.evidence:
@@ -153,7 +188,6 @@ def cell_object(cell: Cell, number: int, topology: Topology, names: Names) -> di
     """One exact total."""
     link, namespace = topology.link(cell.netns, cell.ifindex), topology.namespace(cell.netns)
     reason, symbol = names.reason(cell.skb_drop_reason), names.symbols.get(cell.location, f"{cell.location:#x}")
-    hook = tc_hook(reason, symbol, names)
     return {
         "type": "total",
         "drops": number,
@@ -161,7 +195,7 @@ def cell_object(cell: Cell, number: int, topology: Topology, names: Names) -> di
         "location": symbol,
         "namespace": namespace.name if namespace else None,
         "interface": link.name if link else None,
-        "hook": f"tc {hook}" if hook else "",
+        "hook": hook_of(reason, symbol, names),
         "ip_proto": cell.ip_proto,
     }
 
@@ -178,7 +212,7 @@ def iter_top(
 
     *other*: drops that found no cell. *causes*: short cause to number of detailed drops.
     """
-    yield f"{'DROPS':>10}  {'REASON':<24} {'FUNCTION':<28} {'INTERFACE':<30} PROTO"
+    table = [("DROPS", "REASON", "FUNCTION", "INTERFACE", "PROTO")]
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     for cell, number in ordered[:rows]:
         link, namespace = topology.link(cell.netns, cell.ifindex), topology.namespace(cell.netns)
@@ -186,12 +220,15 @@ def iter_top(
         where = f"{namespace.name} {interface}" if namespace else interface
         function = names.symbols.get(cell.location, f"{cell.location:#x}").split("+", 1)[0].split(".", 1)[0]
         proto = PROTOCOLS.get(cell.ip_proto, str(cell.ip_proto)) if cell.ip_proto else "-"
-        yield f"{number:>10}  {names.reason(cell.skb_drop_reason):<24} {function:<28} {where:<30} {proto}"
-    rest = sum(number for _, number in ordered[rows:]) + other
-    if rest:
-        yield f"{rest:>10}  all others"
+        table.append((str(number), names.reason(cell.skb_drop_reason), function, where, proto))
+    if rest := sum(number for _, number in ordered[rows:]) + other:
+        table.append((str(rest), "all others", "", "", ""))
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for first, *others in table:
+        cells = [cell.ljust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        yield "  ".join([first.rjust(widths[0]), *cells]).rstrip()
     if causes:
         yield ""
-        yield f"{'DETAILED':>10}  CAUSE [EVIDENCE]"
+        yield f"{'DETAILED':>{widths[0]}}  CAUSE [EVIDENCE]"
         for text, number in causes.most_common(rows):
-            yield f"{number:>10}  {text}"
+            yield f"{number:>{max(widths[0], 8)}}  {text}"
