@@ -11,7 +11,7 @@ from pyroute2 import IPRoute
 
 from calitrace.errors import EnvironmentUnfit
 from calitrace.kernel import discover, headers, loader, netns, syscall
-from calitrace.model import Role
+from calitrace.model import Link, Namespace, Role
 from tests.kernel.conftest import compile_tc
 
 if TYPE_CHECKING:
@@ -46,6 +46,16 @@ def test_programs_roles_and_state_map(pair: Pair) -> None:
     assert link.peer_netns == client.inum
     assert (node.state_name, node.state_bytes) == ("cali_state6", 512)
     assert discover.state_maps(found) == {node.inum: node.state_map}
+
+
+@pytest.mark.parametrize(("client", "roles"), [(2, ("client", "pod")), (1, ("pod", "pod"))])
+def test_a_pod_from_which_probes_come_is_their_client(client: int, roles: tuple[str, str]) -> None:
+    links = {index: Link(index, f"cali{index}", peer_netns=index) for index in (2, 3)}
+    found = {1: Namespace(1, "node", Role.NODE, links)}
+    found |= {inum: Namespace(inum, f"pod-{inum}", Role.OTHER, {}) for inum in (2, 3)}
+    topology = discover._with_roles(found, client)
+    assert (topology.namespaces[2].role.value, topology.namespaces[3].role.value) == roles
+    assert topology.namespaces[1].role is Role.NODE
 
 
 def test_a_name_without_a_namespace_harms_nothing(pair: Pair) -> None:

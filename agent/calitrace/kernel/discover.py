@@ -242,7 +242,7 @@ def _peer_namespaces(route: Any, wanted: set[int], files: Mapping[int, str]) -> 
 
 
 def _with_roles(found: dict[int, Namespace], client: int) -> Topology:
-    """Pods are the other ends of workload interfaces; the client is where the probes come from.
+    """Pods are the other ends of workload interfaces; the client is where the probes come from, a pod or not.
 
     What no chain of veths joins to the client is another network on the same machine (a second lab): OTHER.
     """
@@ -260,9 +260,9 @@ def _with_roles(found: dict[int, Namespace], client: int) -> Topology:
             return Role.OTHER
         if namespace.role is Role.NODE:
             return Role.NODE
-        if namespace.inum in pods:
-            return Role.POD
-        return Role.CLIENT if namespace.inum == client else Role.OTHER
+        if namespace.inum == client:
+            return Role.CLIENT
+        return Role.POD if namespace.inum in pods else Role.OTHER
 
     return Topology({inum: replace(each, role=role(each)) for inum, each in found.items()})
 
