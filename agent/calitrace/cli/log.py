@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import re
 import signal
 import sys
 import time
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 _UNATTENDED_S = 60.0  # a live run ends by itself where no terminal is attached
 _LOOK_EVERY_S = 2.0
 _GRACE_S = 120.0
-_ENDS = re.compile(r"(?:(?:src|dst|tcp|udp|ip|ip6) )*(?:host (?P<host>\S+)|port (?P<port>\d+))")
 _COLOURS = {"DENY": "red", "": "yellow"}
 
 
@@ -286,18 +284,15 @@ def _debug(settings: Settings) -> AbstractContextManager[DebugLevel]:
 
     Calico's filter sees packets before NAT and in the tunnel: a service there needs its backends, which the API knows.
     """
+    from calitrace.calico.debug_filter import ends
     from calitrace.cli.debug_level import enabled
 
-    text = " ".join(settings.expression)
-    hosts = [found["host"] for found in _ENDS.finditer(text) if found["host"]]
-    ports = [int(found["port"]) for found in _ENDS.finditer(text) if found["port"]]
-    ends = [(host, port) for host in hosts or [""] for port in ports or [0]] if hosts or ports else []
     # The deadline is for a run that hangs: it leaves time for Felix to load its programs first.
     return enabled(
         allowed=settings.allowed,
         node=settings.node,
         kubeconfig=settings.kubeconfig,
-        ends=[] if " not " in f" {text} " or "!" in text else ends,
+        ends=ends(" ".join(settings.expression)),
         interfaces=[each for each in settings.interfaces if not _is_pattern(each)],
         vxlan_port=settings.vxlan_port,
         seconds=(settings.seconds or _UNATTENDED_S) + _GRACE_S,
