@@ -87,14 +87,14 @@ def _packet(values: dict[str, int | bytes], vxlan_port: int) -> tuple[int, int, 
 
 
 def _log(raw: bytes) -> LogLine:
-    ktime_ns, _, cpu, netns, pid, length, comm = cast(
+    ktime_ns, _, cpu, lost, pid, length, comm = cast(
         "tuple[int, int, int, int, int, int, bytes]", LOG_HEAD.unpack(raw[: LOG_HEAD.size])
     )
     text = raw[LOG_HEAD.size :]
     return LogLine(
         ktime_ns,
         cpu,
-        netns,
+        lost,
         pid,
         comm.split(b"\0", 1)[0].decode(errors="replace"),
         text[:length].split(b"\0", 1)[0].decode(errors="replace"),

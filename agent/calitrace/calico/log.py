@@ -192,6 +192,12 @@ class Reader:
         self.counts[printed.form] += 1
         return Line(text, context, printed, event.ktime_ns)
 
+    @staticmethod
+    def lost(event: LogLine) -> Line:
+        """The place before *event* where lines of its CPU are missing, in the kernel's words. It is no line."""
+        raw = f"CPU:{event.cpu} [LOST {event.lost} EVENTS]"
+        return Line(raw, trace.UNKNOWN, Printed(None, raw, None, Form.LOST), event.ktime_ns)
+
     def _slow(self, raw: str) -> Line:
         if not raw or raw.isspace():
             return Line(raw, trace.UNKNOWN, Printed(None, raw, None, Form.BLANK))

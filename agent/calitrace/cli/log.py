@@ -159,7 +159,7 @@ class _Session:
 
         self._settings = settings
         self._report = report
-        self._assembler = Assembler()
+        self._assembler = Assembler(self._show_line if settings.everything and not settings.stats else _nothing)
         self._stats = report.Stats()
         self._shown = 0
         self._stopped = False
@@ -266,7 +266,7 @@ class _Session:
                 click.echo(_printable(f"{line.form.value:>7}: {self._report.line_text(line)}"))
 
     def _close(self, source: Input) -> None:
-        lost, settings = source.lost() + source.reader.events_lost, self._settings
+        lost, settings = source.lost(), self._settings
         if settings.stats and settings.output == "json":
             click.echo(self._report.dump(self._stats.to_object(source.reader, lost)))
             return
@@ -277,6 +277,10 @@ class _Session:
             click.echo(lines[0], err=True)
         if not source.reader.total and settings.inputs is None:
             click.echo("nothing was logged: is bpfLogLevel Debug, and is there traffic?", err=True)
+
+
+def _nothing(_: Line) -> None:
+    pass
 
 
 def _debug(settings: Settings) -> AbstractContextManager[DebugLevel]:
