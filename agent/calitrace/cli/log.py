@@ -44,6 +44,12 @@ Examples:
 )
 @click.argument("expression", nargs=-1, metavar="[PCAP FILTER]")
 @click.option("-i", "--interface", "interfaces", multiple=True, help="Only this interface; may be a pattern: 'cali*'.")
+@click.option(
+    "--interface-prefix",
+    default="cali",
+    show_default=True,
+    help="How the names of pods' interfaces begin, as Felix's interfacePrefix; may be several: eni,azv.",
+)
 @click.option("--verdict", type=click.Choice(["allow", "deny", "none"]), help="Only passages that ended so.")
 @click.option("--hook", type=click.Choice(["ingress", "egress", "xdp"]), help="Only this hook, in the kernel's words.")
 @click.option(
@@ -113,6 +119,7 @@ class Settings:
     kubeconfig: str
     vxlan_port: int
     force: bool
+    interface_prefix: str
 
     def validate(self) -> None:
         """Raises UsageError for options that contradict each other."""
@@ -120,6 +127,8 @@ class Settings:
             raise UsageError("-f follows a file", "add -r FILE; live sources and pipes are followed anyway")
         if self.inputs is not None and self.source != "auto":
             raise UsageError("--source is for live runs", "leave out -r or --source")
+        if not all(self.interface_prefix.split(",")):
+            raise UsageError("--interface-prefix is empty", "it is Felix's interfacePrefix: cali, eni or the like")
         if self.enable_debug and self.inputs is not None:
             raise UsageError("--enable-debug is for live runs", "leave out -r or --enable-debug")
 
@@ -173,16 +182,20 @@ class _Session:
 
     def run(self) -> int:
         """Until the input, the time or the wanted number of packets is at its end."""
+        from calitrace.calico.log import Reader
         from calitrace.cli.logsource import open_file, open_live
 
         settings = self._settings
+        reader = Reader(tuple(settings.interface_prefix.split(",")))
         with ExitStack() as stack:
             for number in (signal.SIGINT, signal.SIGTERM):
                 stack.callback(signal.signal, number, signal.signal(number, self._stop))
             if settings.inputs is not None:
-                source = open_file(settings.inputs, follow=settings.follow, path=settings.path, stack=stack)
+                source = open_file(settings.inputs, reader, follow=settings.follow, path=settings.path, stack=stack)
             else:
-                source = open_live(settings.source, interfaces=settings.interfaces, path=settings.path, stack=stack)
+                source = open_live(
+                    settings.source, reader, interfaces=settings.interfaces, path=settings.path, stack=stack
+                )
             if settings.enable_debug:
                 self._level = stack.enter_context(_debug(settings))
             if source.live:

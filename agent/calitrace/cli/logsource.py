@@ -111,9 +111,8 @@ class Input:
     last: Callable[[], Lines] = _none  # what the kernel still holds when a live run ends
 
 
-def open_file(name: str, *, follow: bool, path: Path | None, stack: ExitStack) -> Input:
+def open_file(name: str, reader: Reader, *, follow: bool, path: Path | None, stack: ExitStack) -> Input:
     """A text file, a gzip file, a journal, or ``-``. *path*: where to record. Raises UsageError."""
-    reader = Reader()
     if follow:
         from calitrace.kernel.inotify import Changes
 
@@ -139,20 +138,21 @@ def open_file(name: str, *, follow: bool, path: Path | None, stack: ExitStack) -
     return Input(reader, recorded.batches(chunks, name), lambda: recorded.lost + reader.events_lost)
 
 
-def open_live(source: str, *, interfaces: tuple[str, ...], path: Path | None, stack: ExitStack) -> Input:
+def open_live(
+    source: str, reader: Reader, *, interfaces: tuple[str, ...], path: Path | None, stack: ExitStack
+) -> Input:
     """The kernel's lines as they are printed. Raises EnvironmentUnfit when the named source is not to be had."""
     from calitrace.cli.recording import say
 
     if source in ("auto", "bpf"):
         try:
-            return _open_bpf(path, stack)
+            return _open_bpf(reader, path, stack)
         except EnvironmentUnfit as failure:
             if source == "bpf":
                 raise
             say(f"warning: {failure.cause}; reading a private trace buffer instead")
     from calitrace.kernel.tracefs import Instance, TracePipe
 
-    reader = Reader()
     if source != "trace_pipe":
         try:
             instance = stack.enter_context(Instance([] if any("*" in each for each in interfaces) else interfaces))
@@ -176,14 +176,13 @@ def open_live(source: str, *, interfaces: tuple[str, ...], path: Path | None, st
     return Input(reader, texts, lambda: reader.events_lost, "the global trace_pipe")
 
 
-def _open_bpf(path: Path | None, stack: ExitStack) -> Input:
+def _open_bpf(reader: Reader, path: Path | None, stack: ExitStack) -> Input:
     from calitrace.kernel import discover, headers
     from calitrace.kernel.collectors import Collectors, Plan
 
     types = headers.kernel_btf()
     plan = Plan(drop=False, hop=False, log="stream", ring_bytes=_RING_BYTES)
     collectors = stack.enter_context(Collectors(plan, types))
-    reader = Reader()
 
     def lost() -> int:
         nested = sum(program.recursion_misses for program in collectors.programs().values())
