@@ -217,6 +217,9 @@ def test_a_packet_whose_end_was_lost() -> None:
         ),
         (eth("Workload RPF fail: missing route.", "Final result=DENY (0)."), [[]]),
         (eth("CT: result: NEW.", END), [[Mark.BEGINNING_LOST]]),
+        (eth("policy allow prog at 2", "policy deny prog at 4", END), [[Mark.BEGINNING_LOST]]),
+        (eth(END), [[Mark.BEGINNING_LOST]]),
+        (eth("Final result=ALLOW (-1). Program execution time: 5ns"), [[]]),
     ],
 )
 def test_a_beginning_is_lost_only_where_the_release_prints_one(lines: list[str], marks: list[list[Mark]]) -> None:
@@ -265,7 +268,7 @@ def test_nothing_goes_on_over_events_that_found_no_room() -> None:
         *assembler.feed(reader.lost(second)),
         *assembler.feed(reader.line(second)),
     ]
-    assert [p.marks for p in done] == [[Mark.END_LOST], []]
+    assert [p.marks for p in done] == [[Mark.END_LOST], [Mark.BEGINNING_LOST]]
     assert (reader.lost(second).raw, reader.total, reader.events_lost) == ("CPU:0 [LOST 9 EVENTS]", 2, 0)
 
 
@@ -404,6 +407,17 @@ def test_the_log_action_of_a_policy() -> None:
     assert (allowed.verdict, allowed.facts.policy) == ("", "allow")
     assert (denied.verdict, denied.facts.policy) == ("DENY", "deny")
     assert denied.facts.flows == [Flow(6, "10.0.0.1", 1, "10.0.0.2", 80)]
+
+
+@pytest.mark.parametrize(("release", "number"), [("master", "S08"), ("v3.28", "V02")])
+def test_a_trace_cut_anywhere_has_the_packets_of_its_lines(release: str, number: str) -> None:
+    lines = [line for line in TRACES[release][number][1] if line]
+    done, _, _ = assembled(lines)
+    owner = {id(line.raw): at for at, passage in enumerate(done) for line in passage.lines if line.tag}
+    for cut in range(len(lines)):
+        for part in (lines[:cut], lines[cut:]):
+            found, rest, _ = assembled(part)
+            assert len(found + rest) == len({owner[id(line)] for line in part if id(line) in owner})
 
 
 def test_the_silence_by_which_the_oldest_releases_deny() -> None:

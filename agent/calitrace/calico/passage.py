@@ -50,6 +50,7 @@ _LAST = (_RESULT_LINE, *_DROPS)
 _AFTER_POLICY = ("Entering ", "Tail call to ", _RESULT_LINE)
 _OLD_POLICY = "About to jump to policy program; lack of further"  # ... logs means policy dropped the packet
 _INFO = (_RESULT_LINE, "Workload RPF fail", "Source collision unresolved")  # at level Info there is nothing before
+_DEBUG_ONLY = "Final result=ALLOW rc "  # since v3.30, whose Info prints nothing
 _BEFORE = ("No metadata is shared by XDP", "Received metadata from XDP")  # without a tag, before the first line
 _WHOLE = (_RESULT_LINE, "Main program not loaded")  # without a tag: all that its program prints, but for _BEFORE
 # What drops without a Final result, even if it is the last line of all: others could be followed by more.
@@ -73,7 +74,7 @@ _PARSING = (
 _PREAMBLE = re.compile(
     r"(?P<kind>tc|xdp)_preamble iface (?P<padded>\S+)(?P<more> (?:failed to call (?P<called>main|debug main))?)?"
 )
-_LOG_ACTION = "policy "
+_LOG_ACTION = ("policy ALLOWED", "policy DENIED")
 _ENTRY_PARSE = re.compile(r"IP (?:id=\d+ )?s=(?P<src>\S+) d=(?P<dst>\S+)")
 _PORTS = re.compile(r"(?P<proto>TCP|UDP); ports: s=(?P<sport>\d+) d=(?P<dport>\d+)")
 _LOOKUP = re.compile(r"CT(?:-(?P<proto>\d+)|:) lookup (?P<side>from|to) +(?P<address>\S+):(?P<port>\d+)")
@@ -561,7 +562,9 @@ class Assembler:
         if tag.direction == "X":
             missed = _parsing(text) is None
         else:
-            missed = not text.startswith((_START, *_INFO)) and (self._old_starts or not tag.old)
+            missed = text.startswith(_DEBUG_ONLY) or (
+                not text.startswith((_START, *_INFO)) and (self._old_starts or not tag.old)
+            )
         if missed and tag.direction:
             passage.marks.append(Mark.BEGINNING_LOST)
         return done + self._ended(stack, line)
