@@ -10,20 +10,25 @@
 struct recorder_cursor {
 	u64 next; /* lines ever recorded on this CPU */
 	u64 sent; /* all before this one were sent or discarded */
+	u32 lost; /* lines that found no room since the last that did */
 };
 BPF_PERCPU_ARRAY(recorder, struct log_event, RECORDER_LINES);
 BPF_PERCPU_ARRAY(recorder_cursors, struct recorder_cursor, 1);
 
-static __always_inline void send_line(struct log_event *e, u64 flags)
+static __always_inline void send_line(struct recorder_cursor *cursor, struct log_event *e, u64 flags)
 {
 	u32 length = e->text_bytes;
 
 	if (length > TEXT_BYTES)
 		length = TEXT_BYTES;
-	if (events.ringbuf_output(e, sizeof(*e) - TEXT_BYTES + length, flags))
+	e->lost = cursor->lost;
+	if (events.ringbuf_output(e, sizeof(*e) - TEXT_BYTES + length, flags)) {
+		cursor->lost++;
 		count(STAT_LOG_LOST, 1);
-	else
+	} else {
+		cursor->lost = 0;
 		count(STAT_LOG_SENT, 1);
+	}
 }
 
 int collect_log(struct bpf_raw_tracepoint_args *ctx)
@@ -46,13 +51,12 @@ int collect_log(struct bpf_raw_tracepoint_args *ctx)
 	e->ktime_ns = bpf_ktime_get_ns();
 	e->type = EVENT_LOG;
 	e->cpu = bpf_get_smp_processor_id();
-	e->netns = 0;
 	e->pid = task;
 	e->text_bytes = length - 1;
 	bpf_get_current_comm(e->comm, sizeof(e->comm));
 	count(STAT_LOG_SEEN, 1);
 #ifdef LOG_STREAM
-	send_line(e, wakeup(sizeof(*e) - TEXT_BYTES + length));
+	send_line(cursor, e, wakeup(sizeof(*e) - TEXT_BYTES + length));
 #else
 	cursor->next++;
 #endif
@@ -95,6 +99,6 @@ static __always_inline void recorder_flush(void)
 		e = recorder.lookup(&slot);
 		if (!e)
 			break;
-		send_line(e, BPF_RB_NO_WAKEUP);
+		send_line(cursor, e, BPF_RB_NO_WAKEUP);
 	}
 }

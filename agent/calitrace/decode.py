@@ -87,13 +87,13 @@ def _packet(values: dict[str, int | bytes], vxlan_port: int) -> tuple[int, int, 
 
 
 def _log(raw: bytes) -> LogLine:
-    ktime_ns, _, cpu, netns, pid, length, comm = cast(
+    ktime_ns, _, cpu, lost, pid, length, comm = cast(
         "tuple[int, int, int, int, int, int, bytes]", LOG_HEAD.unpack_head(raw)
     )
     begin = LOG_HEAD.size
     text = raw[begin : begin + length].partition(b"\0")[0].decode(errors="replace")
     name = comm.partition(b"\0")[0].decode(errors="replace")
-    return LogLine(ktime_ns, cpu, netns, pid, name, text, length >= TEXT_BYTES - 1)
+    return LogLine(ktime_ns, cpu, lost, pid, name, text, length >= TEXT_BYTES - 1)
 
 
 class Decoder:

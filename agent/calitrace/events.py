@@ -123,7 +123,8 @@ HOP = Record(
     ),
 )
 _LOG = (
-    *_HEADER,
+    *_HEADER[:-1],
+    Field("lost", "u32", "lines of this CPU that found no room, just before this one; it has no netns"),
     Field("pid", "u32"),
     Field("text_bytes", "u32", "without the terminating NUL; TEXT_BYTES - 1 may mean cut"),
     Field("comm", "u8", "task in whose context the program ran, NUL-padded", 16),

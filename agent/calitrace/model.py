@@ -52,11 +52,14 @@ class Hop(PacketEvent):
 
 
 class LogLine(NamedTuple):
-    """One line that a BPF program printed; *cut* when it filled our buffer. A tuple: there are many of them."""
+    """One line that a BPF program printed; *cut* when it filled our buffer. A tuple: there are many of them.
+
+    *lost*: lines of this CPU that found no room, just before this one.
+    """
 
     ktime_ns: int
     cpu: int
-    netns: int
+    lost: int
     pid: int
     comm: str
     text: str

@@ -214,7 +214,7 @@ struct log_event {
 	u64 ktime_ns; /* CLOCK_MONOTONIC */
 	u16 type; /* enum event_type */
 	u16 cpu;
-	u32 netns; /* net->ns.inum of the skb's device, 0 when it has none */
+	u32 lost; /* lines of this CPU that found no room, just before this one; it has no netns */
 	u32 pid;
 	u32 text_bytes; /* without the terminating NUL; TEXT_BYTES - 1 may mean cut */
 	u8 comm[16]; /* task in whose context the program ran, NUL-padded */
@@ -223,7 +223,7 @@ struct log_event {
 _Static_assert(__builtin_offsetof(struct log_event, ktime_ns) == 0, "log_event.ktime_ns");
 _Static_assert(__builtin_offsetof(struct log_event, type) == 8, "log_event.type");
 _Static_assert(__builtin_offsetof(struct log_event, cpu) == 10, "log_event.cpu");
-_Static_assert(__builtin_offsetof(struct log_event, netns) == 12, "log_event.netns");
+_Static_assert(__builtin_offsetof(struct log_event, lost) == 12, "log_event.lost");
 _Static_assert(__builtin_offsetof(struct log_event, pid) == 16, "log_event.pid");
 _Static_assert(__builtin_offsetof(struct log_event, text_bytes) == 20, "log_event.text_bytes");
 _Static_assert(__builtin_offsetof(struct log_event, comm) == 24, "log_event.comm");

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import secrets
 import select
 import signal
@@ -167,6 +169,37 @@ def test_what_the_ring_had_no_room_for_is_counted(pair: Pair, talkative: Any) ->
     assert stats[Stat.LOG_SEEN] == printed(talkative) == 600
     assert len(lines) + stats[Stat.LOG_LOST] == 600
     assert stats[Stat.LOG_LOST] > 0
+
+
+def test_the_place_of_a_loss_is_in_the_stream(pair: Pair, talkative: Any) -> None:
+    page = os.sysconf("SC_PAGE_SIZE")
+    with Collectors(Plan(drop=False, hop=False, log="stream", ring_bytes=page)) as collectors:
+        send_udp(pair, 200)
+        before = collectors.drain()
+        send_udp(pair, 1)
+        after = [e for e in Decoder().iter_events(collectors.drain()) if isinstance(e, LogLine)]
+        stats = collectors.stats()
+    assert not any(e.lost for e in Decoder().iter_events(before) if isinstance(e, LogLine))
+    assert [e.lost for e in after] == [stats[Stat.LOG_LOST], 0, 0]
+
+
+def test_what_a_private_buffer_had_no_room_for_is_counted_once(pair: Pair, talkative: Any) -> None:
+    tracefs = Tracefs()
+    with listening("--source", "tracefs", "--all", "-v", "-o", "json") as process:
+        size = tracefs.root / "instances" / f"calitrace-{process.pid}" / "buffer_size_kb"
+        size.write_text("8")
+        process.send_signal(signal.SIGSTOP)
+        send_udp(pair, 2000)
+        process.send_signal(signal.SIGCONT)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=TIMEOUT_S)
+    tracefs.close()
+    shown = [json.loads(each) for each in output.splitlines()]
+    lines = sum(len(each.get("lines", ["one"])) for each in shown if each.get("form") != "lost")
+    said = re.search(rb"; (\d+) events lost", errors)
+    assert said, errors
+    assert int(said[1]) > 0
+    assert lines + int(said[1]) == printed(talkative)
 
 
 def test_a_recording_is_the_run_again(pair: Pair, talkative: Any, tmp_path: Path) -> None:

@@ -86,6 +86,7 @@ class Recorder:
         """Calico prints."""
         for line in lines:
             fields = self._common(EventType.LOG, 0)
+            del fields["netns"]  # a line of a log is of no device
             self.records.append(LOG.encode(**fields, text_bytes=len(line), text=line.encode(), comm=b"swapper"))
 
     def state(self, netns: int, raw: bytes, skb: int = 0xAA) -> None:

@@ -209,3 +209,14 @@ def test_a_file_that_grows_is_truncated_and_is_rotated(tmp_path: Path) -> None:
             stream.write(start + end % 4)
         assert json.loads(next(found))["execution_ns"] == 4
     assert process.returncode == 0
+
+
+def test_pods_interfaces_of_another_cni() -> None:
+    text = b"".join(
+        b"curl-7 [000] ..s2. 5.000001: bpf_trace_printk: eni1234--------I: " + each + b"\n"
+        for each in (b"New packet at ifindex=2; mark=0", b"DENY due to policy")
+    )
+    for words, hook in (((), "ingress"), (("--interface-prefix", "azv,eni"), "egress")):
+        (passage,) = objects(log("-r", "-", "-o", "json", *words, given=text).stdout)
+        assert (passage["interface"], passage["hook"], passage["verdict"]) == ("eni1234", hook, "DENY")
+    assert log("-r", "-", "--interface-prefix", "eni,", given=text).returncode == 2

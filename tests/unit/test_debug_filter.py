@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from calitrace.calico.debug_filter import expression, has_filters, log_filters, preconditions, release
+from calitrace.calico.debug_filter import ends, expression, has_filters, log_filters, preconditions, release
 from calitrace.errors import UsageError
 
 
@@ -74,9 +74,9 @@ def test_the_program_of_the_filter_stays_small() -> None:
     many = [(f"10.65.0.{number}", 8080) for number in range(8)]
     assert expression(many).count("host") == 8
     assert expression([("10.96.0.7", 80), *many]) == "(port 80) or (port 8080) or (udp port 4789)"
-    for ends in ([(host, 0) for host, _ in [*many, ("10.0.0.1", 0)]], [("", number) for number in range(1, 10)]):
+    for named in ([(host, 0) for host, _ in [*many, ("10.0.0.1", 0)]], [("", number) for number in range(1, 10)]):
         with pytest.raises(UsageError, match="too many"):
-            expression(ends)
+            expression(named)
 
 
 @pytest.mark.parametrize(("host", "port"), [("a.example", 80), ("10.0.0.1 or host 10.0.0.2", 80), ("10.0.0.1", 65536)])
@@ -90,3 +90,25 @@ def test_filters_of_interfaces() -> None:
     assert log_filters("port 80", ["eth0", "cali1"]) == {"eth0": "port 80", "cali1": "port 80"}
     assert log_filters("", ["cali1"]) == {"cali1": "ip or ip6 or arp"}
     assert log_filters("") == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("host 10.0.0.1 and port 80", [("10.0.0.1", 80)]),
+        ("tcp and (src host 10.0.0.1) and dst port 80", [("10.0.0.1", 80)]),
+        ("net 10.0.0.0/8 and udp port 53", [("", 53)]),
+        ("host 10.0.0.1 or host 10.0.0.2", [("10.0.0.1", 0), ("10.0.0.2", 0)]),
+        ("host 10.0.0.1 or port 80", [("10.0.0.1", 0), ("", 80)]),
+        ("(host 10.0.0.1 || host 10.0.0.2) && port 80", [("10.0.0.1", 0), ("10.0.0.2", 0), ("", 80)]),
+        ("host 10.0.0.1 or icmp", []),
+        ("host 10.0.0.1 or net 10.1.0.0/16", []),
+        ("not port 22", []),
+        ("host 10.0.0.1 and port !22", []),
+        ("icmp", []),
+        ("portrange 80-90", []),
+        ("", []),
+    ],
+)
+def test_what_calicos_own_filter_is_made_of(text: str, named: list[tuple[str, int]]) -> None:
+    assert ends(text) == named

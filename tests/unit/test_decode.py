@@ -73,7 +73,8 @@ def test_packet_events() -> None:
 
 
 def test_log_and_state() -> None:
-    line = decoding.decode(LOG.encode(type=EventType.LOG, pid=3, text_bytes=2, comm=b"py\0x", text=b"hi!", **_COMMON))
+    raw = LOG.encode(type=EventType.LOG, ktime_ns=5, cpu=1, lost=7, pid=3, text_bytes=2, comm=b"py\0x", text=b"hi!")
+    line = decoding.decode(raw)
     assert line == LogLine(5, 1, 7, 3, "py", "hi", False)
     full = decoding.decode(LOG.encode(type=EventType.LOG, text_bytes=events.TEXT_BYTES - 1, text=b"x" * 215))
     assert isinstance(full, LogLine)

@@ -205,3 +205,31 @@ def test_a_packet_to_text_and_back(
     assert facts.after_nat in (None, replace(inner, dst=backend.dst, dport=backend.dport))
     assert (facts.tunnel_from, facts.conntrack, passage.execution_ns) == (outer.src, "new", took_ns)
     assert (passage.verdict, passage.code, passage.rc) == (("DENY", 7, None) if denied else ("ALLOW", None, 7))
+
+
+@pytest.mark.parametrize(
+    ("text", "stage"),
+    [
+        ("Entering calico_tc_skb_ipv4_frag", "fragment"),
+        ("iphdr_offset 14 ihl 20", "fragment"),
+        ("Entering a program that no table knows", "accepted"),
+        ("About to jump to policy program at 3", "policy"),
+        ("Set metadata for TC: 128", "start"),
+        ("No metadata is shared by XDP", "start"),
+        ("Flow log event generated for DENY/DROP", "policy"),
+        ("Allowing WG 10.0.0.1 <-> 10.0.0.2 despite blocked by policy - known hosts.", "policy"),
+        ("Host RPF check src=a0a0064 skb iface=2 fib rc 0", "rpf"),
+        ("Host RPF check src=a0a0064 skb iface=2 result 0", "rpf"),
+        ("CT-ICMP: type 8 not an error", "conntrack"),
+        ("CT: Miss on ICMP related", "conntrack"),
+        ("CT-1 unrelated icmp", "conntrack"),
+        ("VXLAN with our VNI from unexpected source.", "tunnel"),
+        ("L4 checksum update (csum is at 50) src IP from a0a0001 to a0a0002", "rewrite"),
+        ("TCP reset v4 reply: set tcp csum failed -1", "icmp"),
+    ],
+)
+def test_wordings_of_programs_that_no_trace_of_ours_shows(text: str, stage: str) -> None:
+    found = classify(text)
+    assert found
+    assert found.stage == stage
+    assert classify_untagged("xdp_preamble iface eth0-----------")

@@ -145,6 +145,7 @@ def test_the_oldest_era() -> None:
     ("lines", "code", "reason"),
     [
         (["eth0-----I: Final result=DENY (10). Program execution time: 1ns"], 0x10, "reason 16"),
+        (["eth0-----I: Final result=DENY (e). Program execution time: 1ns"], 14, "WEP_NOT_READY"),
         (["eth0-----I: Final result=DENY (ed). Program execution time: 1ns"], 0xED, "UNAUTH_SOURCE"),
         (eth("Final result=DENY (b). Program execution time: 1ns"), 11, "UNAUTH_SOURCE"),
         (eth("Final result=DENY (4). Program execution time: 1ns"), 4, "DROPPED_BY_POLICY"),
@@ -216,6 +217,9 @@ def test_a_packet_whose_end_was_lost() -> None:
         ),
         (eth("Workload RPF fail: missing route.", "Final result=DENY (0)."), [[]]),
         (eth("CT: result: NEW.", END), [[Mark.BEGINNING_LOST]]),
+        (eth("policy allow prog at 2", "policy deny prog at 4", END), [[Mark.BEGINNING_LOST]]),
+        (eth(END), [[Mark.BEGINNING_LOST]]),
+        (eth("Final result=ALLOW (-1). Program execution time: 5ns"), [[]]),
     ],
 )
 def test_a_beginning_is_lost_only_where_the_release_prints_one(lines: list[str], marks: list[list[Mark]]) -> None:
@@ -223,9 +227,22 @@ def test_a_beginning_is_lost_only_where_the_release_prints_one(lines: list[str],
     assert [p.marks for p in done + cut] == marks
 
 
-def test_another_task_on_the_cpu_ends_what_was_open() -> None:
+def test_the_lines_of_two_tasks_are_two_packets() -> None:
     done, cut, _ = assembled(printed(*eth(START), pid=7) + printed(*eth("CT: result: NEW.", END), pid=8))
-    assert [(p.pid, p.marks) for p in done] == [(7, [Mark.END_LOST]), (8, [Mark.BEGINNING_LOST])]
+    assert [(p.pid, p.marks) for p in done] == [(8, [Mark.BEGINNING_LOST])]
+    assert [(p.pid, p.marks) for p in cut] == [(7, [Mark.END_LOST])]
+
+
+def test_tasks_that_take_turns_on_a_cpu() -> None:
+    one, two = (
+        printed(*lines, pid=pid)
+        for pid, lines in ((1, eth(START, "CT: Miss.", "CT Hit", END)), (2, cali(START, "CT Hit", END)))
+    )
+    done, cut, _ = assembled([one[0], two[0], one[1], two[1], one[2], one[3], two[2]])
+    assert [(p.pid, len(p.lines), p.verdict, p.marks) for p in done] == [
+        (1, 4, "ALLOW", [Mark.INTERRUPTED]),
+        (2, 3, "ALLOW", [Mark.INTERRUPTED]),
+    ]
     assert cut == []
 
 
@@ -239,6 +256,20 @@ def test_more_programs_than_can_interrupt_each_other() -> None:
     done, cut, _ = assembled(printed(*lines))
     assert [p.interface for p in done] == ["cali0"]
     assert [p.interface for p in cut] == [f"cali{n}" for n in range(1, 5)]
+
+
+def test_nothing_goes_on_over_events_that_found_no_room() -> None:
+    reader, assembler = Reader(), Assembler()
+    first, second = (
+        LogLine(n, 0, lost, 7, "curl", text, False) for n, lost, text in ((1, 0, eth(START)[0]), (2, 9, eth(END)[0]))
+    )
+    done = [
+        *assembler.feed(reader.line(first)),
+        *assembler.feed(reader.lost(second)),
+        *assembler.feed(reader.line(second)),
+    ]
+    assert [p.marks for p in done] == [[Mark.END_LOST], [Mark.BEGINNING_LOST]]
+    assert (reader.lost(second).raw, reader.total, reader.events_lost) == ("CPU:0 [LOST 9 EVENTS]", 2, 0)
 
 
 def test_nothing_goes_on_over_lost_lines() -> None:
@@ -260,6 +291,16 @@ def test_the_line_before_the_first() -> None:
     assert done[0].texts == [METADATA, START, END]
     done, _, _ = assembled(printed(METADATA, pid=1) + printed(*eth(START, END), pid=2))
     assert done[0].texts == [START, END]
+
+
+def test_lines_in_front_of_a_program_that_does_not_come() -> None:
+    unclaimed: list[str] = []
+    assembler = Assembler(lambda line: unclaimed.append(line.text))
+    lines = [*printed(METADATA, METADATA, pid=1), *printed(METADATA, pid=2), *printed(*eth(START, END), pid=3),
+             *printed(METADATA), "CPU:0 [LOST 1 EVENTS]", *printed(METADATA)]  # fmt: skip
+    done = [passage for line in Reader().read(lines) for passage in assembler.feed(line)]
+    assert [p.texts for p in done + assembler.flush()] == [[START, END]]
+    assert unclaimed == [METADATA] * 5
 
 
 def test_a_preamble_that_cannot_enter_the_chain() -> None:
@@ -287,6 +328,23 @@ def preamble(*texts: str) -> list[str]:
         ([*preamble("failed to call main 0", "jump to 9"), *eth(START, END)], [("eth0", "ALLOW", 4)]),
         ([*preamble("failed to call log filter 3"), *eth(START, END)], [("eth0", "ALLOW", 3)]),
         ([*preamble("failed to call log filter 3")], []),
+        (
+            [*preamble("failed to call main 0"), METADATA, *eth(START, END)],
+            [("ens192", "DENY", 1), ("eth0", "ALLOW", 3)],
+        ),
+        (
+            [*preamble("failed to call main 0", "jump to 9"), METADATA, *eth(START, END)],
+            [("eth0", "ALLOW", 5)],
+        ),
+        (
+            ["tc_preamble iface eth0-----------", *preamble("jump to 0"), METADATA, *eth(START, END)],
+            [("eth0", "ALLOW", 5)],
+        ),
+        (
+            ["tc_preamble iface eth0-----------", "tc_preamble iface eth0-----------", *eth(START, END)],
+            [("eth0", "ALLOW", 3)],
+        ),
+        (["tc_preamble iface ens192---------", *preamble("failed to call main 0")], [("ens192", "DENY", 2)]),
         (["xdp_preamble iface ens192--------- failed to call main 0"], [("ens192", "DENY", 1)]),
     ],
 )
@@ -351,6 +409,17 @@ def test_the_log_action_of_a_policy() -> None:
     assert denied.facts.flows == [Flow(6, "10.0.0.1", 1, "10.0.0.2", 80)]
 
 
+@pytest.mark.parametrize(("release", "number"), [("master", "S08"), ("v3.28", "V02")])
+def test_a_trace_cut_anywhere_has_the_packets_of_its_lines(release: str, number: str) -> None:
+    lines = [line for line in TRACES[release][number][1] if line]
+    done, _, _ = assembled(lines)
+    owner = {id(line.raw): at for at, passage in enumerate(done) for line in passage.lines if line.tag}
+    for cut in range(len(lines)):
+        for part in (lines[:cut], lines[cut:]):
+            found, rest, _ = assembled(part)
+            assert len(found + rest) == len({owner[id(line)] for line in part if id(line) in owner})
+
+
 def test_the_silence_by_which_the_oldest_releases_deny() -> None:
     asked = "About to jump to policy program; lack of further logs means policy dropped the packet..."
     denied = [f"eth0-----I: {each}" for each in ("CT-6 result: NEW.", asked)]
@@ -364,11 +433,94 @@ def test_the_silence_by_which_the_oldest_releases_deny() -> None:
     assert [p.verdict for p in done] == [""]
 
 
-def test_xdp_prints_no_result() -> None:
-    done, cut, _ = assembled(printed("eth0------------X: New packet at ifindex=2; mark=0", *eth(START, END)))
-    assert [p.marks for p in cut] == [[Mark.NO_RESULT]]
-    assert cut[0].tag.hook == "xdp"
-    assert len(done) == 1
+PARSED = ("IP id=7 len=60", "IP s=10.0.0.1 d=10.0.0.2", "IP ihl=20 bytes", "TCP; ports: s=5 d=80")
+OLD_PARSED = ("TCP; ports: s=5 d=80",)  # v3.20 to v3.24 print no more
+IPV6_PARSED = (
+    "IP s=[fd00::1] d=[fd00::2]",
+    "ip->nexthdr 0 IPv6 options!",
+    "ext nexthdr 6 hdrlen 0",
+    "TCP; ports: s=5 d=80",
+)
+
+
+def xdp(*messages: str) -> list[str]:
+    """The lines of eth0's XDP program."""
+    return [f"eth0------------X: {message}" for message in messages]
+
+
+@pytest.mark.parametrize("parsed", [PARSED, OLD_PARSED, IPV6_PARSED])
+@pytest.mark.parametrize(
+    ("messages", "verdict", "cause", "marks"),
+    [
+        (("About to jump to policy program.",), "", "", [Mark.NO_RESULT]),
+        (("Inbound failsafe port: 22. Skip policy",), "ALLOW", "", []),
+        (("About to jump to policy program at 3", "Entering calico_xdp_accepted_entrypoint",
+          "Set metadata for TC: 128"), "ALLOW", "", []),
+        (("Entering calico_xdp_drop", "proto=6", "pol_rc=2", "ct_rc=0"), "DENY", "denied by policy", []),
+        (("Entering calico_xdp_drop", "pol_rc=2", "DENY due to policy"), "DENY", "denied by policy", []),
+    ],
+)  # fmt: skip
+def test_xdp_prints_no_result(
+    parsed: tuple[str, ...], messages: tuple[str, ...], verdict: str, cause: str, marks: list[Mark]
+) -> None:
+    lines = xdp(*parsed, *messages)
+    done, cut, _ = assembled(printed(*lines, *lines, *eth(START, END)))
+    assert cut == []
+    assert [(p.tag.hook, len(p.lines), p.verdict, p.cause(), p.marks) for p in done[:2]] == [
+        ("xdp", len(lines), verdict, cause, marks)
+    ] * 2
+    assert [(p.tag.hook, len(p.lines)) for p in done[2:]] == [("ingress", 2)]
+
+
+@pytest.mark.parametrize("parsed", [PARSED[:3], IPV6_PARSED[:3], ()])
+def test_xdp_drops_what_it_cannot_parse(parsed: tuple[str, ...]) -> None:
+    lines = xdp(*parsed, "Too short")
+    done, _, _ = assembled(printed(*lines, *lines, *eth(START, END)))
+    assert [(len(p.lines), p.verdict, p.cause()) for p in done[:2]] == [
+        (len(lines), "DENY", "the packet is too short")
+    ] * 2
+
+
+def test_xdp_before_tc_is_a_passage_of_its_own() -> None:
+    accepted = xdp(*PARSED, "Entering calico_xdp_accepted_entrypoint")
+    shared = ["Received metadata from XDP: 128", "Final result=ALLOW (27). Accepted by XDP."]
+    done, cut, _ = assembled(printed(*accepted, *shared, *xdp("ARP: allowing packet"), METADATA, *eth(START, END)))
+    assert cut == []
+    assert [(p.interface, p.tag.hook, p.texts[0], len(p.lines), p.verdict) for p in done] == [
+        ("eth0", "xdp", PARSED[0], 5, "ALLOW"),
+        ("", "", shared[0], 2, "ALLOW"),
+        ("eth0", "xdp", "ARP: allowing packet", 1, ""),
+        ("eth0", "ingress", METADATA, 3, "ALLOW"),
+    ]
+    assert done[0].facts.policy == "allow"
+
+
+def test_an_xdp_program_whose_beginning_was_lost() -> None:
+    _, cut, _ = assembled(printed(*xdp("About to jump to policy program.")))
+    assert [p.marks for p in cut] == [[Mark.BEGINNING_LOST, Mark.NO_RESULT]]
+
+
+@pytest.mark.parametrize(
+    ("last", "cause"),
+    [
+        ("Maglev: no backend found for svc 1, idx 2", "Maglev found no backend"),
+        ("ICMP: unexpected unrelated", "an ICMP error about no known flow"),
+        ("Unexpected CT result 6 after host source port collision DENY.", "unexpected conntrack result"),
+    ],
+)
+@pytest.mark.parametrize("after", [[], eth(START, END), cali(START, END), ["CPU:0 [LOST 3 EVENTS]"]])
+def test_a_drop_in_the_middle_of_the_chain_prints_no_result(last: str, cause: str, after: list[str]) -> None:
+    done, cut, _ = assembled([*printed(*eth(START, last)), *(after if "LOST" in str(after) else printed(*after))])
+    assert [(p.verdict, p.cause(), p.marks) for p in (done + cut)[:1]] == [("DENY", cause, [])]
+
+
+def test_a_drop_that_is_the_last_only_when_another_program_follows() -> None:
+    short = eth(START, "Too short")
+    done, cut, _ = assembled(printed(*short, *cali(START, END), *short, *eth(START, END), *short))
+    assert [(p.interface, p.verdict, p.marks) for p in done] == [
+        ("eth0", "DENY", []), ("cali1", "ALLOW", []), ("eth0", "DENY", []), ("eth0", "ALLOW", []),
+    ]  # fmt: skip
+    assert [(p.verdict, p.cause(), p.marks) for p in cut] == [("", "the packet is too short", [Mark.END_LOST])]
 
 
 def test_reverse_path_check_is_a_cause_only_when_it_fails() -> None:
@@ -380,6 +532,32 @@ def test_reverse_path_check_is_a_cause_only_when_it_fails() -> None:
     )[0]
     assert failed.cause() == "the reverse path check of the source failed (FIB result NOT_FWDED)"
     assert passed.cause() == ""
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [(["fib rc 0"], "the way back is by another interface"), (["fib rc 2"], "FIB result UNREACHABLE"),
+     ([], "FIB result not printed")],
+)  # fmt: skip
+def test_reverse_path_check_of_the_first_releases_that_have_it(said: list[str], why: str) -> None:
+    checks = [f"Host RPF check src=a0a0064 skb iface=2 {each}" for each in (*said, "result 0")]
+    (passage,), _, _ = assembled(
+        printed(*(f"eth0-----I: {each}" for each in (START, *checks, "Final result=DENY (0).")))
+    )
+    assert passage.cause() == f"the reverse path check of the source failed ({why})"
+
+
+@pytest.mark.parametrize(
+    ("parsed", "code", "name"),
+    [
+        ("10.0.0.1", "13", "BLACK_HOLE"), ("10.0.0.1", "16", "CT_CREATE_FAILED"), ("10.0.0.1", "20", "FRAG_WAIT"),
+        ("10.0.0.1", "28", "reason 28"), ("a000001", "d", "BLACK_HOLE"), ("a000001", "e", "WEP_NOT_READY"),
+        ("a000001", "10", "NATIFACE"), ("a000001", "f", "reason 15"), ("10.0.0.1", "11", "UNAUTH_SOURCE"),
+    ],
+)  # fmt: skip
+def test_reasons_by_the_base_in_which_they_are_printed(parsed: str, code: str, name: str) -> None:
+    (passage,), _, _ = assembled(printed(*eth(START, f"IP s={parsed} d={parsed}", f"Final result=DENY ({code}).")))
+    assert passage.calico_reason == name
 
 
 @pytest.mark.parametrize(
@@ -405,6 +583,17 @@ def test_reverse_path_check_is_a_cause_only_when_it_fails() -> None:
         (["IP s=10.0.0.1 d=10.0.0.2", "vxlan decap", "ICMP; type=0 code=0"],
          {"flows": [Flow(0, "10.0.0.1", 0, "10.0.0.2", 0), Flow(1)], "tunnel_from": "10.0.0.1"}),
         (["hello"], {"flows": []}),
+        (["NAT: 1st level lookup addr=10.0.0.2 port=80 tcp", "src=10.0.0.1 dst=10.0.0.2", "sport=5", "dport=80"],
+         {"flows": [Flow(6, "10.0.0.1", 5, "10.0.0.2", 80)]}),
+        (["proto=17", "src=10.0.0.1 dst=10.0.0.2", "pre_nat=10.0.0.2:53", "sport=5"],
+         {"flows": [Flow(17, "10.0.0.1", 5, "10.0.0.2", 53)]}),
+        (["CT: lookup from 10.0.0.1:5", "CT: lookup to   10.0.0.2:53",
+          "NAT: 1st level lookup addr=10.0.0.2 port=53 udp"],
+         {"flows": [Flow(17, "10.0.0.1", 5, "10.0.0.2", 53)]}),
+        (["IP s=10.0.0.9 d=10.0.0.2", "UDP; ports: s=4 d=4789", "vxlan decap", "TCP; ports: s=5 d=80",
+          "CT: lookup from 10.0.0.1:5", "CT: lookup to   10.0.0.2:80",
+          "policy ALLOWED  proto 6 src 10.0.0.1:5 dest 10.0.0.2:80"],
+         {"flows": [Flow(17, "10.0.0.9", 4, "10.0.0.2", 4789), Flow(6, "10.0.0.1", 5, "10.0.0.2", 80)]}),
     ],
 )  # fmt: skip
 def test_facts(messages: list[str], facts: dict[str, object]) -> None:

@@ -28,6 +28,10 @@ FILTERS_SINCE: Release = (3, 27)
 MOST_TERMS = 8
 _SIGN = 0x80000000
 EVERYTHING = "ip or ip6 or arp"
+_END = re.compile(r"\b(?:(?:src|dst|tcp|udp|ip|ip6)\s+)*(?:host\s+(?P<host>[^\s()]+)|port\s+(?P<port>\d+)\b)")
+_NEGATION = re.compile(r"\bnot\b|!")
+_ALTERNATIVE = re.compile(r"\bor\b|\|\|")
+_JOINED = re.compile(r"\b(?:and|or)\b|&&|\|\||[()\s]")
 COST = "Debug costs 12 to 28 microseconds for each packet that is logged, in each program that it passes"
 
 
@@ -99,6 +103,23 @@ def preconditions(calico: str, kernel: str, lockdown: str) -> list[Precondition]
 def has_filters(calico: str) -> bool:
     """Whether this release has bpfLogFilters. One that is not known may: where they are unknown the API drops them."""
     return (release(calico) or FILTERS_SINCE) >= FILTERS_SINCE
+
+
+def ends(text: str) -> list[tuple[str, int]]:
+    """(address or "", port or 0) of each end that the pcap expression *text* names: all that it lets through, or more.
+
+    Empty, which is everything, where it lets through what names no end.
+    """
+    found = list(_END.finditer(text))
+    hosts = [each["host"] for each in found if each["host"]]
+    ports = [int(each["port"]) for each in found if each["port"]]
+    if _NEGATION.search(text):
+        return []
+    if not _ALTERNATIVE.search(text):
+        return [(host, port) for host in hosts or [""] for port in ports or [0]] if found else []
+    if _JOINED.sub("", _END.sub("", text)):
+        return []
+    return [*((host, 0) for host in hosts), *(("", port) for port in ports)]
 
 
 def expression(ends: Iterable[tuple[str, int]], vxlan_port: int = 4789) -> str:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 K = TypeVar("K")
 V = TypeVar("V")
-WORKLOAD_PREFIX = "cali"  # Felix's interfacePrefix, as it is by default
+WORKLOAD_PREFIXES = ("cali",)  # Felix's interfacePrefix, as it is by default
 _OLD_WIDTH = 8
 _TAG = re.compile(
     r"(?P<ipv6>IPv6 )?(?:(?P<name>[^ :]{1,16})-(?P<direction>[IEXC])|(?P<other>CTLB|CTLB-V46|CTLB-V6|CT-CLEANER)-+)"
@@ -52,6 +52,7 @@ class Tag:
     """Who printed. *interface* may be *cut* to 8 characters, as v3.13 to v3.24 (*old*) do.
 
     *direction*: I, E or X; empty for a *program* without interface: ``CTLB`` (connect-time), ``CT-CLEANER``.
+    *workload*: it is a pod's interface.
     """
 
     interface: str
@@ -60,11 +61,7 @@ class Tag:
     cut: bool = False
     old: bool = False
     program: str = ""
-
-    @property
-    def workload(self) -> bool:
-        """Whether it is a pod's interface."""
-        return self.interface.startswith(WORKLOAD_PREFIX)
+    workload: bool = False
 
     @property
     def hook(self) -> str:
@@ -80,8 +77,11 @@ class Tag:
         return interface.startswith(self.interface) if self.cut else interface == self.interface
 
 
-def tag(text: str) -> Tag | None:
-    """The parts of what stands before the first ``": "``, or None when it is no tag of Calico's."""
+def tag(text: str, prefixes: tuple[str, ...] = WORKLOAD_PREFIXES) -> Tag | None:
+    """The parts of what stands before the first ``": "``, or None when it is no tag of Calico's.
+
+    *prefixes*: how the names of pods' interfaces begin.
+    """
     found = _TAG.fullmatch(text)
     if found is None:
         return None
@@ -89,7 +89,14 @@ def tag(text: str) -> Tag | None:
         return Tag("", "", bool(found["ipv6"]), program=found["other"] or "CTLB")
     padded = found["name"]
     old = len(padded) == _OLD_WIDTH
-    return Tag(padded.rstrip("-"), found["direction"], bool(found["ipv6"]), old and padded[-1] != "-", old)
+    return Tag(
+        padded.rstrip("-"),
+        found["direction"],
+        bool(found["ipv6"]),
+        old and padded[-1] != "-",
+        old,
+        workload=padded.startswith(prefixes),
+    )
 
 
 class Printed(NamedTuple):
@@ -141,9 +148,13 @@ class Line(NamedTuple):
 
 
 class Reader:
-    """Turns text into lines, and counts them by their form. All that it is given comes out again, in order."""
+    """Turns text into lines, and counts them by their form. All that it is given comes out again, in order.
 
-    def __init__(self) -> None:
+    *prefixes*: how the names of pods' interfaces begin.
+    """
+
+    def __init__(self, prefixes: tuple[str, ...] = WORKLOAD_PREFIXES) -> None:
+        self._prefixes = prefixes
         self.counts: Counter[Form] = Counter()
         self.events_lost = 0  # by what the kernel says in the text itself; a place of unknown size counts as one
         self._contexts: dict[str, Context] = {}  # by what stands before the time
@@ -193,6 +204,12 @@ class Reader:
         self.counts[printed.form] += 1
         return Line(raw, context, printed, event.ktime_ns)
 
+    @staticmethod
+    def lost(event: LogLine) -> Line:
+        """The place before *event* where lines of its CPU are missing, in the kernel's words. It is no line."""
+        raw = f"CPU:{event.cpu} [LOST {event.lost} EVENTS]"
+        return Line(raw, trace.UNKNOWN, Printed(None, raw, None, Form.LOST), event.ktime_ns)
+
     def _slow(self, raw: str) -> Line:
         if not raw or raw.isspace():
             return Line(raw, trace.UNKNOWN, Printed(None, raw, None, Form.BLANK))
@@ -214,7 +231,7 @@ class Reader:
 
     def _print(self, text: str) -> Printed:
         before, colon, message_text = text.partition(": ")
-        found = self._tags.get(before) or (tag(before) if colon else None)
+        found = self._tags.get(before) or (tag(before, self._prefixes) if colon else None)
         if found is None:
             untagged = messages.classify_untagged(text)
             printed = Printed(None, text, untagged, Form.CALICO if untagged else Form.OTHER)

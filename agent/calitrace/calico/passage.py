@@ -3,12 +3,12 @@
 A program runs on one CPU, so its lines follow each other on that CPU, all with one tag. What breaks that, and what
 we do then:
 
-- Another program's lines come in between, in the context of the same task: the first is kept open, and goes on
-  when its tag comes again before anything begins anew. A line of another task ends all that is open on that CPU
-  (with PREEMPT_RT, where that is not so, the two pieces are marked).
+- Another program's lines come in between, of the same task or (with PREEMPT_RT) of another: the first is kept open,
+  and goes on when its tag and task come again before anything begins anew.
 - The line that begins a passage was lost, or the one that ends it: the passage stands with a mark. A passage never
-  goes on over a place where the kernel says that it lost lines.
-- Some programs print no last line: XDP, and those that drop where they have nothing to print with.
+  goes on over a place where lines are known to be lost.
+- Some programs print no last line: those that drop in the middle of the chain, whose last line says why, and XDP.
+  They are over when another program begins on that CPU. XDP has no first line either: its packets begin with parsing.
 - A preamble prints when it cannot enter its chain. It tries the debug chain then; if that fails too, the packet is
   dropped. What it printed stands before the lines of the program that it could enter.
 
@@ -24,16 +24,20 @@ import struct
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from calitrace.calico import reasons, trace
 from calitrace.calico.log import Form, Line, Tag
 from calitrace.packet import ICMP, ICMP6, PROTOCOLS, TCP, UDP
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 POLICY_DENY = "DENY due to policy"
 _START = "New packet at ifindex="
 _FIRST = (_START, "IP id=", "CT-6 lookup from", "CT-17 lookup from", "CT-1 lookup from")
 _RESULT_LINE = "Final result="
-# Last lines of programs that drop without a Final result.
+# Last lines of programs that drop without a Final result, and are the last wherever they stand.
 _DROPS = (
     POLICY_DENY,
     "Egress HEP should drop packet with no CT state",
@@ -46,11 +50,31 @@ _LAST = (_RESULT_LINE, *_DROPS)
 _AFTER_POLICY = ("Entering ", "Tail call to ", _RESULT_LINE)
 _OLD_POLICY = "About to jump to policy program; lack of further"  # ... logs means policy dropped the packet
 _INFO = (_RESULT_LINE, "Workload RPF fail", "Source collision unresolved")  # at level Info there is nothing before
+_DEBUG_ONLY = "Final result=ALLOW rc "  # since v3.30, whose Info prints nothing
 _BEFORE = ("No metadata is shared by XDP", "Received metadata from XDP")  # without a tag, before the first line
-_PREAMBLE = re.compile(
-    r"(?P<kind>tc|xdp)_preamble iface (?P<padded>\S+)(?: failed to call (?P<called>main|debug main))?"
+_WHOLE = (_RESULT_LINE, "Main program not loaded")  # without a tag: all that its program prints, but for _BEFORE
+# What drops without a Final result, even if it is the last line of all: others could be followed by more.
+_SILENT = (
+    "Maglev: ",
+    "Packet proto: ",
+    "Failed to jump to maglev",
+    "ICMP: ",
+    "Non ipv4 packet on icmp",
+    "Unexpected CT",
 )
-_LOG_ACTION = "policy "
+_XDP_ACCEPTS = ("Entering calico_xdp_accepted", "Inbound failsafe port", "Outbound failsafe port")
+_XDP_DROPS = "Entering calico_xdp_drop"
+# The lines of parsing, in the order in which a program prints them.
+_PARSING = (
+    ("IP id=", "ARP: ", "IPv6 ", "IPv4 ", "Unknown ethertype", "State map", "No counters", "Counters map", _START),
+    ("IP s=",),
+    ("IP ihl=",),
+    ("TCP; ", "UDP; ", "ICMP", "Unknown protocol", "Too short", "Drop malformed"),
+)
+_PREAMBLE = re.compile(
+    r"(?P<kind>tc|xdp)_preamble iface (?P<padded>\S+)(?P<more> (?:failed to call (?P<called>main|debug main))?)?"
+)
+_LOG_ACTION = ("policy ALLOWED", "policy DENIED")
 _ENTRY_PARSE = re.compile(r"IP (?:id=\d+ )?s=(?P<src>\S+) d=(?P<dst>\S+)")
 _PORTS = re.compile(r"(?P<proto>TCP|UDP); ports: s=(?P<sport>\d+) d=(?P<dport>\d+)")
 _LOOKUP = re.compile(r"CT(?:-(?P<proto>\d+)|:) lookup (?P<side>from|to) +(?P<address>\S+):(?P<port>\d+)")
@@ -63,7 +87,11 @@ _RESULT = re.compile(
     r"Final result=(?P<verdict>ALLOW|DENY) (?:\((?P<code>-?[0-9a-f]+)\)|rc (?P<rc>-?\d+))\."
     r"(?: Program execution time: (?P<ns>\d+)ns)?"
 )
-_RPF = re.compile(r"Host RPF check rc (?P<rc>-?\d+) result (?P<result>\d)")
+_RPF = re.compile(r"Host RPF check (?:rc (?P<rc>-?\d+)|src=\S+ skb iface=\d+) result (?P<result>\d)")
+_RPF_RC = re.compile(r"Host RPF check src=\S+ skb iface=\d+ fib rc (?P<rc>-?\d+)")
+_STATE = re.compile(r"src=(?P<src>\S+) dst=(?P<dst>\S+)")
+_STATE_PROTO = re.compile(r"proto=(?P<proto>\d+)|NAT: 1st level lookup .* (?P<name>tcp|udp)")
+_STATE_PORT = re.compile(r"(?:(?P<source>sport=)|dport=|pre_nat=\S+:)(?P<port>\d+)")
 _CT_RESULT = re.compile(r"CT(?:-\d+|:) result: (?:(?P<word>NEW|INVALID)|(?P<hex>0x[0-9a-f]+)|(?P<number>\d+))")
 _POLICY_RC = re.compile(r"pol_rc=(?P<rc>-?\d+)")
 _NAT_TO = re.compile(r"CT: (?P<kind>DNAT to|SNAT from) (?P<address>\S+):(?P<port>\d+)")
@@ -256,7 +284,7 @@ class Passage:
             return f"reason {self.printed_code}, hexadecimal or decimal"
         if self.code in reasons.OLD_REASONS and self.tag.old:
             return reasons.OLD_REASONS[self.code]
-        return reasons.name(self.code, 0) if self.code else ""
+        return reasons.drop_name(self.code, 0 if self.tag.old else self._base()) if self.code else ""
 
     def ports(self) -> set[tuple[int, int]]:
         """All (source, destination) port pairs that its lines name: outer and inner."""
@@ -271,11 +299,18 @@ class Passage:
             return "denied by policy"
         for line in reversed(self.lines if self.verdict else self.lines[-1:]):
             if (found := _RPF.match(line.text)) and found["result"] == "0":
-                result = FIB_RESULTS.get(int(found["rc"]), found["rc"])
-                return f"the reverse path check of the source failed (FIB result {result})"
+                return f"the reverse path check of the source failed ({self._way_back(found['rc'])})"
             if line.message and line.message.cause:
                 return line.message.cause
         return ""
+
+    def _way_back(self, rc: str | None) -> str:
+        """What the kernel's routing said of it. *rc*: where the line has it; up to v3.24 another line does."""
+        if rc is None:
+            rc = next((found["rc"] for text in self.texts if (found := _RPF_RC.match(text))), "")
+        if rc == "0":
+            return "the way back is by another interface"
+        return f"FIB result {FIB_RESULTS.get(int(rc), rc)}" if rc else "FIB result not printed"
 
     def why(self) -> str:
         """Why it was dropped: from the line that says so, else from the reason's number; empty when neither does."""
@@ -324,7 +359,7 @@ def address(token: str, of: Tag) -> str:
 
 def _read(texts: list[str], tag: Tag) -> Facts:
     facts = Facts()
-    outer, inner = Flow(), Flow()
+    outer, inner, state = Flow(), Flow(), Flow()
     decapsulated = False
     dnat: tuple[str, int] | None = None
     snat: tuple[str, int] | None = None
@@ -352,14 +387,15 @@ def _read(texts: list[str], tag: Tag) -> Facts:
             else:
                 inner = replace(inner, dst=end, dport=port)
         elif found := _ACTION.match(text):
-            outer = Flow(
+            flow = Flow(
                 int(found["proto"]),
                 address(found["src"], tag),
                 int(found["sport"]),
                 address(found["dst"], tag),
                 int(found["dport"]),
             )
-            facts.ports.add((outer.sport, outer.dport))
+            outer, inner = (outer, flow) if outer.src else (flow, inner)
+            facts.ports.add((flow.sport, flow.dport))
             facts.policy = "allow" if found["verdict"] == "ALLOWED" else "deny"
         elif found := _CT_RESULT.match(text):
             facts.conntrack = _conntrack(found, facts.conntrack)
@@ -370,8 +406,10 @@ def _read(texts: list[str], tag: Tag) -> Facts:
                 dnat, snat = (new, snat) if found["kind"] == "DNAT to" else (dnat, new)
         elif found := _POLICY_RC.match(text):
             facts.policy = facts.policy or _POLICY_RESULTS.get(int(found["rc"]), found["rc"])
-        elif text.startswith(POLICY_DENY):
+        elif text.startswith((POLICY_DENY, _XDP_DROPS)):
             facts.policy = "deny"
+        elif text.startswith(_XDP_ACCEPTS[0]):
+            facts.policy = "allow"
         elif text == "HEP with no policy, allow.":
             facts.policy = "no policy, allow"
         elif text == "WEP with no policy, deny.":
@@ -385,10 +423,21 @@ def _read(texts: list[str], tag: Tag) -> Facts:
             facts.tunnel_to = address(found["dst"], tag)
         elif text.startswith(NO_BACKEND):
             facts.no_backend = True
+        elif found := _STATE.match(text):
+            state = replace(state, src=address(found["src"], tag), dst=address(found["dst"], tag))
+        elif found := _STATE_PORT.match(text):
+            port = int(found["port"])
+            state = replace(state, sport=port) if found["source"] else replace(state, dport=port)
+        elif found := _STATE_PROTO.match(text):
+            state = replace(state, proto=int(found["proto"] or (TCP if found["name"] == "tcp" else UDP)))
         elif found := _FIB_FAILED.match(text):
             facts.forwarding = f"FIB {FIB_RESULTS.get(int(found['rc']), found['rc'])}"
         elif found := _REDIRECT.match(text):
             facts.forwarding = f"to ifindex {found['ifindex']}"
+    if not (outer.src or inner.src):  # the lines of parsing were lost: what the program knows later is all there is
+        outer = state if state.src else outer
+    elif not outer.proto:
+        inner = replace(inner, proto=inner.proto or state.proto)
     facts.flows = [outer] if outer != Flow() else []
     if inner != Flow() and inner != outer:
         facts.flows.append(inner)
@@ -427,12 +476,16 @@ def _hit(text: str) -> str:
 
 
 class Assembler:
-    """Lines, in the order of the buffer, to passages. A line of no packet gives none."""
+    """Lines, in the order of the buffer, to passages. A line of no packet gives none.
+
+    *unclaimed*: is given the lines in front of a program's first that no program came for.
+    """
 
     _DEPTH = 4  # programs that can interrupt one another; with more, the ends of some were lost
 
-    def __init__(self) -> None:
-        self._open: dict[int, list[Passage]] = {}
+    def __init__(self, unclaimed: Callable[[Line], None] = lambda line: None) -> None:
+        self._unclaimed = unclaimed
+        self._open: dict[int, list[Passage]] = {}  # the last one is running, or was the last to
         self._before: dict[int, list[Line]] = {}  # lines that belong to the program which begins next on that CPU
         self._own_newline = False
         self._old_starts = False
@@ -453,25 +506,36 @@ class Assembler:
                     passage.lines.append(line)
                     return self._ended(stack, line) if text.startswith(_LAST) else []
                 return [_cut(stack.pop()), *self._begin(line, tag, stack)]
-        done = []
-        # Nothing preempts a program: another task on its CPU means that all before is over.
-        if stack and stack[-1].pid != context.pid:
-            done = self._cut_from(stack, 0)
-        depth = next((at for at, passage in enumerate(stack) if passage.tag == tag), None)
+        done = self._left(stack)
+        for passage in stack:
+            passage.suspended = True
+        passages = [each for each in stack if each.pid == context.pid]
+        depth = next((at for at, each in enumerate(passages) if each.tag == tag), None)
         if depth is None:
             if len(stack) >= self._DEPTH:
                 done.append(_cut(stack.pop(0)))
-            if stack:
-                stack[-1].suspended = True
             return done + self._begin(line, tag, stack)
-        done += self._cut_from(stack, depth + 1)
-        if line.text.startswith(_FIRST):
-            done.append(_cut(stack.pop()))
-            return done + self._begin(line, tag, stack)
-        stack[-1].suspended = False
-        stack[-1].marks.append(Mark.INTERRUPTED)
-        stack[-1].lines.append(line)
+        for passage in passages[depth + 1 :]:  # programs of one task end in the opposite order
+            stack.remove(passage)
+            done.append(_cut(passage))
+        passage = passages[depth]
+        stack.remove(passage)
+        if text.startswith(_FIRST) or _is_over(passage, text):
+            return [*done, _cut(passage), *self._begin(line, tag, stack)]
+        stack.append(passage)
+        passage.suspended = False
+        if Mark.INTERRUPTED not in passage.marks:
+            passage.marks.append(Mark.INTERRUPTED)
+        passage.lines.append(line)
         return done + self._ended(stack, line)
+
+    @staticmethod
+    def _left(stack: list[Passage]) -> list[Passage]:
+        """What is over, without a last line, now that another program prints on the CPU."""
+        over = [passage for passage in stack if _prints_no_more(passage)]
+        for passage in over:
+            stack.remove(passage)
+        return [_cut(passage) for passage in over]
 
     def _ended(self, stack: list[Passage], line: Line) -> list[Passage]:
         if not line.text.startswith(_LAST):
@@ -481,35 +545,53 @@ class Assembler:
         return [passage]
 
     def _begin(self, line: Line, tag: Tag, stack: list[Passage]) -> list[Passage]:
-        passage = Passage(tag, line)
         text = line.text
-        before = self._before.pop(line.context.cpu, None)
-        done = []
-        if before is not None and _failed(before) in ("main", "debug main"):
-            done = [_dropped(before)]
-        elif before is not None and before[0].context.pid == line.context.pid:
-            passage.lines[:0] = before
+        before = self._before.pop(line.context.cpu, [])
+        if _failed(before) or (before and before[0].context.pid != line.context.pid):
+            done, before = self._given_up(before), []
+        else:
+            done = []
+        passage = Passage(tag, line)
+        passage.lines[:0] = before
         stack.append(passage)
         if text.startswith(_LOG_ACTION):
             passage.verdict = "DENY" if text.startswith("policy DENIED") else ""
             return [*done, stack.pop()]
         # v3.13 to v3.17 have the short tags of v3.18 to v3.24, but no first line that one could miss.
         self._old_starts = self._old_starts or (tag.old and text.startswith(_START))
-        if not text.startswith((_START, *_INFO)) and (self._old_starts or not tag.old):
+        if tag.direction == "X":
+            missed = _parsing(text) is None
+        else:
+            missed = text.startswith(_DEBUG_ONLY) or (
+                not text.startswith((_START, *_INFO)) and (self._old_starts or not tag.old)
+            )
+        if missed and tag.direction:
             passage.marks.append(Mark.BEGINNING_LOST)
         return done + self._ended(stack, line)
 
-    def _preamble(self, line: Line) -> list[Passage]:
-        """A preamble's line; returns the packet that it drops with it, or dropped before."""
-        cpu, done = line.context.cpu, []
-        before = self._before.get(cpu, [])
-        called = _failed([line])
-        if before and called == "main" and _failed(before) in ("main", "debug main"):
-            if any(_failed([each]) == "debug main" for each in before):
-                return [_dropped([*self._before.pop(cpu), line])]
-            done = [_dropped(self._before.pop(cpu))]
-        self._before.setdefault(cpu, []).append(line)
-        return done
+    def _given_up(self, before: list[Line]) -> list[Passage]:
+        """Lines that no program came for: a preamble dropped the packet with them, or the program's lines are lost."""
+        if _failed(before):
+            return [_dropped(before)]
+        for line in before:
+            self._unclaimed(line)
+        return []
+
+    def _precede(self, line: Line) -> list[Passage]:
+        """A line in front of a program's first; returns the packet that is dropped with it, or was before."""
+        cpu = line.context.cpu
+        before = self._before.setdefault(cpu, [])
+        preamble = _PREAMBLE.match(line.text)
+        if preamble and preamble["called"] == "main" and any(_failed([each]) == "debug main" for each in before):
+            return [_dropped([*self._before.pop(cpu), line])]
+        again = preamble and (not preamble["more"] or (preamble["called"] == "main" and _failed(before)))
+        if not preamble:  # what a program prints first: its preamble could enter it, or this is another packet
+            again = bool(_failed(before)) or any(each.text.startswith(_BEFORE) for each in before)
+        if again or (before and before[0].context.pid != line.context.pid):
+            self._before[cpu] = [line]
+            return self._given_up(before)
+        before.append(line)
+        return []
 
     def _untagged(self, line: Line) -> list[Passage]:
         cpu, text = line.context.cpu, line.text
@@ -521,34 +603,25 @@ class Assembler:
         self.attached = False
         if line.message is None or line.tag is not None:
             return []
-        if text.startswith(_BEFORE):
-            self._before[cpu] = [line]
-            self.attached = True
-            return []
-        if _PREAMBLE.match(text):
-            self.attached = True
-            return self._preamble(line)
         stack = self._open.get(cpu, [])
-        same = bool(stack) and stack[-1].pid == line.context.pid
+        own = text.startswith(_WHOLE)
+        if text.startswith(_BEFORE) or _PREAMBLE.match(text):
+            self.attached = True
+            return self._left(stack) + self._precede(line)
+        same = bool(stack) and stack[-1].pid == line.context.pid and not own
         self.attached = same or text.startswith(_LAST)
         if same:
             stack[-1].lines.append(line)
             return self._ended(stack, line)
         if not text.startswith(_LAST):
             return []
-        return self._ended([Passage(Tag("", ""), line)], line)
+        return self._left(stack) + self._begin(line, Tag("", ""), [])
 
     def cut(self, cpu: int, whole: bool = True) -> list[Passage]:
         """What is still open on a CPU, where its programs are known to be over. *whole*: no line of them was lost."""
-        before = self._before.pop(cpu, [])
-        dropped = [_dropped(before)] if _failed(before) in ("main", "debug main") else []
-        return dropped + self._cut_from(self._open.get(cpu, []), 0, whole)
-
-    @staticmethod
-    def _cut_from(stack: list[Passage], depth: int, whole: bool = True) -> list[Passage]:
-        over = [_cut(passage, whole) for passage in stack[depth:]]
-        del stack[depth:]
-        return over
+        done = self._given_up(self._before.pop(cpu, []))
+        over = self._open.pop(cpu, [])
+        return done + [_cut(passage, whole) for passage in over]
 
     def flush(self) -> list[Passage]:
         """All passages still open, cut short by the end."""
@@ -556,8 +629,31 @@ class Assembler:
 
 
 def _is_over(passage: Passage, text: str) -> bool:
-    """Whether policy has denied in silence, as up to v3.17, and *text* is the next packet's."""
+    """Whether *text* is the next packet's, although no last line was seen."""
+    if passage.tag.direction == "X":
+        step = _parsing(text)
+        return step is not None and step <= max(_reached(line) for line in passage.lines)
+    # Policy has denied in silence, as up to v3.17.
     return passage.lines[-1].text.startswith(_OLD_POLICY) and not text.startswith(_AFTER_POLICY)
+
+
+def _parsing(text: str) -> int | None:
+    """Which step of parsing prints this; None for what is none."""
+    return next((step for step, texts in enumerate(_PARSING) if text.startswith(texts)), None)
+
+
+def _reached(line: Line) -> int:
+    """The step of parsing that is done with this line; XDP parses once, in order."""
+    step = _parsing(line.text)
+    if step is None:
+        return 0 if line.message is None or line.message.stage == "parse" else len(_PARSING)
+    return step
+
+
+def _prints_no_more(passage: Passage) -> bool:
+    """Whether its last line can be the last of its program, though it is no result."""
+    last = passage.lines[-1]
+    return passage.direction == "X" or last.text.startswith(_OLD_POLICY) or bool(last.message and last.message.cause)
 
 
 def _failed(lines: list[Line]) -> str:
@@ -577,8 +673,20 @@ def _dropped(lines: list[Line]) -> Passage:
 
 
 def _cut(passage: Passage, whole: bool = True) -> Passage:
-    if whole and passage.lines[-1].text.startswith(_OLD_POLICY):
-        passage.verdict = "DENY"
-        return passage
-    passage.marks.append(Mark.NO_RESULT if passage.direction == "X" else Mark.END_LOST)
+    """End what has no last line. *whole*: nothing that it printed was lost."""
+    last = passage.lines[-1]
+    if last.text.startswith(_SILENT) or (whole and _prints_no_more(passage)):
+        silent = bool(last.message and last.message.cause) or last.text.startswith(_OLD_POLICY)
+        passage.verdict = "DENY" if silent else ""
+    if passage.direction == "X" and not passage.verdict:
+        passage.verdict = _xdp_verdict(passage.texts)
+    if not passage.verdict:
+        passage.marks.append(Mark.NO_RESULT if passage.direction == "X" else Mark.END_LOST)
     return passage
+
+
+def _xdp_verdict(texts: list[str]) -> str:
+    """By what the program was about to do: XDP prints no result."""
+    if any(text.startswith(_XDP_DROPS) for text in texts):
+        return "DENY"
+    return "ALLOW" if any(text.startswith(_XDP_ACCEPTS) for text in texts) else ""

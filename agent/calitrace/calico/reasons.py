@@ -42,11 +42,23 @@ _COUNTERS = (14, 17, 25, 26, 27)
 # v3.29 moved them by one without another counter: 15 is NATIFACE before it and WEP_NOT_READY in it, so it has no
 # name here. Only drops are named, and ACCEPTED_BY_XDP is none.
 _BEHIND_14 = {14: "WEP_NOT_READY", 16: "NATIFACE"}
+# Behind those that all releases share, by the base in which a release prints them. Two releases of one base may differ:
+# 15 (v3.25-v3.28, v3.29), 26 (v3.31, master), 27 and 28 (v3.31, v3.32, master) have no name.
+_DENIED = {
+    16: {13: "BLACK_HOLE", 14: "WEP_NOT_READY", 16: "NATIFACE"},
+    10: {
+        **{code: each for code, each in REASONS.items() if code in (13, 15, 16, 20, 21, 22, 23, 25)},
+        18: "WEP_NOT_READY",
+        19: "NATIFACE",
+        29: "NATIFACE",
+    },
+}
 # v3.13 to v3.23, which print them in hexadecimal; no counters map goes with them. v3.24 keeps their short tags and
 # has today's numbers: 6 could be either.
 OLD_REASONS = {
     0x01: "SHORT",
     0x06: "V6_WORKLOAD or CSUM_FAIL",
+    0x0E: "WEP_NOT_READY",  # v3.24
     0x1C: "ICMP_DF",
     0xBE: "DROPPED_BY_POLICY",
     0xC0: "CT",
@@ -137,6 +149,14 @@ def name(code: int, counters: int) -> str:
             return _BEHIND[code - counters]
         return REASONS[code] if code < counters else f"reason {code}"
     return REASONS[code] if code <= 12 else f"reason {code}"
+
+
+def drop_name(code: int, base: int) -> str:
+    """The name of the reason in ``Final result=DENY (n)``. *base*: how n is printed, 0 for not known.
+
+    16 up to v3.29, 10 since v3.30. No packet is denied for a reason that is no drop, which leaves one name for most.
+    """
+    return _DENIED.get(base, {}).get(code) or name(code, 0)
 
 
 def counter_name(code: int, counters: int) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import re
 import signal
 import sys
 import time
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 _UNATTENDED_S = 60.0  # a live run ends by itself where no terminal is attached
 _LOOK_EVERY_S = 2.0
 _GRACE_S = 120.0
-_ENDS = re.compile(r"(?:(?:src|dst|tcp|udp|ip|ip6) )*(?:host (?P<host>\S+)|port (?P<port>\d+))")
 _COLOURS = {"DENY": "red", "": "yellow"}
 
 
@@ -46,6 +44,12 @@ Examples:
 )
 @click.argument("expression", nargs=-1, metavar="[PCAP FILTER]")
 @click.option("-i", "--interface", "interfaces", multiple=True, help="Only this interface; may be a pattern: 'cali*'.")
+@click.option(
+    "--interface-prefix",
+    default="cali",
+    show_default=True,
+    help="How the names of pods' interfaces begin, as Felix's interfacePrefix; may be several: eni,azv.",
+)
 @click.option("--verdict", type=click.Choice(["allow", "deny", "none"]), help="Only passages that ended so.")
 @click.option("--hook", type=click.Choice(["ingress", "egress", "xdp"]), help="Only this hook, in the kernel's words.")
 @click.option(
@@ -115,6 +119,7 @@ class Settings:
     kubeconfig: str
     vxlan_port: int
     force: bool
+    interface_prefix: str
 
     def validate(self) -> None:
         """Raises UsageError for options that contradict each other."""
@@ -122,6 +127,8 @@ class Settings:
             raise UsageError("-f follows a file", "add -r FILE; live sources and pipes are followed anyway")
         if self.inputs is not None and self.source != "auto":
             raise UsageError("--source is for live runs", "leave out -r or --source")
+        if not all(self.interface_prefix.split(",")):
+            raise UsageError("--interface-prefix is empty", "it is Felix's interfacePrefix: cali, eni or the like")
         if self.enable_debug and self.inputs is not None:
             raise UsageError("--enable-debug is for live runs", "leave out -r or --enable-debug")
 
@@ -161,7 +168,7 @@ class _Session:
 
         self._settings = settings
         self._report = report
-        self._assembler = Assembler()
+        self._assembler = Assembler(self._show_line if settings.everything and not settings.stats else _nothing)
         self._stats = report.Stats()
         self._shown = 0
         self._stopped = False
@@ -175,16 +182,20 @@ class _Session:
 
     def run(self) -> int:
         """Until the input, the time or the wanted number of packets is at its end."""
+        from calitrace.calico.log import Reader
         from calitrace.cli.logsource import open_file, open_live
 
         settings = self._settings
+        reader = Reader(tuple(settings.interface_prefix.split(",")))
         with ExitStack() as stack:
             for number in (signal.SIGINT, signal.SIGTERM):
                 stack.callback(signal.signal, number, signal.signal(number, self._stop))
             if settings.inputs is not None:
-                source = open_file(settings.inputs, follow=settings.follow, path=settings.path, stack=stack)
+                source = open_file(settings.inputs, reader, follow=settings.follow, path=settings.path, stack=stack)
             else:
-                source = open_live(settings.source, interfaces=settings.interfaces, path=settings.path, stack=stack)
+                source = open_live(
+                    settings.source, reader, interfaces=settings.interfaces, path=settings.path, stack=stack
+                )
             if settings.enable_debug:
                 self._level = stack.enter_context(_debug(settings))
             if source.live:
@@ -268,7 +279,7 @@ class _Session:
                 click.echo(_printable(f"{line.form.value:>7}: {self._report.line_text(line)}"))
 
     def _close(self, source: Input) -> None:
-        lost, settings = source.lost() + source.reader.events_lost, self._settings
+        lost, settings = source.lost(), self._settings
         if settings.stats and settings.output == "json":
             click.echo(self._report.dump(self._stats.to_object(source.reader, lost)))
             return
@@ -281,23 +292,24 @@ class _Session:
             click.echo("nothing was logged: is bpfLogLevel Debug, and is there traffic?", err=True)
 
 
+def _nothing(_: Line) -> None:
+    pass
+
+
 def _debug(settings: Settings) -> AbstractContextManager[DebugLevel]:
     """Debug while it is entered. Its filter is made of the addresses and ports of ours; all else is ours alone.
 
     Calico's filter sees packets before NAT and in the tunnel: a service there needs its backends, which the API knows.
     """
+    from calitrace.calico.debug_filter import ends
     from calitrace.cli.debug_level import enabled
 
-    text = " ".join(settings.expression)
-    hosts = [found["host"] for found in _ENDS.finditer(text) if found["host"]]
-    ports = [int(found["port"]) for found in _ENDS.finditer(text) if found["port"]]
-    ends = [(host, port) for host in hosts or [""] for port in ports or [0]] if hosts or ports else []
     # The deadline is for a run that hangs: it leaves time for Felix to load its programs first.
     return enabled(
         allowed=settings.allowed,
         node=settings.node,
         kubeconfig=settings.kubeconfig,
-        ends=[] if " not " in f" {text} " or "!" in text else ends,
+        ends=ends(" ".join(settings.expression)),
         interfaces=[each for each in settings.interfaces if not _is_pattern(each)],
         vxlan_port=settings.vxlan_port,
         seconds=(settings.seconds or _UNATTENDED_S) + _GRACE_S,

@@ -106,14 +106,13 @@ class Input:
 
     reader: Reader
     batches: Iterator[Lines]
+    lost: Callable[[], int]  # events, as far as is known
     live: str = ""  # what is listened to, where it is the kernel
-    lost: Callable[[], int] = lambda: 0
     last: Callable[[], Lines] = _none  # what the kernel still holds when a live run ends
 
 
-def open_file(name: str, *, follow: bool, path: Path | None, stack: ExitStack) -> Input:
+def open_file(name: str, reader: Reader, *, follow: bool, path: Path | None, stack: ExitStack) -> Input:
     """A text file, a gzip file, a journal, or ``-``. *path*: where to record. Raises UsageError."""
-    reader = Reader()
     if follow:
         from calitrace.kernel.inotify import Changes
 
@@ -132,33 +131,41 @@ def open_file(name: str, *, follow: bool, path: Path | None, stack: ExitStack) -
         chunks = iter_descriptor(descriptor, TICK_MS)
     is_journal, chunks = sources.told_apart(chunks, name)
     if not is_journal:
-        return Input(reader, _texts(chunks, reader, _writer(path, stack, {})))
+        return Input(reader, _texts(chunks, reader, _writer(path, stack, {})), lambda: reader.events_lost)
     if path is not None:
         raise UsageError(f"{name} is a journal already", "copy it")
     recorded = Recorded(reader)
-    return Input(reader, recorded.batches(chunks, name), lost=lambda: recorded.lost)
+    return Input(reader, recorded.batches(chunks, name), lambda: recorded.lost + reader.events_lost)
 
 
-def open_live(source: str, *, interfaces: tuple[str, ...], path: Path | None, stack: ExitStack) -> Input:
+def open_live(
+    source: str, reader: Reader, *, interfaces: tuple[str, ...], path: Path | None, stack: ExitStack
+) -> Input:
     """The kernel's lines as they are printed. Raises EnvironmentUnfit when the named source is not to be had."""
     from calitrace.cli.recording import say
 
     if source in ("auto", "bpf"):
         try:
-            return _open_bpf(path, stack)
+            return _open_bpf(reader, path, stack)
         except EnvironmentUnfit as failure:
             if source == "bpf":
                 raise
             say(f"warning: {failure.cause}; reading a private trace buffer instead")
     from calitrace.kernel.tracefs import Instance, TracePipe
 
-    reader = Reader()
     if source != "trace_pipe":
         try:
             instance = stack.enter_context(Instance([] if any("*" in each for each in interfaces) else interfaces))
             chunks = iter_descriptor(instance.fd, TICK_MS)
             texts = _texts(chunks, reader, _writer(path, stack, {}))
-            return Input(reader, texts, "a private trace buffer", lambda: instance.lost, lambda: _rest(texts, instance))
+            # The kernel counts what it also says in the text, where we come to the place.
+            return Input(
+                reader,
+                texts,
+                lambda: max(instance.lost, reader.events_lost),
+                "a private trace buffer",
+                lambda: _rest(texts, instance),
+            )
         except EnvironmentUnfit as failure:
             if source == "tracefs":
                 raise
@@ -166,17 +173,16 @@ def open_live(source: str, *, interfaces: tuple[str, ...], path: Path | None, st
     say("warning: reading trace_pipe takes its lines from every other reader")
     pipe = stack.enter_context(TracePipe())
     texts = _texts(iter_descriptor(pipe.fd, TICK_MS), reader, _writer(path, stack, {}))
-    return Input(reader, texts, "the global trace_pipe")
+    return Input(reader, texts, lambda: reader.events_lost, "the global trace_pipe")
 
 
-def _open_bpf(path: Path | None, stack: ExitStack) -> Input:
+def _open_bpf(reader: Reader, path: Path | None, stack: ExitStack) -> Input:
     from calitrace.kernel import discover, headers
     from calitrace.kernel.collectors import Collectors, Plan
 
     types = headers.kernel_btf()
     plan = Plan(drop=False, hop=False, log="stream", ring_bytes=_RING_BYTES)
     collectors = stack.enter_context(Collectors(plan, types))
-    reader = Reader()
 
     def lost() -> int:
         nested = sum(program.recursion_misses for program in collectors.programs().values())
@@ -193,8 +199,8 @@ def _open_bpf(path: Path | None, stack: ExitStack) -> Input:
     return Input(
         reader,
         _events(decoder, records(), reader, writer),
-        "tracepoint bpf_trace_printk",
         lost,
+        "tracepoint bpf_trace_printk",
         lambda: next(_events(decoder, [collectors.drain()], reader, writer)),
     )
 
@@ -230,6 +236,8 @@ def _events(
 def _lines(decoder: Decoder, records: list[bytes], reader: Reader) -> Lines:
     for event in decoder.iter_events(records):
         if isinstance(event, LogLine):
+            if event.lost:
+                yield reader.lost(event)
             yield reader.line(event)
 
 
