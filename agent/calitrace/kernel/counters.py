@@ -6,8 +6,6 @@ TC_INGRESS and TC_EGRESS, for as long as it runs.
 
 from __future__ import annotations
 
-import errno
-import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -162,25 +160,16 @@ def interfaces(route: Any) -> tuple[Interface, ...]:
 def _iter_tcx(links: Iterable[Interface]) -> Iterator[Tcx]:
     for link in links:
         for hook in tc.HOOKS:
-            try:
-                attached = syscall.attached_programs(link.ifindex, hook)
-            except OSError as failure:
-                if failure.errno == errno.EPERM:
-                    raise
-                continue  # before Linux 6.6 there is no tcx; or the interface has gone
+            attached = tc.tcx_programs(link.ifindex, hook)
             if attached:
                 yield Tcx(link.ifindex, hook, tuple(_program_name(each) for each in attached))
 
 
 def _program_name(identifier: int) -> str:
     try:
-        descriptor = syscall.program_fd(identifier)
+        return syscall.program_by_id(identifier).name
     except FileNotFoundError:  # it was replaced while we looked
         return f"program {identifier}"
-    try:
-        return syscall.program_info(descriptor).name
-    finally:
-        os.close(descriptor)
 
 
 def softnet() -> tuple[Softnet, ...]:

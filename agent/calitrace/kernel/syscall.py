@@ -229,6 +229,24 @@ def map_info(descriptor: int) -> MapInfo:
     )
 
 
+def program_by_id(identifier: int) -> ProgramInfo:
+    """Describe the program with this id. Raises OSError: FileNotFoundError when it has gone."""
+    descriptor = program_fd(identifier)
+    try:
+        return program_info(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def map_by_id(identifier: int) -> MapInfo:
+    """Describe the map with this id. Raises OSError: FileNotFoundError when it has gone."""
+    descriptor = map_fd(identifier)
+    try:
+        return map_info(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def btf_bytes(identifier: int) -> bytes:
     """The BTF blob with this id, as a loaded program or map names it. Raises OSError."""
     descriptor = _fd_by_id(_BTF_GET_FD_BY_ID, identifier)
