@@ -19,7 +19,8 @@ from calitrace.kernel import discover, headers, mounts, netns, symbols, syscall
 from calitrace.kernel.collectors import Collectors, Plan
 from calitrace.packet import UDP
 from tests.kernel.conftest import attached_by_tcx, compile_tc
-from tests.netns.test_drops import COUNT, finished, listening
+from tests.netns.conftest import listening
+from tests.netns.test_drops import COUNT, finished
 from tests.unit.packets import state_of
 
 if TYPE_CHECKING:
@@ -172,7 +173,7 @@ def test_two_nodes_of_different_releases(pair: Pair, tmp_path: Path, pinned: boo
                 place = tmp_path / f"cal-{number}"
                 place.mkdir()
                 syscall.object_pin(bpf[table.map_name.encode()].map_fd, place / table.map_name)
-        process = stack.enter_context(listening("-o", "json", "--calico-only"))
+        process = stack.enter_context(listening("drops", "-o", "json", "--calico-only"))
         send(pair.left, pair.left_ip, pair.right_ip, COUNT)
         send(pair.right, pair.right_ip, pair.left_ip, COUNT)
         drops, _ = finished(process, PORT)
@@ -298,7 +299,7 @@ def test_an_empty_slot_in_the_chain_of_programs(pair: Pair, empty: bool) -> None
     row = bytes(216) * syscall.possible_cpus()
     syscall.map_update(bpf[b"cali_counters6"].map_fd, struct.pack("<II", index, 1), row)
     syscall.map_update(array, struct.pack("<I", 3), struct.pack("<I", main.fd))
-    with listening("-o", "json", "--netns", pair.left, "--calico-only") as process:
+    with listening("drops", "-o", "json", "--netns", pair.left, "--calico-only") as process:
         if empty:
             syscall.map_delete(array, struct.pack("<I", 3))
         send(pair.left, pair.left_ip, pair.right_ip, COUNT)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -27,6 +28,24 @@ _numbers = itertools.count()
 def calitrace(*words: str) -> subprocess.CompletedProcess[str]:
     """Run the command to its end."""
     return subprocess.run([*COMMAND, *words], capture_output=True, text=True, check=False, timeout=120)
+
+
+@contextlib.contextmanager
+def listening(*words: str) -> Iterator[subprocess.Popen[str]]:
+    """A live command that has said that it listens; interrupted at the end."""
+    with subprocess.Popen([*COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if line.startswith("listening to"):
+                break
+        else:
+            raise AssertionError("".join(said))
+        try:
+            yield process
+        finally:
+            process.send_signal(signal.SIGINT)
 
 
 def on(lab: Lab, command: str, *words: str) -> subprocess.CompletedProcess[str]:

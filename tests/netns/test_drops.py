@@ -9,7 +9,6 @@ import signal
 import socket
 import struct
 import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -19,7 +18,7 @@ import pytest
 
 from calitrace.kernel import netns
 from calitrace.lab.topology import Lab
-from tests.netns.conftest import calitrace, changed, entry, on, tcp
+from tests.netns.conftest import calitrace, changed, entry, listening, on, tcp
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,29 +26,10 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.root
 
-COMMAND = (sys.executable, "-W", "ignore", "-c", "from calitrace.cli.main import run; run()", "drops")
 TIMEOUT_S = 120
 COUNT = 17
 TC = ("tc", "qdisc")
 CLIENT = "10.10.0.100"
-
-
-@contextlib.contextmanager
-def listening(*words: str) -> Iterator[subprocess.Popen[str]]:
-    """``calitrace drops`` that has said that it listens; interrupted at the end."""
-    with subprocess.Popen([*COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        said = []
-        for line in process.stderr:
-            said.append(line)
-            if line.startswith("listening to"):
-                break
-        else:
-            raise AssertionError("".join(said))
-        try:
-            yield process
-        finally:
-            process.send_signal(signal.SIGINT)
 
 
 def finished(process: subprocess.Popen[str], *ports: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -145,7 +125,7 @@ def test_each_cause_against_its_own_count(
     assert on(healed, "fault", fault).returncode == 0
     nft(healed, "pod-a", "table ip t { chain c { type filter hook input priority 0; udp dport 7777 drop; }; }")
     try:
-        with full_queue(healed, "pod-a", "eth0"), listening("-o", "json", "--all") as process:
+        with full_queue(healed, "pod-a", "eth0"), listening("drops", "-o", "json", "--all") as process:
             ports = {
                 send(healed, "client", *target, COUNT): "calico",
                 send(healed, "node-a", "10.65.0.2", 7777, COUNT): "NETFILTER_DROP",
@@ -203,7 +183,7 @@ def test_reasons_that_calico_records(healed: Lab, level: str) -> None:
     refused = entry(pin, key)[:4] + b"\xff" * 4 + entry(pin, key)[8:]
     inner = ip_header(CLIENT, "10.65.1.2", 17) + struct.pack("!HHHH", 1, 5353, 8, 0)
     vxlan = b"\x08\0\0\0\xca\x11\xc0\0" + bytes(12) + b"\x08\0" + inner
-    with changed(pin, key, refused), listening("-o", "json", "--all") as process:
+    with changed(pin, key, refused), listening("drops", "-o", "json", "--all") as process:
         ranges = send(healed, "client", "10.10.0.1", 30053, COUNT)
         tunnel = send(healed, "client", "10.10.0.1", 4789, COUNT, vxlan)
         send_raw(healed, "client", ip_header(CLIENT, "10.10.0.1", 6) + b"\x9c\x40\0\x50", "10.10.0.1", COUNT)
@@ -239,7 +219,7 @@ def test_a_packet_that_conntrack_refuses(healed: Lab, level: str) -> None:
         tracked = bytearray(entry(pin, key))
         for bits in (40, 64):  # of both legs
             tracked[bits] &= ~16  # approved
-        with changed(pin, key, bytes(tracked)), listening("-o", "json", "--calico-only") as process:
+        with changed(pin, key, bytes(tracked)), listening("drops", "-o", "json", "--calico-only") as process:
             connection.sendall(b"x")
             drops, _ = finished(process)
     mine = [each for each in drops if each["sport"] == sport]
@@ -255,7 +235,7 @@ def test_a_pod_that_sends_from_another_address(healed: Lab, tmp_path: Path) -> N
     assert on(healed, "fault", "policy-deny").returncode == 0
     datagram = ip_header("10.65.0.99", "10.10.0.100", 17) + struct.pack("!HHHH", 4001, 9, 8, 0)
     file = str(tmp_path / "j.calitrace")
-    with listening("-o", "json", "--calico-only", "-w", file) as process:
+    with listening("drops", "-o", "json", "--calico-only", "-w", file) as process:
         send_raw(healed, "pod-a", datagram, "10.10.0.100", COUNT)
         port = send(healed, "client", "10.10.0.1", 30053, COUNT)
         drops, _ = finished(process, port, 4001)
@@ -278,7 +258,7 @@ def test_a_program_that_ends_before_it_reads_the_packet(healed: Lab) -> None:
     assert on(healed, "log-level", "off").returncode == 0
     with netns.inside(healed.namespace("node-b")):
         key = struct.pack("<II", socket.if_nametoindex("calif00dbeef012"), 1)
-    with changed(healed.pins / "node-b" / "cali_counters6", key, None), listening("-o", "json") as process:
+    with changed(healed.pins / "node-b" / "cali_counters6", key, None), listening("drops", "-o", "json") as process:
         port = send(healed, "client", "10.10.0.1", 30053, COUNT)
         drops, _ = finished(process, port)
     mine = [each for each in drops if each["sport"] == port]
@@ -291,7 +271,7 @@ def test_a_program_that_ends_before_it_reads_the_packet(healed: Lab) -> None:
 
 def test_route_unknown_is_named_by_the_state(lab: Lab) -> None:
     assert on(lab, "log-level", "off").returncode == 0
-    with listening("-o", "json", "--reason", "rt_unknown") as process:
+    with listening("drops", "-o", "json", "--reason", "rt_unknown") as process:
         probes = calitrace(
             *("probe", "nodeport", "10.10.0.1:30087", "--from", lab.namespace("client"), "-c", "5", "--rate", "100"),
             *("--timeout", "0.2", "-o", "json"),
@@ -310,7 +290,7 @@ def test_journal_filter_and_pcapng(healed: Lab, tmp_path: Path) -> None:
     assert on(healed, "fault", "policy-deny").returncode == 0
     journal, pcap = tmp_path / "a.calitrace", tmp_path / "a.pcapng"
     expression = f"udp and src host {CLIENT} and dst port 5353"
-    with listening("-o", "json", "-w", str(journal), "--pcap", str(pcap), expression) as process:
+    with listening("drops", "-o", "json", "-w", str(journal), "--pcap", str(pcap), expression) as process:
         port = send(healed, "client", "10.10.0.1", 30053, COUNT)
         drops, _ = finished(process, port)
     mine = [each for each in drops if each["sport"] == port]
@@ -332,7 +312,7 @@ def test_filters_come_before_the_rate_limit(healed: Lab, tmp_path: Path) -> None
     assert on(healed, "fault", "policy-deny").returncode == 0
     journal = tmp_path / "a.calitrace"
     words = ("-o", "json", "--stack", "--rate-limit", str(COUNT), "-w", str(journal))
-    with listening(*words, "-i", "cali*", "udp and src host", CLIENT) as process:
+    with listening("drops", *words, "-i", "cali*", "udp and src host", CLIENT) as process:
         send(healed, "node-a", "10.65.0.2", 9, 500)  # another interface: it must not use up the limit
         port = send(healed, "client", "10.10.0.1", 30053, COUNT)
         drops, summary = finished(process, port)
@@ -348,7 +328,7 @@ def test_filters_come_before_the_rate_limit(healed: Lab, tmp_path: Path) -> None
 
 def test_a_filter_looks_into_the_tunnel(healed: Lab) -> None:
     assert on(healed, "fault", "vxlan-blocked").returncode == 0
-    with listening("-o", "json", "--all", "udp dst port 30053") as process:
+    with listening("drops", "-o", "json", "--all", "udp dst port 30053") as process:
         port = send(healed, "client", "10.10.0.1", 30053, COUNT)
         drops, _ = finished(process, port)
     mine = [each for each in drops if each["sport"] == port]
@@ -358,7 +338,7 @@ def test_a_filter_looks_into_the_tunnel(healed: Lab) -> None:
 
 def test_what_comes_up_during_the_run_is_found(spare: Lab, tmp_path: Path) -> None:
     journal = tmp_path / "a.calitrace"
-    with listening("-o", "json", "--calico-only", "-w", str(journal)) as process:
+    with listening("drops", "-o", "json", "--calico-only", "-w", str(journal)) as process:
         assert on(spare, "up").returncode == 0
         assert on(spare, "fault", "policy-deny").returncode == 0
         ports = set()
@@ -376,7 +356,7 @@ def test_what_comes_up_during_the_run_is_found(spare: Lab, tmp_path: Path) -> No
 
 def test_a_flood_with_a_stopped_reader_is_counted_exactly(lab: Lab) -> None:
     wanted = 200_000
-    with listening("-o", "json", "--top", "--rate-limit", "0", "udp port 9") as process:
+    with listening("drops", "-o", "json", "--top", "--rate-limit", "0", "udp port 9") as process:
         sender = os.fork()
         if not sender:  # at full speed, beside us
             try:
@@ -406,7 +386,7 @@ def finished_top(process: subprocess.Popen[str]) -> tuple[list[dict[str, Any]], 
 
 
 def test_a_flood_with_stdout_blocked_is_counted_exactly(lab: Lab) -> None:
-    with listening("-o", "json", "--all", "--rate-limit", "0") as process:
+    with listening("drops", "-o", "json", "--all", "--rate-limit", "0") as process:
         send(lab, "node-a", "10.65.0.2", 9, 50_000)  # nobody reads the pipe yet
         drops, summary = finished(process)
     assert summary["drops_seen"] == summary["runs"] >= 50_000
@@ -414,7 +394,7 @@ def test_a_flood_with_stdout_blocked_is_counted_exactly(lab: Lab) -> None:
 
 
 def test_stdout_that_is_never_read_is_left_when_asked_twice(lab: Lab) -> None:
-    with listening("--all", "--rate-limit", "0") as process:
+    with listening("drops", "--all", "--rate-limit", "0") as process:
         assert process.stderr is not None
         send(lab, "node-a", "10.65.0.2", 9, 20_000)
         while process.poll() is None:  # the first one, and those that come while it is blocked

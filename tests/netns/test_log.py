@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import signal
 import subprocess
-import sys
 import threading
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -14,37 +12,17 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.kubernetes_api import KubernetesApi
-from tests.netns.conftest import calitrace, on
+from tests.netns.conftest import calitrace, listening, on
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from calitrace.lab.topology import Lab
 
 pytestmark = pytest.mark.root
 
-COMMAND = (sys.executable, "-W", "ignore", "-c", "from calitrace.cli.main import run; run()", "log")
 TIMEOUT_S = 120
 FELIX = "/apis/crd.projectcalico.org/v1/felixconfigurations"
-
-
-@contextlib.contextmanager
-def listening(*words: str) -> Iterator[subprocess.Popen[str]]:
-    """``calitrace log`` that has said that it listens; interrupted at the end."""
-    with subprocess.Popen([*COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        said = []
-        for line in process.stderr:
-            said.append(line)
-            if line.startswith("listening to"):
-                break
-        else:
-            raise AssertionError("".join(said))
-        try:
-            yield process
-        finally:
-            process.send_signal(signal.SIGINT)
 
 
 def finished(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
@@ -73,8 +51,8 @@ def key(passage: dict[str, Any]) -> str:
 def test_sources_agree_with_each_other_and_with_the_probes(lab: Lab) -> None:
     assert on(lab, "log-level", "debug").returncode == 0
     with (
-        listening("--source", "bpf", "-o", "json", "-v", "host 10.10.0.100") as first,
-        listening("--source", "tracefs", "-o", "json", "-v", "host 10.10.0.100") as second,
+        listening("log", "--source", "bpf", "-o", "json", "-v", "host 10.10.0.100") as first,
+        listening("log", "--source", "tracefs", "-o", "json", "-v", "host 10.10.0.100") as second,
     ):
         probes = probed(lab, "-c", "20")
         by_bpf, by_tracefs = finished(first), finished(second)
@@ -101,7 +79,7 @@ def test_sources_agree_with_each_other_and_with_the_probes(lab: Lab) -> None:
 def test_a_denial_names_its_cause(lab: Lab) -> None:
     assert on(lab, "log-level", "debug").returncode == 0
     assert on(lab, "fault", "policy-deny").returncode == 0
-    with listening("--verdict", "deny", "-o", "json") as process:
+    with listening("log", "--verdict", "deny", "-o", "json") as process:
         probed(lab, "-c", "3", "--timeout", "0.3")
         denied = finished(process)
     assert on(lab, "heal").returncode == 0
@@ -163,7 +141,7 @@ def test_debug_for_the_time_of_a_run(lab: Lab, tmp_path: Path) -> None:
             refused = calitrace("log", *words)
             assert (refused.returncode, api.get(f"{FELIX}/node.a")) == (2, None)
             assert "bpfLogLevel: (not set) -> Debug" in refused.stderr
-            with listening("--allow-system-changes", *words) as process:
+            with listening("log", "--allow-system-changes", *words) as process:
                 assert (api.get(f"{FELIX}/node.a") or {})["spec"] == {
                     "bpfLogLevel": "Debug",
                     "bpfLogFilters": {"all": "(host 10.10.0.100 and port 30080) or (udp port 4789)"},
