@@ -82,12 +82,14 @@ class Recorder:
             )
         )
 
-    def log(self, *lines: str) -> None:
-        """Calico prints."""
+    def log(self, *lines: str, lost: int = 0) -> None:
+        """Calico prints, behind *lost* lines that found no room."""
         for line in lines:
             fields = self._common(EventType.LOG, 0)
             del fields["netns"]  # a line of a log is of no device
-            self.records.append(LOG.encode(**fields, text_bytes=len(line), text=line.encode(), comm=b"swapper"))
+            text = line.encode()
+            self.records.append(LOG.encode(**fields, lost=lost, text_bytes=len(text), text=text, comm=b"swapper"))
+            lost = 0
 
     def state(self, netns: int, raw: bytes, skb: int = 0xAA) -> None:
         """Calico's state at the drop just before."""

@@ -225,6 +225,17 @@ def test_what_the_kernel_drops_is_never_calicos() -> None:
     assert (cause.by_calico, cause.calico_reason, cause.detail) == (False, "", "NO_SOCKET in some_function")
 
 
+@pytest.mark.parametrize("lost", [0, 3])
+def test_a_denial_is_not_joined_to_a_packet_before_lost_lines(lost: int) -> None:
+    recorder = Recorder()
+    other = ("New packet at ifindex=2; mark=0", f"IP s={CLIENT} d={NODE_A}", "TCP; ports: s=7 d=9")
+    recorder.log(*(f"ens192----------I: {text}" for text in other))
+    recorder.log("ens192----------I: Final result=DENY (11). Program execution time: 7ns", lost=lost)
+    recorder.drop(A_NS, UPLINK, SYN, TC_INGRESS)
+    (cause,) = causes(recorder)
+    assert (cause.calico_reason, "log" in cause.sources) == (("UNAUTH_SOURCE", True) if lost else ("", False))
+
+
 def test_a_drop_waits_for_its_state_until_the_second_flush() -> None:
     recorder, joiner = Recorder(), Joiner()
     recorder.drop(B_NS, CALI, SYN, TC_EGRESS)

@@ -204,6 +204,10 @@ class Reader:
         self.counts[printed.form] += 1
         return Line(raw, context, printed, event.ktime_ns)
 
+    def lines(self, event: LogLine) -> tuple[Line, ...]:
+        """The same behind the place where lines of its CPU are missing, if there is one."""
+        return (self.lost(event), self.line(event)) if event.lost else (self.line(event),)
+
     @staticmethod
     def lost(event: LogLine) -> Line:
         """The place before *event* where lines of its CPU are missing, in the kernel's words. It is no line."""

@@ -236,9 +236,7 @@ def _events(
 def _lines(decoder: Decoder, records: list[bytes], reader: Reader) -> Lines:
     for event in decoder.iter_events(records):
         if isinstance(event, LogLine):
-            if event.lost:
-                yield reader.lost(event)
-            yield reader.line(event)
+            yield from reader.lines(event)
 
 
 class Recorded:

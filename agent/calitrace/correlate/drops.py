@@ -319,8 +319,9 @@ class Joiner:
     def feed(self, event: Event | LogLine, raw: bytes) -> Iterator[Dropped]:
         """Take the next event; gives what is complete."""
         if isinstance(event, LogLine):
-            for passage in self._assembler.feed(self._reader.line(event)):
-                self._passages[event.cpu] = passage
+            for line in self._reader.lines(event):
+                for passage in self._assembler.feed(line):
+                    self._passages[event.cpu] = passage
             return
         waiting = self._waiting.get(event.cpu)
         if waiting is not None:

@@ -109,8 +109,8 @@ class Journeys:
     def feed(self, event: Event | LogLine) -> None:
         """Take the next event."""
         if isinstance(event, LogLine):
-            done = self._assembler.feed(self._reader.line(event))
-            self._passages.setdefault(event.cpu, []).extend(done)
+            for line in self._reader.lines(event):
+                self._passages.setdefault(event.cpu, []).extend(self._assembler.feed(line))
         elif isinstance(event, StateCopy):
             step = self._last_step.get(event.cpu)
             if step is not None and step.event.skbaddr == event.skbaddr and isinstance(step.event, Drop):
