@@ -10,7 +10,7 @@ import pytest
 from pyroute2 import IPRoute
 
 from calitrace.errors import EnvironmentUnfit
-from calitrace.kernel import discover, headers, loader, netns, syscall
+from calitrace.kernel import discover, headers, loader, netns, preflight, syscall
 from calitrace.model import Link, Namespace, Role
 from tests.kernel.conftest import compile_tc
 
@@ -46,6 +46,12 @@ def test_programs_roles_and_state_map(pair: Pair) -> None:
     assert link.peer_netns == client.inum
     assert (node.state_name, node.state_bytes) == ("cali_state6", 512)
     assert discover.state_maps(found) == {node.inum: node.state_map}
+
+
+def test_doctor_sees_a_node_that_is_no_neighbour_of_ours(pair: Pair) -> None:
+    pair.attach(compile_tc(PROGRAMS), "cali_from_hep", pair.right, "right0", "ingress")
+    (finding,) = [each for each in preflight.iter_findings() if each.name == f"Calico on {pair.right}"]
+    assert (finding.ok, finding.found) == (True, "1 hooks; cali_state6 of v3.32..master")
 
 
 @pytest.mark.parametrize(("client", "roles"), [(2, ("client", "pod")), (1, ("pod", "pod"))])
