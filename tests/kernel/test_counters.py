@@ -23,7 +23,7 @@ from calitrace.kernel import counters, netns, node, syscall
 from calitrace.kernel.counters import Reader
 from calitrace.report.counters import Choice, iter_notes, table
 from tests.kernel.conftest import attached_by_tcx, compile_tc
-from tests.kernel.test_maps import PERCPU_ARRAY, PERCPU_HASH, bpffs, pin, write
+from tests.kernel.test_maps import HASH, PERCPU_ARRAY, PERCPU_HASH, bpffs, pin, write
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -204,6 +204,16 @@ def test_maps_of_each_interface(bpffs: Path) -> None:
         ("eth0.5", 1): (6 * cpus, 0, 0, 0, 2 * cpus),
         ("cali_1", 2): (7 * cpus, 0, 0, 0, 2 * cpus),
     }
+
+
+def test_an_interface_has_the_name_that_felix_knows(bpffs: Path) -> None:
+    """Its number may be another interface's in the namespace that we look at, and no interface's there either."""
+    rows = {struct.pack("<II", ifindex, 0): row_of(7) for ifindex in (1, 2_000_000)}
+    write(pin(bpffs, "cali_counters2", PERCPU_HASH, (8, 112), 10), rows)
+    write(pin(bpffs, "cali_iface4", HASH, (4, 52), 10), {struct.pack("<I", 1): struct.pack("<I16s32x", 10, b"ens192")})
+    with counters.Reader("", bpffs) as reader:
+        shown = table(None, reader.read(), Choice())
+    assert {row.key.interface for row in shown.rows if row.key.source == "calico"} == {"ens192", "ifindex 2000000"}
 
 
 def test_an_old_map_elsewhere_is_refused(bpffs: Path) -> None:

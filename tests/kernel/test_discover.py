@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import struct
 import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
 from pyroute2 import IPRoute
 
-from calitrace.errors import EnvironmentUnfit
-from calitrace.kernel import discover, headers, loader, netns, syscall
+from calitrace.errors import EnvironmentUnfit, UsageError
+from calitrace.kernel import discover, headers, loader, maps, netns, preflight, syscall
 from calitrace.model import Link, Namespace, Role
 from tests.kernel.conftest import compile_tc
 
@@ -46,6 +47,12 @@ def test_programs_roles_and_state_map(pair: Pair) -> None:
     assert link.peer_netns == client.inum
     assert (node.state_name, node.state_bytes) == ("cali_state6", 512)
     assert discover.state_maps(found) == {node.inum: node.state_map}
+
+
+def test_doctor_sees_a_node_that_is_no_neighbour_of_ours(pair: Pair) -> None:
+    pair.attach(compile_tc(PROGRAMS), "cali_from_hep", pair.right, "right0", "ingress")
+    (finding,) = [each for each in preflight.iter_findings() if each.name == f"Calico on {pair.right}"]
+    assert (finding.ok, finding.found) == (True, "1 hooks; cali_state6 of v3.32..master")
 
 
 @pytest.mark.parametrize(("client", "roles"), [(2, ("client", "pod")), (1, ("pod", "pod"))])
@@ -116,3 +123,38 @@ def test_neither_btf_nor_headers_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("os.uname", lambda: type("Uname", (), {"release": "0.0.0-none", "machine": "x86_64"}))
     with pytest.raises(EnvironmentUnfit, match="neither BTF"):
         loader.compile_bpf("int f(void *x) { return 0; }")
+
+
+CHAIN = """
+BPF_PERCPU_ARRAY(cali_state6, struct { u8 bytes[512]; }, 2);
+BPF_HASH(cali_v4_ct4, u64, u64);
+BPF_HASH(cali_v4_routes, u64, u64);
+BPF_PROG_ARRAY(cali_progs_ing2, 400);
+int cali_tc_preamble(struct __sk_buff *skb) { cali_progs_ing2.call(skb, 399); return 2; }
+int calico_tc_main(struct __sk_buff *skb) {
+    u32 zero = 0;
+    u64 key = 0;
+    cali_progs_ing2.call(skb, 7);
+    return cali_state6.lookup(&zero) && cali_v4_ct4.lookup(&key) ? -1 : 0;
+}
+int calico_tc_skb_drop(struct __sk_buff *skb) { u64 key = 0; return cali_v4_routes.lookup(&key) ? -1 : 0; }
+"""
+
+
+def test_maps_that_are_not_pinned_are_a_nodes_by_its_programs(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So it is in `ip netns exec`, whose /sys has no bpffs, where several nodes are on one machine."""
+    nodes = {namespace: compile_tc(CHAIN) for namespace in (pair.left, pair.right)}
+    for namespace, bpf in nodes.items():
+        for slot, name in ((399, b"calico_tc_main"), (7, b"calico_tc_skb_drop")):
+            program = bpf.load_func(name, bpf.SCHED_CLS)
+            syscall.map_update(bpf[b"cali_progs_ing2"].map_fd, struct.pack("<I", slot), struct.pack("<I", program.fd))
+        pair.attach(bpf, "cali_tc_preamble", namespace, "left0" if namespace == pair.left else "right0", "ingress")
+    monkeypatch.setattr(maps, "BPFFS", tmp_path)
+    for namespace, bpf in nodes.items():
+        names = ("cali_progs_ing2", "cali_state6", "cali_v4_ct4", "cali_v4_routes")
+        wanted = {name: syscall.map_info(bpf[name.encode()].map_fd).id for name in names}
+        assert {each.name: each.info.id for each in maps.find(tmp_path, namespace)} == wanted
+    with pytest.raises(UsageError, match="several nodes are loaded"):
+        maps.find(tmp_path)

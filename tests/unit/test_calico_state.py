@@ -125,19 +125,23 @@ def test_flags_in_words() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pol_rc", "ct_rc", "flags", "from_pod", "found"),
+    ("table", "pol_rc", "ct_rc", "flags", "pod", "found"),
     [
-        (1, 0, 4, True, "from a pod to its own host, which defaultEndpointToHostAction forbids"),
-        (1, 0, 4, False, ""),
-        (1, 0, 0x10, False, "mid-flow packet without conntrack entry, to an interface that has policy"),
-        (1, 0, 0, True, ""),
-        (1, 2, 4, True, ""),
-        (0, 0, 4, True, ""),
+        (LAYOUTS[0], 1, 0, 4, "from", "from a pod to its own host, which defaultEndpointToHostAction forbids"),
+        (LAYOUTS[0], 1, 0, 4, "to", ""),
+        (LAYOUTS[0], 1, 0, 0x10, "", "mid-flow packet without conntrack entry, to an interface that has policy"),
+        (LAYOUTS[0], 1, 0, 0, "from", ""),
+        (LAYOUTS[0], 1, 2, 4, "from", ""),
+        (LAYOUTS[0], 0, 0, 4, "from", ""),
+        (LAYOUTS[0], 0, 0, 0, "to", "no policy program is loaded for the workload"),
+        (LAYOUTS[0], 0, 0, 0, "", ""),
+        (LAYOUTS[0], 0, 2, 0, "to", ""),
+        (LAYOUTS[1], 0, 0, 0, "to", ""),  # it does not keep its result: the state may be of a program that ended well
     ],
 )
-def test_what_a_silent_drop_leaves(pol_rc: int, ct_rc: int, flags: int, from_pod: bool, found: str) -> None:
-    held = state.decode(state_of(LAYOUTS[0], V4, 6, pol_rc=pol_rc, ct_rc=ct_rc, flags=flags), LAYOUTS[0])
-    assert held.silent(from_pod=from_pod) == found
+def test_what_a_silent_drop_leaves(table: Layout, pol_rc: int, ct_rc: int, flags: int, pod: str, found: str) -> None:
+    held = state.decode(state_of(table, V4, 6, pol_rc=pol_rc, ct_rc=ct_rc, flags=flags), table)
+    assert held.silent(from_pod=pod == "from", to_pod=pod == "to") == found
 
 
 def test_a_size_of_no_release_is_refused() -> None:

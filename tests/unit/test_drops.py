@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.unit import packets
-from tests.unit.packets import CLIENT, NODE_A, POD, SPORT, TARGET_PORT, Recorder, calico_state, state_of
+from tests.unit.packets import CLIENT, NODE_A, NODE_B, POD, SPORT, TARGET_PORT, Recorder, calico_state, state_of
 from tests.unit.test_verdict import A_NS, B_NS, CALI, NO_SOCKET, REASONS, RULE, TC_EGRESS, TC_INGRESS, UPLINK, topology
 
 from calitrace.calico import pods, state
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from calitrace.model import Topology
 
 SYN = packets.syn(dst=POD, dport=TARGET_PORT)
+FLOW = (CLIENT, SPORT, POD, TARGET_PORT)
+TUNNEL = (NODE_A, 50000, NODE_B, 4789)
 DENIED_LOG = (
     "cali1-----------E: New packet at ifindex=3; mark=0",
     f"cali1-----------E: TCP; ports: s={SPORT} d={TARGET_PORT}",
@@ -70,7 +72,7 @@ def with_conntrack(rc: int, raw: bytes) -> bytes:
             "proven",
         ),
         (with_conntrack(0x400, calico_state()), "", "the source of the tunnel changed", "proven"),
-        (calico_state(), "", "cause not recorded (policy no match, conntrack NEW)", "proven"),
+        (calico_state(pol_rc=1), "", "cause not recorded (policy allow, conntrack NEW)", "proven"),
         (calico_state(result=0), "", "cause not recorded", "likely"),  # left by a program that let it pass
         (bytes(444) + struct.pack("<iII", 2, 0, 8) + bytes(56), "IP_MALFORMED", "malformed IP packet", "likely"),
         (calico_state(number=9, reason=11), "", "cause not recorded", "likely"),  # of another packet: not believed
@@ -198,6 +200,38 @@ def test_a_pod_and_its_host() -> None:
         "dropped by Calico, it seems: from a pod to its own host, which defaultEndpointToHostAction forbids"
     )
     assert (cause.confidence, cause.recorded, cause.sources) == (Confidence.LIKELY, False, ("state",))
+
+
+def test_a_pod_without_a_policy_program() -> None:
+    recorder = Recorder()
+    for reason in (TC_EGRESS, TC_INGRESS):
+        recorder.drop(B_NS, CALI, SYN, reason)
+        recorder.state(B_NS, calico_state())
+    to_pod, from_pod = causes(recorder)
+    assert to_pod.text == "dropped by Calico, it seems: no policy program is loaded for the workload"
+    assert (to_pod.confidence, to_pod.recorded, to_pod.sources) == (Confidence.LIKELY, False, ("state",))
+    assert from_pod.detail == "cause not recorded (policy no match, conntrack NEW)"
+
+
+@pytest.mark.parametrize(
+    ("raw", "kept", "ranges"),
+    [
+        (SYN, calico_state(reason=11), True),
+        (packets.udp(CLIENT, SPORT, POD, TARGET_PORT), state_of(state.LAYOUTS[0], FLOW, 17, reason=11), False),
+        (packets.vxlan(NODE_A, NODE_B, SYN), calico_state(reason=11), True),
+        (packets.vxlan(NODE_A, NODE_B, SYN), state_of(state.LAYOUTS[0], TUNNEL, 17, reason=11), False),
+    ],
+)
+def test_a_source_that_is_refused(raw: bytes, kept: bytes, ranges: bool) -> None:
+    """Calico has one reason for the client of a service and for the other end of a tunnel."""
+    recorder = Recorder()
+    recorder.drop(B_NS, UPLINK, raw, TC_INGRESS)
+    recorder.state(B_NS, kept)
+    (cause,) = causes(recorder)
+    known = "the source is not in the service's source ranges"
+    assert cause.calico_reason == "UNAUTH_SOURCE"
+    assert (cause.detail == known) is ranges
+    assert ranges or cause.detail == "the source is not allowed: source ranges, or a tunnel from an unknown node"
 
 
 @pytest.mark.parametrize("function", ["do_xdp_generic+0x12", "netif_receive_generic_xdp+0x1"])

@@ -33,7 +33,7 @@ def in_state(reason: int = 0) -> Cause:
     """A drop that Calico's state is about."""
     recorder = Recorder()
     recorder.drop(B_NS, CALI, SYN, TC_EGRESS)
-    recorder.state(B_NS, calico_state(reason=reason))
+    recorder.state(B_NS, calico_state(pol_rc=1, reason=reason))
     (found,) = causes(recorder)
     return found
 
@@ -75,7 +75,7 @@ def test_a_main_program_that_does_not_run_counts_nothing(arrays: dict[str, int],
 
 def test_counters_do_not_speak_for_a_packet_whose_state_has_no_reason() -> None:
     found = weigh(in_state(), Statement({"SHORT": 1}, 2.0))
-    assert found.detail == "cause not recorded (policy no match, conntrack NEW)"
+    assert found.detail == "cause not recorded (policy allow, conntrack NEW)"
     assert found.sources == ("state",)
 
 

@@ -14,6 +14,8 @@ from functools import cache
 from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
+from calitrace.calico.reasons import NOT_IN_SOURCE_RANGES
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -294,7 +296,7 @@ MESSAGES = (
     Message("nat", "NP remote WL {ip:ip}:{port:d} on LO or main HEP", "a NodePort from the host, to a pod elsewhere", "v3.25"),
     Message("nat", "remote wl {ip:ip} tunneled via {tunnel:ip}", "the backend is behind the overlay tunnel", "v3.25"),
     Message("nat", "remote wl {ip:ip} tunneled", "the backend is behind the overlay tunnel", "v3.22", "v3.24"),
-    Message("nat", "Packet is from an unauthorised source: DROP", "loadBalancerSourceRanges does not name the client", cause="the source is not in the service's source ranges"),
+    Message("nat", "Packet is from an unauthorised source: DROP", "loadBalancerSourceRanges does not name the client", cause=NOT_IN_SOURCE_RANGES),
     Message("nat", "NAT excluded", "bpfExcludeCIDRsFromNAT names the service", "v3.28"),
     # rpf
     Message("rpf", "Host RPF check disabled", "bpfEnforceRPF is Disabled", "v3.23"),

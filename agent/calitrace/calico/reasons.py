@@ -106,6 +106,7 @@ CAPTIONS = {
     "NO_HOST_IP": ("Dropped", "VXLAN encap when host IP unknown"),
 }
 DROPS = frozenset(name for name, (category, _) in CAPTIONS.items() if category == "Dropped")
+NOT_IN_SOURCE_RANGES = "the source is not in the service's source ranges"
 # In words that a user understands.
 MEANING = {
     "DROPPED_BY_POLICY": "denied by policy",

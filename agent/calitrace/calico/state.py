@@ -96,7 +96,7 @@ FLAGS = {
     0x200: "excluded from NAT",
 }
 _TO_HOST, _SUPPRESS_CT = 0x04, 0x10
-_ALLOW, _DENY = 1, 2
+_NO_MATCH, _ALLOW, _DENY = 0, 1, 2
 _RES_DENY = 2  # TC_ACT_SHOT
 _WITH_PORTS = (6, 17)
 _ICMP = (1, 58)
@@ -176,13 +176,18 @@ class CalicoState:
         rest = self.flags & ~sum(FLAGS)
         return (*(name for bit, name in FLAGS.items() if self.flags & bit), *([f"{rest:#x}"] if rest else []))
 
-    def silent(self, *, from_pod: bool) -> str:
+    def silent(self, *, from_pod: bool, to_pod: bool) -> str:
         """What of Calico's drops without a reason leaves such a state, most likely; empty for none in particular.
 
-        *from_pod*: whether a pod sent it. Source: calico_tc_skb_new_flow and calico_tc_skb_accepted_entrypoint in
-        felix/bpf-gpl/tc.c, v3.22 to master.
+        *from_pod*, *to_pod*: whether it was dropped at a pod's interface, on its way from or to the pod. Source:
+        calico_tc_main, calico_tc_skb_new_flow and calico_tc_skb_accepted_entrypoint in felix/bpf-gpl/tc.c, v3.22 to
+        master.
         """
-        if self.pol_rc != _ALLOW or self.conntrack_result != "NEW":
+        if self.conntrack_result != "NEW":
+            return ""
+        if to_pod and self.pol_rc == _NO_MATCH and self.result == _RES_DENY:  # the policy program would say deny
+            return "no policy program is loaded for the workload"
+        if self.pol_rc != _ALLOW:
             return ""
         if from_pod and self.flags & _TO_HOST:
             return "from a pod to its own host, which defaultEndpointToHostAction forbids"

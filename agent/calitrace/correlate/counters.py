@@ -37,8 +37,8 @@ STATISTICS = (
 class CalicoRow:
     """One row of a counters map, summed over CPUs: packets by reason code. *map_id*: the kernel's.
 
-    *hook*: 0 tc ingress, 1 tc egress, 2 XDP. *interface*: in v3.24 and v3.25, which pin a map for each interface and
-    know no *ifindex* (0 then); "" later.
+    *hook*: 0 tc ingress, 1 tc egress, 2 XDP. *interface*: Calico's name for *ifindex*, "" where it has none; in v3.24
+    and v3.25, which pin a map for each interface, all that is known (*ifindex* is 0).
     """
 
     map: str

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from calitrace.calico.passage import Passage
     from calitrace.model import Event, Link, Namespace, PacketEvent, Topology
+    from calitrace.packet import Layer, Packet
 
 
 class Confidence(str, Enum):
@@ -114,6 +115,7 @@ _TC_FUNCTIONS = {
 _XDP_FUNCTIONS = ("do_xdp_generic", "netif_receive_generic_xdp", "bpf_prog_run_generic_xdp")
 _AT = {"tc ingress": "ingress", "tc egress": "egress", "XDP": "xdp"}  # in Link.calico, .foreign and .chain
 _DROPPED_BY_POLICY = 4
+_TCP = 6
 _POD_PREFIX = "cali"  # Felix's interfacePrefix, as it is by default
 
 
@@ -169,13 +171,13 @@ def explain(drop: Drop, passages: Sequence[Passage], copy: StateCopy | None, top
             evidence=tuple(evidence),
         )
     calico_reason = reasons.name(code, namespace.reasons if namespace else 0) if code else ""
-    detail = (passage.cause() if passage else "") or reasons.MEANING.get(calico_reason, calico_reason)
+    detail = (passage.cause() if passage else "") or _meaning(calico_reason, drop.packet, held)
     detail = detail or (held.conntrack_problem if held is not None else "")
     recorded = bool(detail or rules)
     inferred = ""
     if not recorded and held is not None:
-        from_pod = link is not None and link.name.startswith(_POD_PREFIX) and at == "ingress"
-        inferred = held.silent(from_pod=from_pod)
+        of_pod = link is not None and link.name.startswith(_POD_PREFIX)
+        inferred = held.silent(from_pod=of_pod and at == "ingress", to_pod=of_pod and at == "egress")
         detail = inferred or f"cause not recorded (policy {_policy(held)}, conntrack {held.conntrack})"
     if passage is not None and held is not None and held.calico_reason not in (None, 0, code):
         evidence.append(f"the log and the state disagree: the state says reason {held.calico_reason}")
@@ -238,7 +240,7 @@ def _held(
     # What an ICMP error quotes is another packet, whose state may still be there.
     for layer in (each for each in packet.layers if each is not packet.quoted):
         held = state.decode(copy.raw, table, layer.src.version)
-        if held.holds(layer.proto, str(layer.src), layer.sport, str(layer.dst), layer.dport):
+        if held.holds(*_flow(layer)):
             evidence.append(f"Calico's state of this packet: {_shown(held, namespace, names)}")
             if held.passed and not held.conntrack_problem:
                 evidence.append("Calico's program that wrote this state let the packet pass: another one dropped it")
@@ -278,6 +280,22 @@ def _reason(passage: Passage | None, held: state.CalicoState | None) -> tuple[in
     if passage is not None and passage.cause() == reasons.MEANING["DROPPED_BY_POLICY"]:
         code = code or _DROPPED_BY_POLICY
     return code, ()
+
+
+def _meaning(calico_reason: str, packet: Packet, held: state.CalicoState | None) -> str:
+    """A reason in words. What Calico refuses as a tunnel is the packet outside: not TCP, nor what comes in a tunnel."""
+    inner = packet.inner
+    if (
+        calico_reason == "UNAUTH_SOURCE"
+        and (held is not None and inner is not None and held.holds(*_flow(inner)))
+        and (packet.tunnel or inner.proto == _TCP)
+    ):
+        return reasons.NOT_IN_SOURCE_RANGES
+    return reasons.MEANING.get(calico_reason, calico_reason)
+
+
+def _flow(layer: Layer) -> tuple[int, str, int, str, int]:
+    return layer.proto, str(layer.src), layer.sport, str(layer.dst), layer.dport
 
 
 @dataclass

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from calitrace.calico import maptables
 from calitrace.calico.maps import identify
 from calitrace.checks.snapshot import Missing
 from calitrace.correlate.counters import STATISTICS, CalicoRow, Interface, Qdisc, Reading, Softnet, TcDrops, Tcx
-from calitrace.errors import EnvironmentUnfit
+from calitrace.errors import EnvironmentUnfit, LayoutMismatch
 from calitrace.events import Stat
 from calitrace.kernel import maps, netns, syscall, tc
 from calitrace.kernel.missing import or_missing
@@ -111,14 +111,30 @@ def calico(where: Path, names: Iterable[str], namespace: str = "") -> tuple[Cali
     *names*: of the node's interfaces; *namespace*: the node's, "" for ours. Raises as `maps.find` does, and
     EnvironmentUnfit for no rows.
     """
-    found = [each for each in maps.find(where, namespace) if identify(each.name)[::2] == ("cali_counters", False)]
-    rows = tuple(_iter_rows([each for each in found if each.in_use] or found, names))
+    everything = maps.find(where, namespace)
+    found = _of("cali_counters", everything)
+    rows = tuple(_iter_rows(found, names, _ifstate(_of("cali_iface", everything))))
     if not rows:
         raise EnvironmentUnfit(f"no counters map with rows below {where}")
     return rows
 
 
-def _iter_rows(found: list[maps.Found], names: Iterable[str]) -> Iterator[CalicoRow]:
+def _of(base: str, found: Iterable[maps.Found]) -> list[maps.Found]:
+    """The maps of a kind that loaded programs use, or all when none says it is used."""
+    those = [each for each in found if identify(each.name)[::2] == (base, False)]
+    return [each for each in those if each.in_use] or those
+
+
+def _ifstate(found: Iterable[maps.Found]) -> dict[int, str]:
+    """ifindex to name, as Felix knows them: the maps may be those of another network namespace than we look at."""
+    known: dict[int, str] = {}
+    for raw in map(maps.read, found):
+        with suppress(LayoutMismatch):
+            known.update({e["ifindex"]: e["name"] for e in maptables.iter_entries(raw, maptables.resolve(raw))})
+    return known
+
+
+def _iter_rows(found: list[maps.Found], names: Iterable[str], known: Mapping[int, str]) -> Iterator[CalicoRow]:
     # v3.24 and v3.25 name the directory for the interface, without its dots: a bpffs takes none.
     # Source: felix/bpf/tc/attach.go, felix/bpf/xdp/attach.go
     undotted = {name.replace(".", ""): name for name in names}
@@ -128,7 +144,7 @@ def _iter_rows(found: list[maps.Found], names: Iterable[str]) -> Iterator[Calico
             counts = tuple(memoryview(maptables.summed(raw, value)).cast("Q"))
             if len(key) == 8:
                 ifindex, hook = int.from_bytes(key[:4], "little"), int.from_bytes(key[4:], "little")
-                yield CalicoRow(each.name, each.info.id, ifindex, hook, counts)
+                yield CalicoRow(each.name, each.info.id, ifindex, hook, counts, known.get(ifindex, ""))
                 continue
             interface, _, suffix = each.directory.rpartition("/")[2].rpartition("_")
             if f"_{suffix}" not in _PINNED_AT:

@@ -118,7 +118,8 @@ def sysctls(names: Iterable[str], namespace: str | None, pid: int | None) -> dic
 
 def find(where: Path, namespace: str = "") -> list[Found]:
     """All of a node's maps, sorted by pin. *namespace*: the node's, by name or process id, "" for ours: where several
-    nodes' maps lie below *where*, those are taken beside which are the ones that its programs use.
+    nodes' maps lie below *where*, those are taken beside which are the ones that its programs use. Where nothing is
+    pinned, as `ip netns exec` has it, those are all.
 
     Raises NotCalico when there are none, UsageError when those of several nodes lie below *where*,
     EnvironmentUnfit without the privilege to look.
@@ -130,18 +131,17 @@ def find(where: Path, namespace: str = "") -> list[Found]:
         raise _no_privilege() from None
     found = [_open_pin(path, where, used) for path in pins]
     maps = [each for each in found if each is not None]
-    if _several_nodes(maps):
-        here = _attached_maps(namespace)
-        homes = {each.directory for each in maps if each.info.id in here}
-        maps = [each for each in maps if each.directory in homes] or maps
-    _one_node(maps, where)
     if not maps and where == BPFFS:
         maps = [
             Found(info.name, "", None, info, True, btf)
             for info, btf in used.values()
             if info.name.startswith(_PREFIXES)
         ]
-        _one_node(maps, where)
+    if _several_nodes(maps):
+        here = _attached_maps(namespace)
+        homes = {each.directory for each in maps if each.pin and each.info.id in here}
+        maps = [each for each in maps if (each.directory in homes if each.pin else each.info.id in here)] or maps
+    _one_node(maps, where)
     if not maps:
         raise NotCalico(
             f"no Calico maps below {where}",
@@ -196,14 +196,33 @@ def _open_pin(path: Path, where: Path, used: dict[int, tuple[syscall.MapInfo, in
 
 
 def _attached_maps(namespace: str) -> set[int]:
-    """Ids of the maps that the programs use which are attached to interfaces of a namespace."""
+    """Ids of the maps of the programs attached to interfaces of a namespace, and of those in their chains."""
     from calitrace.kernel import attached
 
     found: set[int] = set()
-    for identifier in {each for ids in attached.calico_programs(namespace).values() for each in ids}:
+    waiting = {each for ids in attached.calico_programs(namespace).values() for each in ids}
+    seen: set[int] = set()
+    while waiting:
+        identifier = waiting.pop()
+        seen.add(identifier)
         with suppress(FileNotFoundError):  # it was unloaded while we looked
-            found.update(syscall.program_by_id(identifier).map_ids)
+            maps = set(syscall.program_by_id(identifier).map_ids) - found
+            found |= maps
+            waiting |= {program for each in maps for program in _chain(each)} - seen
     return found
+
+
+def _chain(identifier: int) -> set[int]:
+    """Ids of the programs in this map, if it is an array of Calico's own programs."""
+    descriptor = syscall.map_fd(identifier)
+    try:
+        info = syscall.map_info(descriptor)
+        if info.type != syscall.MAP_TYPE_PROG_ARRAY or not info.name.startswith("cali_progs"):
+            return set()
+        slots = [syscall.map_lookup(descriptor, each.to_bytes(4, "little"), 4) for each in range(info.max_entries)]
+        return {int.from_bytes(each, "little") for each in slots if each}
+    finally:
+        os.close(descriptor)
 
 
 def _several_nodes(maps: list[Found]) -> list[str]:
@@ -224,7 +243,8 @@ def _one_node(maps: list[Found], where: Path) -> None:
         )
     if several:
         raise UsageError(
-            "the maps of several nodes are loaded, none is pinned here", "choose one with --pid or --netns"
+            "the maps of several nodes are loaded, none is pinned here, and none is of a program of this namespace",
+            "choose one with --pid or --netns",
         )
 
 

@@ -150,7 +150,8 @@ def _calico() -> Iterator[Finding]:
     except (Error, OSError) as failure:
         yield Finding("namespaces", f"cannot be looked at: {failure}", "hops have numbers, not names", "run as root")
         return
-    nodes = [n for n in found.namespaces.values() if n.role.value == "node"]
+    # Not those of role node alone: a node may be no neighbour of this namespace.
+    nodes = [n for n in found.namespaces.values() if any(link.calico for link in n.links.values())]
     if not nodes:
         yield Finding(
             "Calico",
