@@ -134,6 +134,10 @@ class Namespace:
     state_bytes: int = 0
     reasons: int = 0  # number of counters in its counters map: tells the release's numbering
 
+    def has(self, address: str) -> bool:
+        """Whether one of its interfaces has it."""
+        return any(address in link.addresses for link in self.links.values())
+
 
 @dataclass(frozen=True)
 class Topology:
@@ -164,10 +168,15 @@ class Topology:
         return cls({namespace.inum: namespace for namespace in found})
 
     def shortened(self) -> Topology:
-        """The same with the prefix that all namespaces but the host's share (``calitrace-``) taken off."""
+        """The same with the prefix that all namespaces but the host's share (``calitrace-``) taken off.
+
+        What would be left of a name must still read as one: ``a`` does not.
+        """
         names = [n.name for n in self.namespaces.values() if n.role is not Role.OTHER]
         prefix = _common_prefix(names)
         prefix = prefix[: prefix.rfind("-") + 1] if len(names) > 1 else ""
+        if any(len(name) < len(prefix) + _SHORTEST for name in names):
+            prefix = ""
         return Topology(
             {inum: replace(n, name=n.name.removeprefix(prefix) or n.name) for inum, n in self.namespaces.items()}
         )
@@ -189,7 +198,7 @@ class Topology:
     def owner(self, address: str) -> Namespace | None:
         """The observed namespace that has *address* on an interface."""
         for namespace in self.namespaces.values():
-            if namespace.role is not Role.OTHER and any(address in link.addresses for link in namespace.links.values()):
+            if namespace.role is not Role.OTHER and namespace.has(address):
                 return namespace
         return None
 
@@ -199,6 +208,9 @@ def _tuples(link: dict[str, Any]) -> dict[str, Any]:
     fields = ("calico", "foreign", "chain")
     hooks = {each: {k: tuple(v) for k, v in link.get(each, {}).items()} for each in fields}
     return {**link, **hooks, "addresses": tuple(link["addresses"])}
+
+
+_SHORTEST = 3  # characters of a shortened name
 
 
 def _common_prefix(names: list[str]) -> str:

@@ -12,7 +12,7 @@ from tests.unit.test_verdict import REASONS, denied_at_the_pod, to_node_b, topol
 from calitrace import journal
 from calitrace.correlate.analysis import Analysis, analyse
 from calitrace.errors import Malformed
-from calitrace.model import Outcome, Topology
+from calitrace.model import Namespace, Outcome, Role, Topology
 from calitrace.report import jsonlines, text
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
@@ -78,6 +78,13 @@ def test_topology_round_trip() -> None:
     assert topology().owner("203.0.113.1") is None
     assert topology().link(99, 1) is None
     assert Topology({}).shortened() == Topology({})
+    for names, short in (
+        (("lab-node", "lab-pod"), ["node", "pod"]),
+        (("cal-a", "cal-b"), ["cal-a", "cal-b"]),  # not a and b
+        (("cal-pod", "cal-b"), ["cal-pod", "cal-b"]),
+    ):
+        found = Topology({n: Namespace(n, name, Role.NODE, {}) for n, name in enumerate(names)})
+        assert [each.name for each in found.shortened().namespaces.values()] == short
 
 
 def test_an_unseen_probe_is_not_judged() -> None:
