@@ -126,6 +126,23 @@ def test_only_the_last_passage_can_have_led_to_the_drop() -> None:
 
 
 @pytest.mark.parametrize(
+    ("line", "sources"),
+    [
+        (f"no counters for {CALI}: DROP", ("log",)),
+        (f"no counters for {CALI + 1}: DROP", ("hook",)),
+        ("Main program not loaded for IP packet version 2048, DROP", ("log",)),
+    ],
+)
+def test_a_denial_without_a_tag(line: str, sources: tuple[str, ...]) -> None:
+    recorder = Recorder()
+    recorder.log(line)
+    recorder.drop(B_NS, CALI, SYN, TC_EGRESS)
+    (cause,) = causes(recorder)
+    assert (cause.by_calico, cause.sources, cause.recorded) == (True, sources, sources == ("log",))
+    assert (f"untagged: {line}" in cause.evidence) == (sources == ("log",))
+
+
+@pytest.mark.parametrize(
     ("where", "detail", "confidence"),
     [
         (topology(foreign=True), "tc program: cali_tc_preambl, other_prog; which of them is not known", "none"),

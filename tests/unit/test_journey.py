@@ -14,6 +14,7 @@ from calitrace.model import Event, Link, Namespace, Outcome, Probe, Role, Topolo
 from calitrace.packet import TCP, UDP
 
 NS = 1
+NODE = Topology({NS: Namespace(NS, "node", Role.NODE, {2: Link(2, "eth0", calico={"egress": ("cali_tc_preambl",)})})})
 HERE = Topology({NS: Namespace(NS, "node", Role.NODE, {2: Link(2, "eth0")})})
 
 
@@ -98,6 +99,32 @@ def test_a_passage_of_another_packet_is_left_out() -> None:
     first, second = journeys.journeys[0].steps
     assert first.passages == []
     assert [passage.interface for passage in second.passages] == ["eth0"]
+
+
+def test_a_passage_without_ports_is_of_a_packet_seen_there_with_its_addresses() -> None:
+    bypass = ("eth0------------E: New packet at ifindex=2; mark=3000000",
+              "eth0------------E: Final result=ALLOW (3). Bypass mark set.")  # fmt: skip
+    for passage, there, here in (
+        (bypass, NODE, ["eth0"]),
+        (bypass, HERE, []),  # no program of Calico's in this namespace
+        (tuple(line.replace("eth0", "eth1") for line in bypass), NODE, []),
+        ((bypass[0], f"eth0------------E: IP s={CLIENT} d=9.9.9.9", bypass[1]), NODE, ["eth0"]),  # before DNAT
+        ((bypass[0], "eth0------------E: IP s=9.9.9.9 d=8.8.8.8", bypass[1]), NODE, []),
+        (
+            (bypass[0], f"eth0------------E: IP s={CLIENT} d={NODE_A}", "eth0------------E: ICMP; type=8 code=0"),
+            NODE,
+            [],
+        ),
+        ((bypass[0], "eth0------------E: ARP: allowing packet", bypass[1]), NODE, []),
+    ):
+        recorder = Recorder()
+        recorder.log(*passage)
+        recorder.hop(HopKind.QUEUE, NS, 2, packets.syn())
+        journeys = Journeys(RUN_ID, probes(TCP), there)
+        for event in Decoder().iter_events(recorder.records):
+            journeys.feed(event)
+        (step,) = journeys.journeys[0].steps
+        assert [each.interface for each in step.passages] == here, passage
 
 
 def test_xmit_without_its_queue_is_counted() -> None:

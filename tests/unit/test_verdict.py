@@ -20,8 +20,9 @@ RECEIVE, QUEUE, XMIT, CONSUME = HopKind.RECEIVE, HopKind.QUEUE, HopKind.XMIT, Ho
 CLIENT_NS, A_NS, B_NS, POD_NS, FABRIC_NS = 1, 2, 3, 4, 5
 UPLINK, CALI = 2, 3
 REASONS = {2: "SKB_DROP_REASON_NOT_SPECIFIED", 3: "SKB_DROP_REASON_NO_SOCKET", 50: "SKB_DROP_REASON_TC_EGRESS",
-           51: "SKB_DROP_REASON_TC_INGRESS", 52: "SKB_DROP_REASON_OTHERHOST"}  # fmt: skip
-NO_SOCKET, TC_EGRESS, TC_INGRESS, OTHERHOST = 3, 50, 51, 52
+           51: "SKB_DROP_REASON_TC_INGRESS", 52: "SKB_DROP_REASON_OTHERHOST",
+           53: "SKB_DROP_REASON_NEIGH_FAILED"}  # fmt: skip
+NO_SOCKET, TC_EGRESS, TC_INGRESS, OTHERHOST, NEIGH_FAILED = 3, 50, 51, 52, 53
 BOTH: dict[str, tuple[str, ...]] = {"ingress": ("cali_tc_preambl",), "egress": ("cali_tc_preambl",)}
 RULE = 0x1234
 
@@ -366,6 +367,29 @@ def test_other_ends() -> None:
     recorder.hop(CONSUME, A_NS, UPLINK, packets.syn())
     assert judged(recorder).cause.startswith("node-a took the packet itself")
     assert judged(Recorder(), Outcome.SEND_ERROR, detail="no route").kind is Kind.NOT_SENT
+
+
+def test_a_packet_that_its_driver_freed_was_sent() -> None:
+    recorder = Recorder()
+    to_node_b(recorder)
+    recorder.hop(CONSUME, A_NS, UPLINK, packets.vxlan(NODE_A, NODE_B, packets.syn()))
+    assert judged(recorder).kind is Kind.UNDERLAY
+
+
+def test_the_next_hop_does_not_answer_arp() -> None:
+    recorder = Recorder()
+    recorder.hop(CONSUME, CLIENT_NS, UPLINK, packets.syn())  # the kernel's copy, to ask with
+    verdict = judged(recorder)
+    assert (verdict.kind, verdict.confidence) == (Kind.NOT_SENT, Confidence.LIKELY)
+    assert verdict.cause == "client has not sent it: the next hop does not answer ARP"
+    assert verdict.place == Place("client", "eth0")
+    recorder.hop(QUEUE, CLIENT_NS, 1, packets.icmp_error(CLIENT, CLIENT, packets.syn(), code=1), skb=0xEE)
+    detail = f"ICMP host unreachable from {CLIENT}"
+    verdict = judged(recorder, Outcome.REFUSED, detail=detail)
+    assert (verdict.cause, verdict.confidence) == (f"client itself refused: {detail}", Confidence.PROVEN)
+    recorder.drop(CLIENT_NS, UPLINK, packets.syn(), NEIGH_FAILED)
+    verdict = judged(recorder, Outcome.REFUSED, detail=detail)
+    assert verdict.cause == f"client itself refused: {detail}; the next hop does not answer ARP"
 
 
 def test_flooded_copies_are_left_out() -> None:

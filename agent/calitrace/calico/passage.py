@@ -31,7 +31,9 @@ from calitrace.calico.log import Form, Line, Tag
 from calitrace.packet import ICMP, ICMP6, PROTOCOLS, TCP, UDP
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
+
+    from calitrace.packet import Layer
 
 POLICY_DENY = "DENY due to policy"
 _START = "New packet at ifindex="
@@ -99,6 +101,8 @@ _ENCAP = re.compile(r"vxlan encap (?P<src>\S+) : (?P<dst>\S+)")
 _DECAP = re.compile(r"vxlan decap origin (?P<src>\S+)")
 _REDIRECT = re.compile(r"(?:Got Linux FIB hit, redirecting to iface|Redirect\w* .*?)[ (](?P<ifindex>\d+)\)?")
 _FIB_FAILED = re.compile(r"FIB lookup failed \((?:FIB problem|bad input)\): (?P<rc>-?\d+)")
+_NO_COUNTERS = re.compile(r"no counters for (?P<ifindex>\d+): DROP")
+_NO_IP = ("ARP: ", "Unknown ethertype")
 _HEX = re.compile(r"[0-9a-f]{1,8}")
 
 NO_BACKEND = ("NAT: no backend", "NAT: backend miss")
@@ -214,6 +218,11 @@ class Passage:
         return self.tag.direction
 
     @property
+    def name(self) -> str:
+        """Interface and direction, ``eth0-I``; ``untagged`` where its lines name none."""
+        return f"{self.interface}-{self.direction}" if self.direction else self.interface or "untagged"
+
+    @property
     def cpu(self) -> int:
         """-1 where the header was cut off."""
         return self.lines[-1].context.cpu
@@ -289,6 +298,27 @@ class Passage:
     def ports(self) -> set[tuple[int, int]]:
         """All (source, destination) port pairs that its lines name: outer and inner."""
         return self.facts.ports
+
+    def may_be_of(self, layers: Iterable[Layer]) -> bool:
+        """Whether it can be about a packet with these *layers*, as far as lines that name no ports tell.
+
+        One address is enough: the program may have translated the other after it printed them.
+        """
+        if any(text.startswith(_NO_IP) for text in self.texts):
+            return False
+        flows = [flow for flow in self.facts.flows if flow.packet()]  # others are not whole addresses
+        return not flows or any(
+            flow.proto in (0, layer.proto) and (flow.src == str(layer.src) or flow.dst == str(layer.dst))
+            for layer in layers
+            for flow in flows
+        )
+
+    def is_at(self, interface: str, ifindex: int) -> bool:
+        """Whether it may have run there. Lines without a tag name the interface by number, or not at all."""
+        if self.interface:
+            return self.tag.is_of(interface)
+        found = _NO_COUNTERS.match(self.texts[-1])
+        return found is None or int(found["ifindex"]) == ifindex
 
     def cause(self) -> str:
         """Why it was dropped, from the line that says so; empty when none does.

@@ -145,14 +145,14 @@ def explain(drop: Drop, passages: Sequence[Passage], copy: StateCopy | None, top
     link, namespace = topology.link(drop.netns, drop.ifindex), topology.namespace(drop.netns)
     at, kind = _AT[hook], "an XDP program" if hook == "XDP" else "a tc program"
     evidence += [f"at this hook: {each}" for each in (link.chain.get(at, ()) if link else ())]
-    passage = _denial(passages, link)
+    passage = _denial(passages, link, drop)
     held, let_pass = _held(drop, copy, namespace, names, evidence)
     code, rules = _reason(passage, held)
     ours = link.calico.get(at, ()) if link else ()
     foreign = link.foreign.get(at, ()) if link else ()
     said = passage is not None or (held is not None and held.denied)
     if passage is not None:
-        evidence += [f"{passage.interface}-{passage.direction}: {line}" for line in passage.texts[-6:]]
+        evidence += [f"{passage.name}: {line}" for line in passage.texts[-6:]]
     if not said and (foreign or not ours):
         if foreign and let_pass:
             ours = ()
@@ -213,10 +213,10 @@ def hook_of(reason: str, symbol: str, names: Names) -> str:
     return next((hook for name, hook in _TC_FUNCTIONS.items() if function.startswith(name)), "")
 
 
-def _denial(passages: Sequence[Passage], link: Link | None) -> Passage | None:
+def _denial(passages: Sequence[Passage], link: Link | None, drop: Drop) -> Passage | None:
     for passage in reversed(passages):
         denied = passage.verdict == "DENY" or (not passage.verdict and passage.cause())
-        if denied and (link is None or passage.tag.is_of(link.name)):
+        if denied and (link is None or passage.is_at(link.name, drop.ifindex)):
             return passage
     return None
 
@@ -367,4 +367,6 @@ class Joiner:
 def _concerns(passage: Passage, drop: Drop) -> bool:
     """Whether a passage is about this packet: its lines name the ports of a layer, or end before they are read."""
     pairs = passage.ports()
-    return not pairs or any((layer.sport, layer.dport) in pairs for layer in drop.packet.layers)
+    if not pairs:
+        return passage.may_be_of(drop.packet.layers)
+    return any((layer.sport, layer.dport) in pairs for layer in drop.packet.layers)

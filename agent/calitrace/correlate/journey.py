@@ -138,7 +138,7 @@ class Journeys:
         if not self._topology.observed(event.netns):
             self.outside += 1
             return
-        step = Step(event, direction, error, [p for p in passages if _concerns(p, probe, event)])
+        step = Step(event, direction, error, [p for p in passages if self._concerns(p, probe, event)])
         self.journeys[probe.number].steps.append(step)
         self._last_step[event.cpu] = step
 
@@ -183,15 +183,17 @@ class Journeys:
                 if number is not None:
                     yield number
 
+    def _concerns(self, passage: Passage, probe: Probe, event: PacketEvent) -> bool:
+        """Whether a passage is about this packet: its lines name the client's port, or a layer's pair of ports.
 
-def _concerns(passage: Passage, probe: Probe, event: PacketEvent) -> bool:
-    """Whether a passage is about this packet: its lines name the client's port, or a layer's pair of ports.
-
-    The programs print ports before they translate them, the event shows them after; only the client's stays.
-    """
-    pairs = passage.ports()
-    if not pairs:
-        return True  # a bypass: it ends before the ports are read
-    return any(probe.sport in pair for pair in pairs) or any(
-        (layer.sport, layer.dport) in pairs for layer in event.packet.layers
-    )
+        The programs print ports before they translate them, the event shows them after; only the client's stays.
+        Some end before the ports are read (a bypass, a drop): those ran where the event was seen.
+        """
+        pairs = passage.ports()
+        if not pairs:
+            here = self._topology.namespaces[event.netns].links.values()
+            ran_here = any(link.calico and passage.is_at(link.name, link.ifindex) for link in here)
+            return ran_here and passage.may_be_of(event.packet.layers)
+        return any(probe.sport in pair for pair in pairs) or any(
+            (layer.sport, layer.dport) in pairs for layer in event.packet.layers
+        )

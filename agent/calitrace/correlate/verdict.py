@@ -29,6 +29,8 @@ from calitrace.model import Drop, Hop, Outcome, Role
 from calitrace.packet import PROTOCOLS, TCP
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from calitrace.calico.passage import Passage
     from calitrace.correlate.drops import Names
     from calitrace.model import Namespace, Topology
@@ -88,9 +90,16 @@ class _Judge:
         if probe.outcome is Outcome.REFUSED:
             return self._refused()
         for direction in (Direction.REPLY, Direction.REQUEST):
-            way = [s for s in self.journey.way(direction) if not s.error and not _handed_over(s)]
+            way = list(_iter_conclusive(self.journey.way(direction)))
             if way:
                 return self._ended(way[-1])
+        for step in self.journey.way(Direction.REQUEST):
+            return Verdict(
+                Kind.NOT_SENT,
+                Confidence.LIKELY,
+                f"{self._place(step).namespace} has not sent it: the next hop does not answer ARP",
+                place=self._place(step),
+            )
         return self._unknown("the probe was not seen at any observed place")
 
     # -- refused ----------------------------------------------------------------------------------------
@@ -120,7 +129,7 @@ class _Judge:
             return self._too_big(error, by_calico, last if by_calico else first, became)
         if (by_calico and error.is_port_unreachable) or (namespace and namespace.role is Role.NODE and said):
             evidence = [became]
-            evidence += [f"{p.interface}-{p.direction}: {line}" for p, line in self._lines("NAT: ")]
+            evidence += [f"{p.name}: {line}" for p, line in self._lines("NAT: ")]
             return Verdict(
                 Kind.NO_BACKEND,
                 Confidence.PROVEN if said else Confidence.LIKELY,
@@ -132,7 +141,12 @@ class _Judge:
             )
         drops = [s.event for s in requests if isinstance(s.event, Drop) and s.event.netns == first.event.netns]
         seen_at = namespace.role if namespace else Role.OTHER
-        if seen_at is Role.CLIENT:
+        by_itself = namespace is not None and seen_at is Role.CLIENT and namespace.has(str(error.src))
+        if by_itself:
+            cause = f"{name} itself refused: {probe.detail}"
+            if drops and self.names.drop_reason(drops[-1]) == "NEIGH_FAILED":
+                cause += "; the next hop does not answer ARP"
+        elif seen_at is Role.CLIENT:
             cause = f"refused: {probe.detail}; the side that refused is not observed"
         else:
             where = "the pod" if seen_at is Role.POD else "the node itself"
@@ -141,7 +155,7 @@ class _Judge:
                 cause += "; nothing listens there"
         return Verdict(
             Kind.REFUSED,
-            Confidence.LIKELY if seen_at is Role.CLIENT else Confidence.PROVEN,
+            Confidence.LIKELY if seen_at is Role.CLIENT and not by_itself else Confidence.PROVEN,
             cause,
             place=self._place(first),
             skb_drop_reason=self.names.drop_reason(drops[-1]) if drops else "",
@@ -156,7 +170,7 @@ class _Judge:
         else:
             cause = f"the probe's {size} bytes are too many for {error.src}{room}"
         evidence = [became] if by_calico else []
-        evidence += [f"{p.interface}-{p.direction}: {line}" for p, line in said]
+        evidence += [f"{p.name}: {line}" for p, line in said]
         return Verdict(
             Kind.TOO_BIG,
             Confidence.PROVEN if said or not by_calico else Confidence.LIKELY,
@@ -317,9 +331,23 @@ class _Judge:
         return (f"path: {' > '.join(places)}",) if places else ()
 
 
-def _handed_over(step: Step) -> bool:
-    """Whether it only says that the driver took the packet: the other end may have received it before that."""
-    return isinstance(step.event, Hop) and step.event.kind is HopKind.XMIT and step.event.rc == 0
+def _iter_conclusive(way: Iterable[Step]) -> Iterator[Step]:
+    """The steps that a packet may have ended at.
+
+    Not that the driver took it: the other end may have received it before that. Nor that it was freed where it was not
+    received, or after it was sent on: so a driver ends what it has transmitted, and the kernel what it only copied
+    to ask for the next hop's address.
+    """
+    last: dict[int, HopKind] = {}  # by namespace: whether it was received or sent there
+    for step in way:
+        event = step.event
+        if step.error or (isinstance(event, Hop) and event.kind is HopKind.XMIT and event.rc == 0):
+            continue
+        if isinstance(event, Hop) and event.kind is HopKind.CONSUME and last.get(event.netns) is not HopKind.RECEIVE:
+            continue
+        if isinstance(event, Hop):
+            last[event.netns] = event.kind
+        yield step
 
 
 def tuple_of(journey: Journey) -> str:

@@ -81,7 +81,7 @@ def table_line(passage: Passage) -> str:
     packet = " in ".join(str(flow) for flow in reversed(flows)) or "-"
     more = "; ".join(details(passage))
     line = (
-        f"{time_of(passage):>13} {process_of(passage):18} {tag_of(passage):17} "
+        f"{time_of(passage):>13} {process_of(passage):18} {passage.name:17} "
         f"{verdict_of(passage):7} {execution_of(passage):>8}  {packet}"
     )
     return f"{line} [{more}]" if more else line
@@ -91,19 +91,14 @@ def compact_line(passage: Passage) -> str:
     """Interface, verdict and the innermost packet: fits 80 columns."""
     flows = passage.facts.flows
     why = details(passage)[:1] if passage.verdict != "ALLOW" else []
-    return " ".join([f"{tag_of(passage):17} {verdict_of(passage):5}", str(flows[-1]) if flows else "-", *why])
-
-
-def tag_of(passage: Passage) -> str:
-    """``ens192-I`` without Calico's padding."""
-    return f"{passage.interface}-{passage.direction}"
+    return " ".join([f"{passage.name:17} {verdict_of(passage):5}", str(flows[-1]) if flows else "-", *why])
 
 
 def iter_explanation(passage: Passage) -> Iterator[str]:
     """Direction, verdict and time in words, then Calico's own lines."""
     tag = passage.tag
     words = _DIRECTIONS.get((tag.direction, tag.workload), "a program that names no interface")
-    yield f"  {tag_of(passage)}: {words}" + ("; the name is cut to 8 characters" if tag.cut else "")
+    yield f"  {passage.name}: {words}" + ("; the name is cut to 8 characters" if tag.cut else "")
     yield f"  {_verdict_words(passage)}"
     if passage.execution_ns is not None:
         yield f"  {passage.execution_ns} ns in the program, with the time that writing this log took"

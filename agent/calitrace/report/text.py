@@ -122,7 +122,7 @@ def _passage(
 ) -> Iterator[str]:
     namespace = analysis.topology.namespace(step.event.netns)
     when = (passage.ended_ns - journey.probe.sent_ns) / 1e6
-    tag = f"{passage.interface}-{passage.direction}"
+    tag = passage.name
     verdict = passage.verdict or "no final line"
     why = passage.cause() if passage.verdict != "ALLOW" else ", ".join(passage.decisions())
     head = f"{when:9.3f}  {namespace.name if namespace else '?':{width}}  {tag:17}  Calico {verdict}"
