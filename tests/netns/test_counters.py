@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -135,10 +136,20 @@ class Live:
         while sum(each["type"] == "reading" for each in self.lines) < readings:
             self.lines.append(json.loads(self.process.stdout.readline()))
 
+    def two_more(self) -> None:
+        """Read on until two tables are there that were read from now on; older ones may still be in the pipe."""
+        assert self.process.stdout is not None
+        begin = time.time_ns()
+        while sum(each["type"] == "reading" and each["time_ns"] > begin for each in self.lines) < 2:
+            self.lines.append(json.loads(self.process.stdout.readline()))
+
     def interrupt(self) -> str:
         """Ctrl-C, and what it says then."""
         self.process.send_signal(signal.SIGINT)
-        rest, said = self.process.communicate(timeout=TIMEOUT_S)
+        assert self.process.stdout is not None
+        assert self.process.stderr is not None
+        rest, said = self.process.stdout.read(), self.process.stderr.read()  # communicate() loses what is buffered
+        self.process.wait(timeout=TIMEOUT_S)
         self.lines += [json.loads(line) for line in rest.splitlines()]
         assert self.process.returncode == 0, said
         assert "Traceback" not in said
@@ -151,8 +162,7 @@ def test_rates_and_the_journal_of_a_run(denying: Lab, tmp_path: Path) -> None:
     live = Live(denying, "node-b", "0.2", "-w", str(kept))
     live.until(1)
     deny(denying)
-    live.until(1 + sum(each["type"] == "reading" for each in live.lines))
-    live.until(1 + sum(each["type"] == "reading" for each in live.lines))
+    live.two_more()
     assert "readings; our cost " in live.interrupt()
     dropped = [
         each
@@ -186,11 +196,9 @@ def test_counters_that_are_cleared_meanwhile(denying: Lab) -> None:
     live.until(1)
     pins = str(denying.pins / "node-b")
     assert calitrace("maps", "counters", "flush", "--bpffs", pins, "--allow-system-changes").returncode == 0
-    live.until(1 + sum(each["type"] == "reading" for each in live.lines))
-    live.until(1 + sum(each["type"] == "reading" for each in live.lines))
+    live.two_more()
     deny(denying)
-    live.until(1 + sum(each["type"] == "reading" for each in live.lines))
-    live.until(1 + sum(each["type"] == "reading" for each in live.lines))
+    live.two_more()
     live.interrupt()
     numbers = [each for each in live.lines if each["type"] == "counter" and each["delta"] is not None]
     assert all(each["delta"] >= 0 for each in numbers)
