@@ -145,9 +145,8 @@ behind it   made anew, new, went backwards (somebody cleared it, or its 32 bits
             are full: clsact, qdisc, softnet), first read: nothing can be
             subtracted, so there is no rate""",
         "OVERHEAD": """\
-None in the kernel, but with --tcx (some 150 ns for each drop on the machine).
-A reading takes 6 ms of a CPU on a small node, 150 ms with 200 pods (2 cores,
-Linux 6.18); the closing line says what it took.""",
+None in the kernel, but with --tcx: a count of each drop on the machine. The
+closing line says what a reading took.""",
         "REQUIREMENTS": """\
 root (CAP_BPF, CAP_SYS_ADMIN) for Calico's counters and to see tcx programs; the
 others need nothing. --tcx needs BCC and a kernel with BTF.""",
@@ -161,7 +160,7 @@ others need nothing. --tcx needs BCC and a kernel with BTF.""",
 ok, lacking, MISSING  whether something is lost, or all
 name                  what was looked at
 found                 what is there; below it what is lost without, and what to do""",
-        "OVERHEAD": "A fifth of a second; it changes nothing.",
+        "OVERHEAD": "It looks once and changes nothing.",
     },
 }
 
