@@ -319,7 +319,7 @@ def test_lines_and_objects() -> None:
         (81, [head, f"{why} rule {rule} default/web"]),
         (80, [head, f"{why} rule {rule}"]),
         (70, [f"{head[:56]}…", f"{why} rule {rule}"]),
-        (50, [f"{head[:36]}…", "calico DROPPED_BY_POLICY… [state]"]),
+        (50, [f"{head[:36]}…", "calico DROPPED_BY_POLICY rul… [state]"]),
     ):
         found_lines = report.table_lines(*found[0], "12:00:00.123", Names(pods={"cali1": "default/web"}), width)
         assert max(map(len, found_lines)) <= width
