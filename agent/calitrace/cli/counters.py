@@ -32,9 +32,9 @@ _UNATTENDED_S = 60.0  # a live run ends by itself where no terminal is attached
     "counters",
     epilog="""\b
 Examples:
-  calitrace counters                                totals since boot
-  calitrace counters 1                              and then what is counted each second
-  calitrace counters 10 7 -i 'cali*'                a minute of the pods' interfaces
+  calitrace counters                  totals since boot
+  calitrace counters 1                and then what is counted each second
+  calitrace counters 10 7 -i 'cali*'  a minute of the pods' interfaces
   calitrace counters 1 -w incident.calitrace
   calitrace counters -r incident.calitrace -o json
 """,

@@ -41,8 +41,8 @@ _CLEAR = "\x1b[H\x1b[J"
     "drops",
     epilog="""\b
 Examples:
-  calitrace drops                                   what is dropped on this machine, live
-  calitrace drops --calico-only -v                  Calico's drops, with all evidence
+  calitrace drops                     what is dropped here, live
+  calitrace drops --calico-only -v    Calico's drops, with all evidence
   calitrace drops -i 'cali*' host 10.65.1.2 and tcp port 8080
   calitrace drops --reason DROPPED_BY_POLICY -c 10 -o json
   calitrace drops --top

@@ -36,7 +36,7 @@ _COLOURS = {"DENY": "red", "": "yellow"}
     "log",
     epilog="""\b
 Examples:
-  calitrace log                                     every packet, live
+  calitrace log       every packet, live
   calitrace log -i cali1a2b3c4d5e6 --verdict deny -v
   calitrace log --hook ingress host 10.0.0.1 and port 80
   calitrace log -r trace_pipe.txt.gz --stats
