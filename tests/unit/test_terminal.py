@@ -66,3 +66,9 @@ def test_help_cuts_no_sentence(group: str) -> None:
         command = command.get_command(context, name)
     assert command is not None
     assert "..." not in command.get_help(context).partition("Commands:")[2]
+
+
+def test_doctor_breaks_no_word() -> None:
+    lines = on_a_terminal("doctor", COLUMNS="80").decode().splitlines()
+    assert len(lines) > 10
+    assert max(map(len, lines)) <= 80

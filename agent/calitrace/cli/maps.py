@@ -613,10 +613,12 @@ def _versions(words: tuple[str, ...] = (), **options: Any) -> int:
             click.echo(json.dumps(about))
             continue
         used = {True: "in use", False: "not used", None: "use unknown"}[about["in_use"]]
-        click.echo(
+        pin = "" if about["pin"] == about["map"] else about["pin"]  # it says more only where it lies elsewhere
+        line = (
             f"{about['map']:18} v{about['version']:<2} {about['key_bytes']:>3}+{about['value_bytes']:<5} "
-            f"layout {about['layout']:9} max {about['max_entries'] or 'unknown':<8} {used:9} {about['pin']}"
+            f"layout {about['layout']:9} max {about['max_entries'] or 'unknown':<8} {used:9} {pin}"
         )
+        click.echo(line.rstrip())
     _finish(source)
     return int(Exit.DONE if found else Exit.FINDINGS)
 
