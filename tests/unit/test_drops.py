@@ -324,6 +324,7 @@ def test_lines_and_objects() -> None:
         found_lines = report.table_lines(*found[0], "12:00:00.123", Names(pods={"cali1": "default/web"}), width)
         assert max(map(len, found_lines)) <= width
         assert [line[13:] for line in found_lines] == shown
+    assert report.short(found[0][1]) == f"{why} rule {rule}"
     titles = [len(report.header(width)) for width in (0, 80, 109, 110)]
     assert titles == [1, 2, 2, 1]
     assert report.fit("12345", 4) == "123…"
