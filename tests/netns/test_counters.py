@@ -97,7 +97,7 @@ def test_policy_drops_are_counted_one_by_one(denying: Lab) -> None:
     assert after["clsact", POD, "tc ingress+egress", "dropped"] == qdisc_drops(denying, "node-b", POD, "clsact")
     shown = [line.split() for line in run(denying, "node-b", "-i", POD).splitlines() if "DROPPED_BY_POLICY" in line]
     assert shown == [
-        ["calico", POD, "tc", "egress", "DROPPED_BY_POLICY",
+        ["calico", POD, "egress", "DROPPED_BY_POLICY",
          str(after["calico", POD, "tc egress", "DROPPED_BY_POLICY"])]
     ]  # fmt: skip
 

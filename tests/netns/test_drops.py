@@ -420,3 +420,16 @@ def test_a_journal_of_probes_is_read(healed: Lab, tmp_path: Path) -> None:
     *drops, summary = [json.loads(line) for line in read.stdout.splitlines()]
     assert [each["cause"] for each in drops] == causes
     assert summary["drops_seen"] == summary["shown"] + summary["harmless"] + summary["filtered"]
+
+
+def test_what_comes_after_the_count_was_not_filtered(healed: Lab, tmp_path: Path) -> None:
+    journal = str(tmp_path / "a.calitrace")
+    assert on(healed, "fault", "policy-deny").returncode == 0
+    calitrace(
+        *("probe", "nodeport", "10.10.0.1:30053", "--proto", "udp", "-c", "3", "--rate", "100", "--timeout", "0.3"),
+        *("--from", healed.namespace("client"), "--trace", "-w", journal, "-o", "json"),
+    )
+    read = calitrace("drops", "-r", journal, "-o", "json", "--calico-only", "-c", "1")
+    summary = json.loads(read.stdout.splitlines()[-1])
+    assert (summary["shown"], summary["unread"]) == (1, 2)
+    assert summary["drops_seen"] == summary["shown"] + summary["harmless"] + summary["filtered"] + summary["unread"]

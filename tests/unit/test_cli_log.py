@@ -153,7 +153,6 @@ def test_one_error(name: str, content: bytes | None, cause: str, tmp_path: Path)
 @pytest.mark.parametrize(
     ("words", "cause"),
     [
-        (["-f"], "-f follows a file"),
         (["-r", str(MASTER), "--source", "bpf"], "--source is for live runs"),
         (["-r", str(MASTER), "nonsense", "words"], "syntax error"),
         (["-r", str(MASTER), "-w", str(MASTER)], "exists already"),

@@ -187,13 +187,13 @@ def test_an_interval_shows_what_was_counted_and_what_is_odd() -> None:
 TEXT = """\
 12:00:00 since boot, or since each was made:
 SOURCE     INTERFACE        PLACE                  COUNTER                  TOTAL
-calico     calif00dbeef012  tc egress              TOTAL_PACKETS              100
-calico     calif00dbeef012  tc egress              ACCEPTED_BY_POLICY          60
-calico     calif00dbeef012  tc egress              DROPPED_BY_POLICY           17
-calico     eth0             tc ingress             TOTAL_PACKETS              900
-clsact     calif00dbeef012  tc ingress+egress      dropped                     17
-tcx        eth0             tc ingress             dropped             no counter
-tcx        eth0             tc egress              dropped             no counter
+calico     calif00dbeef012  egress                 TOTAL_PACKETS              100
+calico     calif00dbeef012  egress                 ACCEPTED_BY_POLICY          60
+calico     calif00dbeef012  egress                 DROPPED_BY_POLICY           17
+calico     eth0             ingress                TOTAL_PACKETS              900
+clsact     calif00dbeef012  both                   dropped                     17
+tcx        eth0             ingress                dropped             no counter
+tcx        eth0             egress                 dropped             no counter
 interface  eth0             -                      rx_dropped                   3
 qdisc      eth0             mq 8001:               dropped                      5
 qdisc      eth0             fq_codel 0: parent :1  dropped                      5
@@ -201,9 +201,9 @@ softnet    -                cpu 0                  time_squeeze                 
 softnet    -                cpu 2                  dropped                      1
 
 12:00:02 within 2.000 s:
-SOURCE     INTERFACE        PLACE  COUNTER     COUNTED  PER SECOND  TOTAL
-interface  eth0             -      rx_dropped        -           -      1  made anew
-interface  calif00dbeef012  -      rx_dropped        7         3.5      7
+SOURCE     INTERFACE        PLACE  COUNTER     COUNTED  PER S  TOTAL
+interface  eth0             -      rx_dropped        -      -      1  made anew
+interface  calif00dbeef012  -      rx_dropped        7    3.5      7
 
 12:00:04 within 2.000 s: nothing was counted"""
 

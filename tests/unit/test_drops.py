@@ -264,7 +264,7 @@ def test_generic_xdp(function: str) -> None:
     links[CALI] = replace(links[CALI], calico={"xdp": ("cali_xdp_preamb",)})
     cause = explain(dropped.event, [], None, where, names)
     assert (cause.by_calico, cause.confidence, cause.place.hook) == (True, Confidence.LIKELY, "XDP")
-    assert " xdp " in report.table_line(dropped, cause, "12:00:00.123", names)
+    assert " xdp " in report.table_lines(dropped, cause, "12:00:00.123", names)[0]
 
 
 def test_what_the_kernel_drops_is_never_calicos() -> None:
@@ -363,24 +363,32 @@ def test_lines_and_objects() -> None:
     recorder.drop(A_NS, UPLINK, b"", NO_SOCKET)
     found = list(zip(joined(recorder), causes(recorder), strict=True))
     lines = [
-        report.table_line(dropped, cause, "12:00:00.123", Names(pods={"cali1": "default/web"})).split(maxsplit=1)[1]
+        report.table_lines(dropped, cause, "12:00:00.123", Names(pods={"cali1": "default/web"}))[0].split(maxsplit=1)[1]
         for dropped, cause in found
     ]
     assert lines[0] == (
         f"cali1 out           tcp SYN {CLIENT}:{SPORT} > {POD}:8080 calico DROPPED_BY_POLICY rule {RULE:#018x} [state]"
         " default/web"
     )
+    head, why = f"cali1 out           tcp SYN {CLIENT}:{SPORT} > {POD}:8080", "calico DROPPED_BY_POLICY"
+    rule = f"{RULE:#018x} [state]"
     for width, shown in (
-        (len(lines[0]) + 13, lines[0]),
-        (len(lines[0]) + 12, lines[0].removesuffix(" default/web")),
-        (120, f"cali1 out tcp SYN {CLIENT}:{SPORT} > {POD}:8080 calico DROPPED_BY_POLICY rule {RULE:#018x} [state]"),
-        (90, f"cali1 out tcp SYN {CLIENT}:{SPORT} > {POD}:8080 calico DROPPED_BY_P… [state]"),
-        (80, f"cali1 out tcp SYN {CLIENT}:{SPORT} > {POD}:8080 calico DROPPED_BY…"),
-        (70, f"cali1 out tcp SYN {CLIENT}:{SPORT} > {POD}:8080 calico …"),
+        (len(lines[0]) + 13, [lines[0]]),
+        (len(lines[0]) + 12, [lines[0].removesuffix(" default/web")]),
+        (120, [f"{head} {why} rule 0x000… [state]"]),
+        (110, [f"{head} calico DROPPED_BY_POLICY … [state]"]),
+        (109, [head, f"{why} rule {rule} default/web"]),
+        (81, [head, f"{why} rule {rule} default/web"]),
+        (80, [head, f"{why} rule {rule}"]),
+        (70, [f"{head[:56]}…", f"{why} rule {rule}"]),
+        (50, [f"{head[:36]}…", "calico DROPPED_BY_POLICY rul… [state]"]),
     ):
-        line = report.table_line(*found[0], "12:00:00.123", Names(pods={"cali1": "default/web"}), width)
-        assert len(line) <= width
-        assert line.split(maxsplit=1)[1] == shown
+        found_lines = report.table_lines(*found[0], "12:00:00.123", Names(pods={"cali1": "default/web"}), width)
+        assert max(map(len, found_lines)) <= width
+        assert [line[13:] for line in found_lines] == shown
+    assert report.short(found[0][1]) == f"{why} rule {rule}"
+    titles = [len(report.header(width)) for width in (0, 80, 109, 110)]
+    assert titles == [1, 2, 2, 1]
     assert report.fit("12345", 4) == "123…"
     assert [line.split("  ")[-1].strip() for line in lines[1:]] == [
         "calico cause not recorded [hook]",
@@ -434,6 +442,9 @@ def test_top() -> None:
         "       2  calico X [state]",
     ]
     assert len(list(report.iter_top({}, 0, Counter(), topology(), names, 2))) == 1
+    twice = {Cell(1, NO_SOCKET, UPLINK, A_NS, 6): 40, Cell(3, NO_SOCKET, UPLINK, A_NS, 6): 2}
+    both = Names(REASONS, {1: "tcp_v4_rcv+0x91", 3: "tcp_v4_rcv+0x100"})
+    assert [line.split()[0] for line in report.iter_top(twice, 0, Counter(), topology(), both, 2)] == ["DROPS", "42"]
     objects = [report.cell_object(cell, number, topology(), names) for cell, number in counts.items()]
     assert [(o["drops"], o["interface"], o["namespace"], o["hook"]) for o in objects] == [
         (40, "ens192", "lab-node-a", ""),

@@ -28,8 +28,8 @@ def shown() -> str:
         stats = report.Stats()
         for passage in done:
             stats.add(passage)
-        parts += [f"## {release} {number}", report.HEADER]
-        parts += [report.table_line(passage) for passage in done[:7]]
+        parts += [f"## {release} {number}", *report.header()]
+        parts += [line for passage in done[:7] for line in report.table_lines(passage)]
         parts += [report.compact_line(passage) for passage in done[:7]]
         parts += list(report.iter_explanation(done[0]))[:4]
         parts += list(stats.iter_lines(reader, 0))
@@ -71,7 +71,7 @@ def test_words(lines: list[str], words: list[str]) -> None:
 
 def test_columns_without_a_header() -> None:
     (passage,), _, _ = assembled(eth("NAT: no backend", "Final result=ALLOW (0)."))
-    assert " ".join(report.table_line(passage).split()) == "- - eth0-I ALLOW - - [no backend; beginning lost]"
+    assert " ".join(report.table_lines(passage)[0].split()) == "- - eth0-I ALLOW - - [no backend; beginning lost]"
     assert report.passage_object(passage)["cpu"] is None
 
 
@@ -117,3 +117,15 @@ def test_percentiles_are_near_and_in_order(values: list[int]) -> None:
     assert sum(row["count"] for row in place["histogram"]) == len(values)
     for row, following in zip(place["histogram"], place["histogram"][1:], strict=False):
         assert row["to_ns"] + 1 == following["from_ns"]
+
+
+@pytest.mark.parametrize("width", [80, 111, 112, 130])
+def test_lines_that_fit_a_terminal(width: int) -> None:
+    done, _, _ = assembled(TRACES["master"]["S01"][1])
+    (whole,), lines = report.table_lines(done[0]), report.table_lines(done[0], width)
+    assert len(lines) > 1
+    assert max(map(len, lines)) <= width
+    assert " ".join(" ".join(lines).split()) == " ".join(whole.split())
+    packet = str(done[0].facts.flows[0])
+    assert [packet in line for line in lines[:2]] == [width >= 112, width < 112]
+    assert ["PACKET" in line for line in report.header(width)] == ([True] if width >= 112 else [False, True])

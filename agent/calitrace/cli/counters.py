@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
+from calitrace.cli.terminal import columns
 from calitrace.errors import Exit, Malformed, UsageError
 
 if TYPE_CHECKING:
@@ -31,9 +32,9 @@ _UNATTENDED_S = 60.0  # a live run ends by itself where no terminal is attached
     "counters",
     epilog="""\b
 Examples:
-  calitrace counters                                totals since boot
-  calitrace counters 1                              and then what is counted each second
-  calitrace counters 10 7 -i 'cali*'                a minute of the pods' interfaces
+  calitrace counters                  totals since boot
+  calitrace counters 1                and then what is counted each second
+  calitrace counters 10 7 -i 'cali*'  a minute of the pods' interfaces
   calitrace counters 1 -w incident.calitrace
   calitrace counters -r incident.calitrace -o json
 """,
@@ -93,6 +94,7 @@ def command(
 
 def _show(readings: Iterable[Reading], choice: Choice, output: str) -> None:
     from calitrace.report import counters as report
+    from calitrace.report.folding import folded
 
     before = None
     said: set[str] = set()
@@ -103,7 +105,7 @@ def _show(readings: Iterable[Reading], choice: Choice, output: str) -> None:
             click.echo(line)
         for note in report.iter_notes(found):
             if note not in said:
-                click.echo(f"note: {note}", err=True)
+                click.echo("\n".join(folded(f"note: {note}", columns(sys.stderr), 6)), err=True)
                 said.add(note)
         before = reading
 

@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 import click
 
+from calitrace.cli.terminal import columns
 from calitrace.errors import Exit
 
 
@@ -25,6 +26,7 @@ def command(output: str) -> int:
     Exit status 3 when something essential is missing, 1 when something else is.
     """
     from calitrace.kernel import preflight
+    from calitrace.report.folding import folded
 
     status = Exit.DONE
     for finding in preflight.iter_findings():
@@ -37,5 +39,6 @@ def command(output: str) -> int:
         click.echo(f"{mark:8} {finding.name:28} {finding.found}")
         for label, text in (("without it: ", finding.lost), ("hint: ", finding.hint)):
             if text:
-                click.echo(f"{'':37} {label}{text}")
+                lines = folded(f"{'':38}{label}{text}", columns(), 38 + len(label))
+                click.echo("\n".join(lines))
     return int(status)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import os
-import shutil
 import signal
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
+from calitrace.cli.terminal import columns
 from calitrace.errors import EnvironmentUnfit, Exit, Malformed, UsageError
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ _UNATTENDED_S = 60.0  # a live run ends by itself where no terminal is attached
 _POLL_MS = 100
 _TOP_EVERY_S = 1.0
 _TOP_ROWS = 20
-_NARROWEST = 80
 _LOOK_EVERY_S = 2.0
 _SHARE = 5  # looking takes at most this part of the time
 _CLEAR = "\x1b[H\x1b[J"
@@ -42,8 +41,8 @@ _CLEAR = "\x1b[H\x1b[J"
     "drops",
     epilog="""\b
 Examples:
-  calitrace drops                                   what is dropped on this machine, live
-  calitrace drops --calico-only -v                  Calico's drops, with all evidence
+  calitrace drops                     what is dropped here, live
+  calitrace drops --calico-only -v    Calico's drops, with all evidence
   calitrace drops -i 'cali*' host 10.65.1.2 and tcp port 8080
   calitrace drops --reason DROPPED_BY_POLICY -c 10 -o json
   calitrace drops --top
@@ -235,7 +234,7 @@ class _Session:
             say(f"warning: {note}")
         say("listening to tracepoint kfree_skb")
         if settings.output == "table" and not settings.top:
-            click.echo(self._report.fit(self._report.HEADER, self._width()))
+            click.echo("\n".join(self._report.header(columns())))
 
         def take(records: list[bytes]) -> None:
             if writer is not None:
@@ -358,12 +357,12 @@ class _Session:
         self._symbols.update(found.symbols)
         self._statements = found.statements
         if self._settings.output == "table" and not self._settings.top:
-            click.echo(self._report.fit(self._report.HEADER, self._width()))
+            click.echo("\n".join(self._report.header(columns())))
         self._take(found.events, lambda _: {})
         self._rest()
         stats = found.totals.get("stats", {})
         sums = self._sums
-        sums.seen = sums.shown + sums.harmless + sums.filtered
+        sums.seen = sums.shown + sums.harmless + sums.filtered + sums.unread
         if stats:
             self._sum(stats, found.totals.get("lost", {}).get("nested", 0))
             # `probe --trace` records its own packets only: the others were filtered in the kernel.
@@ -426,8 +425,10 @@ class _Session:
         from calitrace.correlate.noise import why_harmless
 
         settings, event = self._settings, dropped.event
-        wanted = not self._is_full() and self._netns in (0, event.netns)
-        if not wanted or not self._matches(dropped.capture):
+        if self._is_full():
+            self._sums.unread += 1
+            return
+        if self._netns not in (0, event.netns) or not self._matches(dropped.capture):
             self._sums.filtered += 1
             return
         cause = self._explain(dropped)
@@ -455,14 +456,16 @@ class _Session:
             click.echo(self._report.dump(self._report.drop_object(dropped, cause, harmless, time_ns, self._names)))
             return
         clock = datetime.fromtimestamp(time_ns / 1e9).astimezone().strftime("%H:%M:%S.%f")[:-3]
-        line = self._report.table_line(dropped, cause, clock, self._names, self._width())
-        click.secho(line, fg="red" if cause.by_calico else None)
+        lines = self._report.table_lines(dropped, cause, clock, self._names, columns())
+        click.secho("\n".join(lines), fg="red" if cause.by_calico else None)
         if settings.stack:
             for line in self._drops.stack(dropped, self._names):
                 click.echo(f"        {line}")
         if settings.verbose:
+            from calitrace.report.folding import folded
+
             for line in self._report.iter_explanation(cause, harmless, self._pods.get(cause.place.interface, "")):
-                click.echo(line)
+                click.echo("\n".join(folded(line, columns(), 8)))
 
     def _matches(self, capture: bytes) -> bool:
         from calitrace.packet import inside_vxlan
@@ -490,10 +493,6 @@ class _Session:
             self._writer.write(journal.STATEMENT, {"ktime_ns": key[0], "skbaddr": key[1], "said": said.to_map()})
         return witness.weigh(cause, said)
 
-    def _width(self) -> int:
-        """Columns of the terminal, 0 where there is none."""
-        return max(shutil.get_terminal_size().columns, _NARROWEST) if self._is_tty else 0
-
     # -- totals -----------------------------------------------------------------------------------------
 
     def _sum(self, stats: dict[str, int], missed: int) -> None:
@@ -516,7 +515,7 @@ class _Session:
             return
         other = collectors.stats()[Stat.DROP_OTHER]
         for line in self._report.iter_top(counts, other, self._causes, self._topology, self._names, _TOP_ROWS):
-            click.echo(self._report.fit(line, self._width()))
+            click.echo(self._report.fit(line, columns()))
 
     def _close(self) -> None:
         if self._settings.output == "json":

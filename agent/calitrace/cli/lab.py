@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from calitrace.cli.commands import Commands
 from calitrace.errors import Exit, UsageError
 from calitrace.kernel import netns
 from calitrace.lab import faults, lifecycle, report
@@ -43,7 +44,7 @@ def _for_lab(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-@click.group(epilog=EPILOG)
+@click.group(cls=Commands, epilog=EPILOG)
 def command() -> None:
     """Two Calico-like nodes, their pods and a client outside, on this machine.
 

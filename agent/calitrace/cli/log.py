@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from calitrace.cli.terminal import columns
 from calitrace.errors import Exit, UsageError
 
 if TYPE_CHECKING:
@@ -35,11 +36,11 @@ _COLOURS = {"DENY": "red", "": "yellow"}
     "log",
     epilog="""\b
 Examples:
-  calitrace log                                     every packet, live
+  calitrace log       every packet, live
   calitrace log -i cali1a2b3c4d5e6 --verdict deny -v
   calitrace log --hook ingress host 10.0.0.1 and port 80
   calitrace log -r trace_pipe.txt.gz --stats
-  kubectl logs -n calico-system calico-node-x7k2p | calitrace log -r - -o json
+  ssh node-b bpftool prog tracelog | calitrace log -r - -o json
 """,
 )
 @click.argument("expression", nargs=-1, metavar="[PCAP FILTER]")
@@ -55,7 +56,12 @@ Examples:
 @click.option(
     "-r", "--read", "inputs", metavar="FILE", help="Read a text file (gzip too), a journal, or - for standard input."
 )
-@click.option("-f", "--follow", is_flag=True, help="With -r FILE: go on as the file grows, and when it is rotated.")
+@click.option(
+    "-f",
+    "--follow",
+    is_flag=True,
+    help="With -r FILE: go on as it grows, and when it is rotated, as live runs do.",
+)
 @click.option(
     "--source",
     type=click.Choice(["auto", "bpf", "tracefs", "trace_pipe"]),
@@ -123,8 +129,6 @@ class Settings:
 
     def validate(self) -> None:
         """Raises UsageError for options that contradict each other."""
-        if self.follow and self.inputs in (None, "-"):
-            raise UsageError("-f follows a file", "add -r FILE; live sources and pipes are followed anyway")
         if self.inputs is not None and self.source != "auto":
             raise UsageError("--source is for live runs", "leave out -r or --source")
         if not all(self.interface_prefix.split(",")):
@@ -191,7 +195,8 @@ class _Session:
             for number in (signal.SIGINT, signal.SIGTERM):
                 stack.callback(signal.signal, number, signal.signal(number, self._stop))
             if settings.inputs is not None:
-                source = open_file(settings.inputs, reader, follow=settings.follow, path=settings.path, stack=stack)
+                follow = settings.follow and settings.inputs != "-"  # which ends when it ends
+                source = open_file(settings.inputs, reader, follow=follow, path=settings.path, stack=stack)
             else:
                 source = open_live(
                     settings.source, reader, interfaces=settings.interfaces, path=settings.path, stack=stack
@@ -201,7 +206,7 @@ class _Session:
             if source.live:
                 click.echo(f"listening to {source.live}", err=True)
             if settings.output == "table" and not settings.stats:
-                click.echo(self._report.HEADER)
+                click.echo("\n".join(self._report.header(columns())))
             try:
                 self._consume(source)
             finally:
@@ -264,8 +269,11 @@ class _Session:
         if settings.output == "json":
             click.echo(self._report.dump(self._report.passage_object(passage, lines=settings.verbose)))
             return
-        text = (self._report.table_line if settings.output == "table" else self._report.compact_line)(passage)
-        click.secho(_printable(text), fg=_COLOURS.get(passage.verdict))
+        if settings.output == "table":
+            lines = self._report.table_lines(passage, columns())
+        else:
+            lines = [self._report.compact_line(passage)]
+        click.secho("\n".join(map(_printable, lines)), fg=_COLOURS.get(passage.verdict))
         if settings.verbose:
             for explanation in self._report.iter_explanation(passage):
                 click.echo(_printable(explanation))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -73,7 +74,8 @@ def cli(ctx: click.Context, debug: bool) -> None:
 def run() -> None:
     """The console script."""
     try:
-        status = cli.main(standalone_mode=False)
+        # color: of the context, None for click to look at the terminal
+        status = cli.main(standalone_mode=False, color=False if os.environ.get("NO_COLOR") else None)
     except click.exceptions.Abort:
         sys.exit(130)
     except click.ClickException as wrong:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from calitrace.cli import map_source
+from calitrace.cli.commands import Commands
 from calitrace.errors import Error, Exit, LayoutMismatch, Malformed, NotCalico, UsageError
 
 if TYPE_CHECKING:
@@ -118,6 +119,7 @@ def _with(options: tuple[Callable[[Any], Any], ...], function: Callable[..., Any
 
 @click.group(
     "maps",
+    cls=Commands,
     epilog="""\b
 Examples:
   calitrace maps conntrack dump | head
@@ -533,7 +535,7 @@ def _latency(name: str, **options: Any) -> int:
 
 def _subject(name: str) -> click.Group:
     about = SUBJECTS[name][0]
-    group = click.Group(name, help=about)
+    group = Commands(name, help=about)
     extra: tuple[Callable[[Any], Any], ...] = ()
     if name == "conntrack":
         extra = (
@@ -611,10 +613,12 @@ def _versions(words: tuple[str, ...] = (), **options: Any) -> int:
             click.echo(json.dumps(about))
             continue
         used = {True: "in use", False: "not used", None: "use unknown"}[about["in_use"]]
-        click.echo(
+        pin = "" if about["pin"] == about["map"] else about["pin"]  # it says more only where it lies elsewhere
+        line = (
             f"{about['map']:18} v{about['version']:<2} {about['key_bytes']:>3}+{about['value_bytes']:<5} "
-            f"layout {about['layout']:9} max {about['max_entries'] or 'unknown':<8} {used:9} {about['pin']}"
+            f"layout {about['layout']:9} max {about['max_entries'] or 'unknown':<8} {used:9} {pin}"
         )
+        click.echo(line.rstrip())
     _finish(source)
     return int(Exit.DONE if found else Exit.FINDINGS)
 
@@ -643,7 +647,7 @@ def _versions_summary(**options: Any) -> int:
     return _finish(source)
 
 
-_versions_group = click.Group("versions", help="Which maps are here, and of which version.")
+_versions_group = Commands("versions", help="Which maps are here, and of which version.")
 _versions_group.add_command(click.command("dump")(_with(_READ, _versions)))
 _names = click.argument("words", nargs=-1, required=True, metavar="MAP...")
 _versions_group.add_command(

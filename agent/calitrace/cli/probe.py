@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from calitrace.cli.commands import Commands
+from calitrace.cli.terminal import columns
 from calitrace.errors import Exit, UsageError
 
 if TYPE_CHECKING:
@@ -51,7 +53,7 @@ def shared_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-@click.group("probe")
+@click.group("probe", cls=Commands)
 def command() -> None:
     """Send identified probes; with --trace, follow each through the kernel and Calico.
 
@@ -144,9 +146,15 @@ def _probe(
 def _untraced(run: ProbeRun, output: str) -> int:
     from calitrace.model import Outcome
     from calitrace.probes import results
+    from calitrace.report.folding import folded
 
-    shown = results.probe_object if output == "json" else results.probe_line
-    probes = run.run(lambda probe: click.echo(shown(probe)))
+    def show(probe: Probe) -> None:
+        if output == "json":
+            click.echo(results.probe_object(probe))
+        else:
+            click.echo("\n".join(folded(results.probe_line(probe), columns(), 7)))
+
+    probes = run.run(show)
     summary = results.summarise(probes, run.late, run.duplicates, run.own_losses())
     for line in [results.summary_object(summary)] if output == "json" else results.summary_lines(summary):
         click.echo(line)

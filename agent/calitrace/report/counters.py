@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 _TITLES = ("SOURCE", "INTERFACE", "PLACE", "COUNTER")
 _NONE = "no counter"
+# Shorter than in JSON: with the name of a pod's interface a row has to fit 80 columns.
+_PLACES = {"tc ingress": "ingress", "tc egress": "egress", "tc ingress+egress": "both"}
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def iter_text(found: Table, clock: str) -> Iterator[str]:
     if found.seconds is None:
         about, titles = f"{clock} since boot, or since each was made", [*_TITLES, "TOTAL"]
     else:
-        about, titles = f"{clock} within {found.seconds:.3f} s", [*_TITLES, "COUNTED", "PER SECOND", "TOTAL"]
+        about, titles = f"{clock} within {found.seconds:.3f} s", [*_TITLES, "COUNTED", "PER S", "TOTAL"]
     if not found.rows:
         yield f"{about}: nothing was counted"
         return
@@ -89,7 +91,7 @@ def iter_text(found: Table, clock: str) -> Iterator[str]:
 
 def _cells(row: Row, *, first: bool) -> list[str]:
     key = row.key
-    cells = [key.source, key.interface or "-", key.place or "-", key.counter]
+    cells = [key.source, key.interface or "-", _PLACES.get(key.place, key.place) or "-", key.counter]
     total = _NONE if row.total is None else str(row.total)
     if first:
         return [*cells, total]

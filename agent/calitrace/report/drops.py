@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,14 +11,14 @@ from calitrace.correlate.drops import hook_of, stack
 from calitrace.packet import PROTOCOLS
 
 if TYPE_CHECKING:
-    from collections import Counter
     from collections.abc import Iterator, Mapping
 
     from calitrace.correlate.drops import Cause, Dropped, Names
     from calitrace.model import Cell, Topology
 
-HEADER = f"{'TIME':<12} {'INTERFACE HOOK':<19} {'PACKET':<41} CAUSE [EVIDENCE]"
-_FEW = 12  # columns: with less of a cause its evidence is of no use
+_WIDE = 110  # columns: on a terminal with fewer the cause has a line of its own
+_FEW = 12  # columns: so does one of which less would be seen
+_BELOW = " " * 13
 _HOOKS = {"tc ingress": "in", "tc egress": "out", "XDP": "xdp", "": ""}
 
 
@@ -26,7 +27,7 @@ class Sums:
     """seen = shown + harmless + filtered + limited + unsampled + malformed + unread + lost, exactly, and counts all
     *runs* of our program.
 
-    *unread*: what we had not looked at when we had to stop, since nobody read what we print.
+    *unread*: what we did not look at: there were enough (-c), or we had to stop, since nobody read what we print.
     *missed*: where it interrupted itself and did not run; *other*: seen, but in no cell of the totals; *ns*: its time.
     """
 
@@ -119,23 +120,30 @@ def _evidence(cause: Cause) -> str:
     return f"[{', '.join(cause.sources)}]"
 
 
-def table_line(dropped: Dropped, cause: Cause, clock: str, names: Names, width: int = 0) -> str:
-    """One line. *clock*: the time, as text. *width*: columns that there are, 0 for as many as it takes.
+def header(width: int = 0) -> list[str]:
+    """The titles of ``table_lines``."""
+    return _lines(f"{'TIME':<12} {'INTERFACE HOOK':<19} {'PACKET':<41}", "CAUSE", "[EVIDENCE]", width)
 
-    What does not fit goes in this order: the pod, the gaps and the milliseconds, the end of the cause, the evidence.
+
+def table_lines(dropped: Dropped, cause: Cause, clock: str, names: Names, width: int = 0) -> list[str]:
+    """One drop. *clock*: the time, as text. *width*: columns that there are, 0 for all in one line.
+
+    What does not fit goes in this order: the pod, the end of the cause.
     """
     place = f"{cause.place.interface or '-'} {_HOOKS[cause.place.hook]}".strip()
     pod = names.pods.get(cause.place.interface)
-    packet, evidence = tuple_of(dropped), _evidence(cause)
-    line = f"{clock:<12} {place:<19} {packet:<41} {short(cause)}"
-    whole = f"{line} {pod}" if pod else line
-    if not width or len(whole) <= width:
-        return whole
-    if len(line) <= width:
-        return line
-    line = f"{clock.partition('.')[0]} {place} {packet} {_words(cause)}"
-    room = width - len(evidence) - 1
-    return f"{fit(line, room)} {evidence}" if room >= len(line) - len(_words(cause)) + _FEW else fit(line, width)
+    head, evidence = f"{clock:<12} {place:<19} {tuple_of(dropped):<41}", _evidence(cause)
+    lines = _lines(head, _words(cause), evidence, width)
+    if pod and (not width or len(lines[-1]) + 1 + len(pod) <= width):
+        lines[-1] += f" {pod}"
+    return lines
+
+
+def _lines(head: str, words: str, evidence: str, width: int) -> list[str]:
+    room = width and max(width - len(evidence) - 1, 1)
+    if 0 < width < _WIDE or 0 < room < len(head) + _FEW:
+        return [fit(head.rstrip(), width), f"{fit(_BELOW + words, room)} {evidence}"]
+    return [f"{fit(f'{head} {words}', room)} {evidence}"]
 
 
 def fit(line: str, width: int) -> str:
@@ -212,15 +220,19 @@ def iter_top(
 
     *other*: drops that found no cell. *causes*: short cause to number of detailed drops.
     """
-    table = [("DROPS", "REASON", "FUNCTION", "INTERFACE", "PROTO")]
-    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    for cell, number in ordered[:rows]:
+    sums: Counter[tuple[str, str, str, str]] = (
+        Counter()
+    )  # cells differ by more than is shown: a function drops in many places
+    for cell, number in counts.items():
         link, namespace = topology.link(cell.netns, cell.ifindex), topology.namespace(cell.netns)
         interface = link.name if link else "-"
         where = f"{namespace.name} {interface}" if namespace else interface
         function = names.symbols.get(cell.location, f"{cell.location:#x}").split("+", 1)[0].split(".", 1)[0]
         proto = PROTOCOLS.get(cell.ip_proto, str(cell.ip_proto)) if cell.ip_proto else "-"
-        table.append((str(number), names.reason(cell.skb_drop_reason), function, where, proto))
+        sums[names.reason(cell.skb_drop_reason), function, where, proto] += number
+    ordered = sorted(sums.items(), key=lambda item: (-item[1], item[0]))
+    table = [("DROPS", "REASON", "FUNCTION", "INTERFACE", "PROTO")]
+    table += [(str(number), *shown) for shown, number in ordered[:rows]]
     if rest := sum(number for _, number in ordered[rows:]) + other:
         table.append((str(rest), "all others", "", "", ""))
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]

@@ -12,6 +12,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from calitrace.calico.log import Form
+from calitrace.report.folding import folded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
     from calitrace.calico.log import Line, Reader
     from calitrace.calico.passage import Flow, Passage
 
-HEADER = f"{'TIME':>13} {'PROCESS':18} {'INTERFACE':17} {'VERDICT':7} {'EXEC':>8}  PACKET"
+_WIDE = 112  # columns: on a terminal with fewer the packet has lines of its own
+_BELOW = 14
 _BAR = 40
 _PERCENTILES = (50, 90, 99)
 _DIRECTIONS = {
@@ -75,16 +77,27 @@ def details(passage: Passage) -> list[str]:
     return found + [mark.value for mark in passage.marks]
 
 
-def table_line(passage: Passage) -> str:
-    """One line; what does not fit a terminal stands at its end."""
+def header(width: int = 0) -> list[str]:
+    """The titles of ``table_lines``."""
+    return _lines(f"{'TIME':>13} {'PROCESS':18} {'INTERFACE':17} {'VERDICT':7} {'EXEC':>8}", "PACKET", width)
+
+
+def _lines(head: str, text: str, width: int) -> list[str]:
+    if 0 < width < _WIDE:
+        return [head, *folded(" " * _BELOW + text, width, _BELOW)]
+    return folded(f"{head}  {text}", width, _BELOW)
+
+
+def table_lines(passage: Passage, width: int = 0) -> list[str]:
+    """One passage. *width*: columns that there are, 0 for all in one line."""
     flows = passage.facts.flows
     packet = " in ".join(str(flow) for flow in reversed(flows)) or "-"
     more = "; ".join(details(passage))
-    line = (
+    head = (
         f"{time_of(passage):>13} {process_of(passage):18} {passage.name:17} "
-        f"{verdict_of(passage):7} {execution_of(passage):>8}  {packet}"
+        f"{verdict_of(passage):7} {execution_of(passage):>8}"
     )
-    return f"{line} [{more}]" if more else line
+    return _lines(head, f"{packet} [{more}]" if more else packet, width)
 
 
 def compact_line(passage: Passage) -> str:
