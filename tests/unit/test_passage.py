@@ -354,6 +354,15 @@ def test_what_a_preamble_could_not_call(lines: list[str], found: list[tuple[str,
     assert all("preamble" in p.cause() for p in done + cut if p.interface == "ens192")
 
 
+def test_with_dsr_the_pods_program_translates_nothing() -> None:
+    parsed = (f"IP s={POD} d={CLIENT}", "TCP; ports: s=8080 d=40001", f"CT: SNAT from {NODE_A}:30080")
+    ((passage,), _, _) = assembled(eth(START, *parsed, "DSR enabled, skipping SNAT + encap", END))
+    assert passage.decisions() == ["DSR: SNAT is left to the uplink"]
+    assert passage.facts.after_nat is None
+    ((passage,), _, _) = assembled(eth(START, *parsed, END))
+    assert passage.decisions() == [f"SNAT from {NODE_A}:30080"]
+
+
 def test_untagged_lines_inside_a_packet() -> None:
     done, _, _ = assembled(printed(*eth(START), "no globals: DROP"))
     assert [(p.texts, p.verdict) for p in done] == [([START, "no globals: DROP"], "DENY")]

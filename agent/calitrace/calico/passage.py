@@ -101,6 +101,7 @@ _ENCAP = re.compile(r"vxlan encap (?P<src>\S+) : (?P<dst>\S+)")
 _DECAP = re.compile(r"vxlan decap origin (?P<src>\S+)")
 _REDIRECT = re.compile(r"(?:Got Linux FIB hit, redirecting to iface|Redirect\w* .*?)[ (](?P<ifindex>\d+)\)?")
 _FIB_FAILED = re.compile(r"FIB lookup failed \((?:FIB problem|bad input)\): (?P<rc>-?\d+)")
+_DSR = "DSR enabled, skipping SNAT"  # after the line that says SNAT
 _NO_COUNTERS = re.compile(r"no counters for (?P<ifindex>\d+): DROP")
 _NO_IP = ("ARP: ", "Unknown ethertype")
 _HEX = re.compile(r"[0-9a-f]{1,8}")
@@ -356,6 +357,8 @@ class Passage:
                 found.append(f"VXLAN encap to {address(encap['dst'], self.tag)}")
             elif text == "vxlan decap":
                 found.append(f"VXLAN decap from {self.facts.tunnel_from}")
+            elif text.startswith(_DSR):
+                found = [each for each in found if not each.startswith("SNAT")] + ["DSR: SNAT is left to the uplink"]
             elif text.startswith("NAT: no backend"):
                 found.append("no backend")
             elif text.startswith(_RESULT_LINE) and " Bypass" in text:
@@ -434,6 +437,8 @@ def _read(texts: list[str], tag: Tag) -> Facts:
             if found := _NAT_TO.match(text):
                 new = address(found["address"], tag), int(found["port"])
                 dnat, snat = (new, snat) if found["kind"] == "DNAT to" else (dnat, new)
+        elif text.startswith(_DSR):
+            snat = None
         elif found := _POLICY_RC.match(text):
             facts.policy = facts.policy or _POLICY_RESULTS.get(int(found["rc"]), found["rc"])
         elif text.startswith((POLICY_DENY, _XDP_DROPS)):
