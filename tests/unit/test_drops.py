@@ -117,6 +117,17 @@ def test_log_and_state_and_their_disagreement() -> None:
     assert (third.calico_reason, third.sources) == ("", ("hook",))
 
 
+def test_a_reason_of_a_release_without_counters_has_its_name() -> None:
+    recorder = Recorder()
+    recorder.log("calif00d-I: Final result=DENY (ed). Program execution time: 1622ns")
+    recorder.drop(B_NS, CALI, SYN, TC_EGRESS)
+    found = topology()
+    node = found.namespaces[B_NS]
+    found.namespaces[B_NS] = replace(node, reasons=0, links={CALI: replace(node.links[CALI], name="calif00dbeef012")})
+    (cause,) = causes(recorder, found)
+    assert (cause.calico_reason, cause.sources) == ("UNAUTH_SOURCE", ("log",))
+
+
 def test_only_the_last_passage_can_have_led_to_the_drop() -> None:
     recorder = Recorder()
     recorder.log(*DENIED_LOG)

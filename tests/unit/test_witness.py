@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 
 import pytest
-from tests.unit.packets import Recorder, calico_state
-from tests.unit.test_drops import SYN, causes
+from tests.unit.packets import CLIENT, POD, SPORT, TARGET_PORT, Recorder, calico_state, state_of
+from tests.unit.test_drops import SYN, causes, with_state
 from tests.unit.test_verdict import B_NS, CALI, TC_EGRESS
 
 from calitrace.calico import reasons
+from calitrace.calico.state import LAYOUTS, Layout
 from calitrace.correlate import walk
 from calitrace.correlate.drops import Cause, Confidence, Place
 from calitrace.correlate.witness import Statement, weigh
 from calitrace.errors import Malformed
+from calitrace.packet import TCP
 
 SPOOFED = walk.Step("RPF", "10.9.9.9 at cali1", "no route", walk.SPOOFED, "dropped, and no counter tells it")
 VERDICT = walk.Step("verdict", "udp 10.0.0.1:9 -> 10.0.0.2:53", "delivered")
@@ -77,6 +79,21 @@ def test_counters_do_not_speak_for_a_packet_whose_state_has_no_reason() -> None:
     found = weigh(in_state(), Statement({"SHORT": 1}, 2.0))
     assert found.detail == "cause not recorded (policy allow, conntrack NEW)"
     assert found.sources == ("state",)
+
+
+@pytest.mark.parametrize("table", [each for each in LAYOUTS if each.releases in ("v3.28..v3.29", "v3.30..v3.31")])
+def test_counters_speak_where_the_release_keeps_no_reason(table: Layout) -> None:
+    recorder = Recorder()
+    recorder.drop(B_NS, CALI, SYN, TC_EGRESS)
+    recorder.state(B_NS, state_of(table, (CLIENT, SPORT, POD, TARGET_PORT), TCP, pol_rc=1))
+    (cause,) = causes(recorder, with_state(table))
+    assert (cause.detail, cause.sources) == ("cause not recorded (policy allow, conntrack NEW)", ("state",))
+    found = weigh(cause, Statement({"RT_UNKNOWN": 1, "SHORT": 0}, 2.0))
+    assert (found.calico_reason, found.sources) == ("RT_UNKNOWN", ("state", "counters"))
+    assert (found.text, found.confidence) == (
+        "dropped by Calico, it seems: the backend is not in Calico's routes map",
+        Confidence.LIKELY,
+    )
 
 
 def test_what_was_recorded_stays_and_disagreement_is_shown() -> None:

@@ -86,7 +86,8 @@ class Cause:
 
     *calico_reason*: name of Calico's code, empty where it recorded none; *rules*: those that decided, named if known.
     *sources*: which kinds of evidence carry it (``log``, ``state``, ``counters``, ``maps``, ``hook``, ``kernel``).
-    *recorded*: whether Calico or the kernel left more than that it was dropped.
+    *recorded*: whether Calico or the kernel left more than that it was dropped; *reasonless*: whether Calico's log or
+    state says that it had no reason of its own. Before v3.32 the state keeps none: then it does not say so.
     """
 
     text: str
@@ -101,6 +102,7 @@ class Cause:
     sources: tuple[str, ...] = ("kernel",)
     evidence: tuple[str, ...] = ()
     recorded: bool = True
+    reasonless: bool = False
 
 
 _TC_REASONS = {"TC_INGRESS": "tc ingress", "TC_EGRESS": "tc egress"}
@@ -170,7 +172,10 @@ def explain(drop: Drop, passages: Sequence[Passage], copy: StateCopy | None, top
             sources=("hook",),
             evidence=tuple(evidence),
         )
-    calico_reason = reasons.name(code, namespace.reasons if namespace else 0) if code else ""
+    numbering = namespace.reasons if namespace else 0
+    calico_reason = reasons.name(code, numbering) if code else ""
+    if not numbering and passage is not None and code and code == passage.code:
+        calico_reason = passage.calico_reason  # before v3.24 there are no counters, but the line shows its age
     detail = (passage.cause() if passage else "") or _meaning(calico_reason, drop.packet, held)
     detail = detail or (held.conntrack_problem if held is not None else "")
     recorded = bool(detail or rules)
@@ -198,6 +203,7 @@ def explain(drop: Drop, passages: Sequence[Passage], copy: StateCopy | None, top
         tuple(name for name, source in found.items() if source is not None) or ("hook",),
         tuple(evidence),
         recorded,
+        (passage is not None and code == 0) or (held is not None and held.calico_reason == 0),
     )
 
 

@@ -68,7 +68,7 @@ def weigh(cause: Cause, said: Statement) -> Cause:
             why = f"no program is in {', '.join(empty)}" if empty else "its place in the array of programs is empty"
             evidence.append("Calico's count of all packets at this hook did not rise: its main program did not run")
             found = ("counters", "", f"its main program did not run: {why}")
-        elif len(rose) == 1 and not {"log", "state"} & set(cause.sources):
+        elif len(rose) == 1 and not cause.reasonless:
             (name,) = rose
             found = ("counters", name, reasons.MEANING[name])
     elif not said.has_row:
