@@ -157,7 +157,7 @@ def bpftrace(action: str = COUNTING) -> Iterator[int]:
         reader = threading.Thread(target=collections.deque, args=(peer.stdout, 0))
         reader.start()  # a peer that prints must not wait for us
         fresh = [i for i in syscall.program_ids() if i not in before]
-        yield next(i for i in fresh if info(i).name.startswith("kfree_skb"))
+        yield next(i for i in fresh if syscall.program_by_id(i).name.startswith("kfree_skb"))
     finally:
         peer.terminate()
         if reader is not None:
@@ -165,15 +165,6 @@ def bpftrace(action: str = COUNTING) -> Iterator[int]:
         peer.communicate()
         if not mounted:
             subprocess.run(["umount", str(TRACEFS)], check=True)
-
-
-def info(identifier: int) -> syscall.ProgramInfo:
-    """A program by id."""
-    descriptor = syscall.program_fd(identifier)
-    try:
-        return syscall.program_info(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def cost(before: syscall.ProgramInfo, after: syscall.ProgramInfo) -> float:
@@ -193,14 +184,14 @@ def measure(
         collectors.watch_state(states or {})
         for _ in range(ROUNDS):
             before = dict(collectors.programs())
-            peer_before = info(peer) if peer else None
+            peer_before = syscall.program_by_id(peer) if peer else None
             for _ in range(FLOOD // BURST):
                 flood(left, BURST, payload)
                 collectors.drain()
             for name, after in collectors.programs().items():
                 found.setdefault(name, []).append(cost(before[name], after))
             if peer and peer_before:
-                found.setdefault("peer", []).append(cost(peer_before, info(peer)))
+                found.setdefault("peer", []).append(cost(peer_before, syscall.program_by_id(peer)))
         lost = {stat.name: number for stat, number in collectors.stats().items() if "LOST" in stat.name and number}
     if lost:
         raise SystemExit(f"error: {lost} while measuring: a lost event costs less than one that is sent")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from calitrace.errors import EnvironmentUnfit
@@ -45,8 +44,4 @@ def _look(route: Any) -> dict[tuple[str, str], tuple[int, ...]]:
 
 
 def _is_calico(identifier: int) -> bool:
-    descriptor = syscall.program_fd(identifier)
-    try:
-        return discover.is_calico(syscall.program_info(descriptor).name)
-    finally:
-        os.close(descriptor)
+    return discover.is_calico(syscall.program_by_id(identifier).name)

@@ -7,7 +7,6 @@ TC_INGRESS and TC_EGRESS, for as long as it runs.
 from __future__ import annotations
 
 import errno
-import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -174,13 +173,9 @@ def _iter_tcx(links: Iterable[Interface]) -> Iterator[Tcx]:
 
 def _program_name(identifier: int) -> str:
     try:
-        descriptor = syscall.program_fd(identifier)
+        return syscall.program_by_id(identifier).name
     except FileNotFoundError:  # it was replaced while we looked
         return f"program {identifier}"
-    try:
-        return syscall.program_info(descriptor).name
-    finally:
-        os.close(descriptor)
 
 
 def softnet() -> tuple[Softnet, ...]:

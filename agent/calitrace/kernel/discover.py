@@ -149,13 +149,15 @@ def _attached(route: Any, link: Any, hooks: Iterable[str]) -> dict[str, list[_At
     *hooks*: those at which it may have filters.
     """
     index = link["index"]
-    found = {hook: [_Attached("tcx", "", _program(each)) for each in _tcx(index, hook)] for hook in tc.HOOKS}
+    found = {
+        hook: [_Attached("tcx", "", syscall.program_by_id(each)) for each in _tcx(index, hook)] for hook in tc.HOOKS
+    }
     for each in tc.iter_filters(route, index, hooks):
-        info = _program(each.program) if each.program else None
+        info = syscall.program_by_id(each.program) if each.program else None
         attached = _Attached(f"tc pref {each.priority}", each.name if info else f"{each.kind} filter", info)
         if attached not in found[each.hook]:  # the kernel tells the parts of one u32 filter one by one
             found[each.hook].append(attached)
-    found["xdp"] = [_Attached("xdp", "XDP program", _program(each)) for each in _xdp(link)]
+    found["xdp"] = [_Attached("xdp", "XDP program", syscall.program_by_id(each)) for each in _xdp(link)]
     return found
 
 
@@ -171,15 +173,6 @@ def _tcx(index: int, hook: str) -> list[int]:
         return tc.tcx_programs(index, hook)
     except PermissionError:  # other things still can be seen
         return []
-
-
-def _program(identifier: int) -> syscall.ProgramInfo:
-    """A program by id. Raises OSError when it has gone."""
-    descriptor = syscall.program_fd(identifier)
-    try:
-        return syscall.program_info(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _calico_maps(program: syscall.ProgramInfo) -> tuple[syscall.MapInfo | None, int]:
@@ -205,7 +198,7 @@ def _calico_maps(program: syscall.ProgramInfo) -> tuple[syscall.MapInfo | None, 
                         identifier = int.from_bytes(value or b"", "little")
                         if identifier and identifier not in seen:
                             seen.add(identifier)
-                            waiting.append(_program(identifier))
+                            waiting.append(syscall.program_by_id(identifier))
             finally:
                 os.close(descriptor)
             if state_map and counters:

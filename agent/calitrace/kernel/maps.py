@@ -202,11 +202,7 @@ def _attached_maps(namespace: str) -> set[int]:
     found: set[int] = set()
     for identifier in {each for ids in attached.calico_programs(namespace).values() for each in ids}:
         with suppress(FileNotFoundError):  # it was unloaded while we looked
-            descriptor = syscall.program_fd(identifier)
-            try:
-                found.update(syscall.program_info(descriptor).map_ids)
-            finally:
-                os.close(descriptor)
+            found.update(syscall.program_by_id(identifier).map_ids)
     return found
 
 
@@ -240,25 +236,15 @@ def _used_by_calico(beside: int = 0) -> dict[int, tuple[syscall.MapInfo, int]]:
     found: dict[int, tuple[syscall.MapInfo, int]] = {}
     for identifier in syscall.program_ids():
         try:
-            descriptor = syscall.program_fd(identifier)
+            program = syscall.program_by_id(identifier)
         except FileNotFoundError:
             continue  # it was unloaded while we looked
-        try:
-            program = syscall.program_info(descriptor)
-        finally:
-            os.close(descriptor)
         if not program.name.startswith(_PREFIXES) or (beside and beside not in program.map_ids):
             continue
         for each in program.map_ids:
             if each not in found:
-                try:
-                    descriptor = syscall.map_fd(each)
-                except FileNotFoundError:
-                    continue
-                try:
-                    found[each] = syscall.map_info(descriptor), program.btf_id
-                finally:
-                    os.close(descriptor)
+                with suppress(FileNotFoundError):
+                    found[each] = syscall.map_by_id(each), program.btf_id
     return found
 
 

@@ -310,27 +310,15 @@ def _links(route: Any) -> tuple[Link, ...]:
 
 def _program(identifier: int, known: dict[int, Program]) -> Program:
     if identifier not in known:
-        descriptor = syscall.program_fd(identifier)
-        try:
-            info = syscall.program_info(descriptor)
-        finally:
-            os.close(descriptor)
+        info = syscall.program_by_id(identifier)
         used = {}
         for map_id in info.map_ids:
             with suppress(OSError):
-                found = _map_info(map_id)
+                found = syscall.map_by_id(map_id)
                 if found.name.startswith("cali_"):
                     used[found.name] = map_id
         known[identifier] = Program(identifier, info.name, info.jited_bytes, used)
     return known[identifier]
-
-
-def _map_info(identifier: int) -> syscall.MapInfo:
-    descriptor = syscall.map_fd(identifier)
-    try:
-        return syscall.map_info(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _with_hardware(links: list[Link]) -> Iterator[Link]:
@@ -365,11 +353,7 @@ def iter_programs() -> Iterator[Program]:
     """All loaded programs of this machine. Raises OSError."""
     for identifier in syscall.program_ids():
         with suppress(OSError):
-            descriptor = syscall.program_fd(identifier)
-            try:
-                info = syscall.program_info(descriptor)
-            finally:
-                os.close(descriptor)
+            info = syscall.program_by_id(identifier)
             yield Program(identifier, info.name, info.jited_bytes)
 
 
@@ -446,11 +430,7 @@ def _run_times() -> dict[int, tuple[str, int, int]]:
     found = {}
     for identifier in syscall.program_ids():
         with suppress(OSError):
-            descriptor = syscall.program_fd(identifier)
-            try:
-                info = syscall.program_info(descriptor)
-            finally:
-                os.close(descriptor)
+            info = syscall.program_by_id(identifier)
             found[identifier] = (info.name, info.run_time_ns, info.run_count)
     return found
 

@@ -17,7 +17,7 @@ from calitrace.errors import EnvironmentUnfit
 
 _NR_BPF = {"x86_64": 321, "aarch64": 280}
 _MAP_CREATE, _OBJ_PIN, _OBJ_GET = 0, 6, 7
-_PROG_GET_NEXT_ID, _MAP_GET_NEXT_ID = 11, 12
+_PROG_GET_NEXT_ID = 11
 _PROG_GET_FD_BY_ID, _MAP_GET_FD_BY_ID = 13, 14
 _OBJ_GET_INFO_BY_FD = 15
 _PROG_LOAD, _RAW_TRACEPOINT_OPEN = 5, 17
@@ -227,6 +227,24 @@ def map_info(descriptor: int) -> MapInfo:
         info.btf_key_type_id,
         info.btf_value_type_id,
     )
+
+
+def program_by_id(identifier: int) -> ProgramInfo:
+    """Describe a program by id. Raises OSError, FileNotFoundError when it has gone."""
+    descriptor = program_fd(identifier)
+    try:
+        return program_info(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def map_by_id(identifier: int) -> MapInfo:
+    """Describe a map by id. Raises OSError, FileNotFoundError when it has gone."""
+    descriptor = map_fd(identifier)
+    try:
+        return map_info(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def btf_bytes(identifier: int) -> bytes:
@@ -457,21 +475,12 @@ def enable_stats() -> int:
 
 def program_ids() -> list[int]:
     """Ids of all loaded programs. Raises OSError."""
-    return _ids(_PROG_GET_NEXT_ID)
-
-
-def map_ids() -> list[int]:
-    """Ids of all maps. Raises OSError."""
-    return _ids(_MAP_GET_NEXT_ID)
-
-
-def _ids(command: int) -> list[int]:
     found: list[int] = []
     while True:
         attr = _Attr()
         attr.u32[0] = found[-1] if found else 0
         try:
-            _call(command, attr)
+            _call(_PROG_GET_NEXT_ID, attr)
         except OSError as failure:
             if failure.errno == errno.ENOENT:
                 return found
