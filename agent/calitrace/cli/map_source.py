@@ -110,15 +110,16 @@ class Source:
             self.notes.append(text)
 
 
-def live(bpffs: Path | None, netns: str | None, pid: int | None, policy_dir: Path) -> Source:
+def live(bpffs: Path | None, netns: str, pid: int | None, policy_dir: Path) -> Source:
     """The maps of this node. Raises NotCalico, UsageError and EnvironmentUnfit as ``kernel.maps.find`` does."""
     from calitrace.calico.timeouts import SYSCTLS
     from calitrace.kernel import maps
 
     # Maps from elsewhere with ifindices of elsewhere: ours would give them wrong names.
-    interfaces = {} if bpffs is not None and netns is None and pid is None else maps.interfaces(netns, pid)
-    source = of_maps(maps.find(maps.root(bpffs, netns, pid), netns or str(pid or "")), interfaces)
-    source.sysctls = maps.sysctls(SYSCTLS.values(), netns, pid)
+    namespace = netns or str(pid or "")
+    interfaces = {} if bpffs is not None and not namespace else maps.interfaces(namespace)
+    source = of_maps(maps.find(maps.root(bpffs, netns, pid), namespace), interfaces)
+    source.sysctls = maps.sysctls(SYSCTLS.values(), namespace)
     source.policy_dir = policy_dir
     return source
 

@@ -75,7 +75,7 @@ def _maps_of(options: dict[str, Any]) -> map_source.Source:
 
 _WHERE = (
     click.option("--bpffs", type=click.Path(path_type=Path), help="Where the node's maps are pinned.  [/sys/fs/bpf]"),
-    click.option("--netns", help="Look through the mounts of a process in this network namespace."),
+    click.option("--netns", default="", help="Look through the mounts of a process in this network namespace."),
     click.option("--pid", type=int, help="Look through the mounts of this process."),
     click.option(
         "--policy-dir", type=click.Path(path_type=Path), default=POLICY_DIRECTORY, show_default=True,

@@ -11,7 +11,7 @@ import errno
 import os
 import socket
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,9 +57,10 @@ class Found:
         return self.pin.rpartition("/")[0]
 
 
-def root(bpffs: Path | None, namespace: str | None, pid: int | None) -> Path:
-    """The bpffs that the options ask for. Raises UsageError for a process or namespace that is not there.
+def root(bpffs: Path | None, namespace: str, pid: int | None = None) -> Path:
+    """The bpffs that the options ask for. *namespace*: "" for ours.
 
+    Raises UsageError for a process or namespace that is not there.
     A namespace has no mounts of its own: of its processes' views and ours the first with pins of Calico is taken. What
     `ip netns exec` starts has a /sys of its own, without a bpffs.
     """
@@ -68,7 +69,7 @@ def root(bpffs: Path | None, namespace: str | None, pid: int | None) -> Path:
         if not Path(f"/proc/{pid}/root").exists():
             raise UsageError(f"no process {pid}", "name one of the node's own processes, such as calico-node's")
         return _seen_by(pid, where)
-    if namespace is None:
+    if not namespace:
         return where
     views = [*(_seen_by(each, where) for each in _processes_in(namespace)), where]
     return next((each for each in views if _has_pins(each)), views[0])
@@ -99,19 +100,15 @@ def _processes_in(namespace: str) -> list[int]:
     return list(found.values())
 
 
-def interfaces(namespace: str | None, pid: int | None) -> dict[int, str]:
-    """ifindex to name in the namespace that the options ask for. Raises UsageError, EnvironmentUnfit."""
-    where = namespace if namespace is not None else pid
-    if where is None:
-        return dict(socket.if_nameindex())
-    with netns.inside(str(where)):
+def interfaces(namespace: str) -> dict[int, str]:
+    """ifindex to name in a namespace, "" for ours. Raises UsageError, EnvironmentUnfit."""
+    with netns.inside(namespace):
         return dict(socket.if_nameindex())
 
 
-def sysctls(names: Iterable[str], namespace: str | None, pid: int | None) -> dict[str, int]:
+def sysctls(names: Iterable[str], namespace: str) -> dict[str, int]:
     """Numbers below /proc/sys/net/netfilter, without those that are not there. Raises as :func:`interfaces`."""
-    where = namespace if namespace is not None else pid
-    with netns.inside(str(where)) if where is not None else nullcontext():
+    with netns.inside(namespace):
         found = {name: _NETFILTER / name for name in names}
         return {name: int(path.read_text()) for name, path in found.items() if path.exists()}
 
