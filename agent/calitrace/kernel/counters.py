@@ -6,7 +6,6 @@ TC_INGRESS and TC_EGRESS, for as long as it runs.
 
 from __future__ import annotations
 
-import errno
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -155,12 +154,7 @@ def interfaces(route: Any) -> tuple[Interface, ...]:
 def _iter_tcx(links: Iterable[Interface]) -> Iterator[Tcx]:
     for link in links:
         for hook in tc.HOOKS:
-            try:
-                attached = syscall.attached_programs(link.ifindex, hook)
-            except OSError as failure:
-                if failure.errno == errno.EPERM:
-                    raise
-                continue  # before Linux 6.6 there is no tcx; or the interface has gone
+            attached = tc.tcx_programs(link.ifindex, hook)
             if attached:
                 yield Tcx(link.ifindex, hook, tuple(_program_name(each) for each in attached))
 

@@ -288,8 +288,13 @@ def read(found: Found) -> RawMap:
     info = found.info
     cpus = syscall.possible_cpus() if info.type in _PER_CPU else 1
     return RawMap(
-        found.name, found.pin, info.type, info.key_size, info.value_size, info.max_entries, cpus, Entries(found, cpus)
+        found.name, found.pin, info.type, info.key_size, info.value_size, info.max_entries, cpus, Entries(found)
     )
+
+
+def _value_bytes(info: syscall.MapInfo) -> int:
+    """Size of a value as the kernel hands it out: of a per-CPU map those of all CPUs, each padded to 8 bytes."""
+    return syscall.possible_cpus() * (-(-info.value_size // 8) * 8) if info.type in _PER_CPU else info.value_size
 
 
 class Entries:
@@ -298,10 +303,9 @@ class Entries:
     *notes*: what befell the last reading: keys that came twice, an end forced because keys vanish faster than we read.
     """
 
-    def __init__(self, found: Found, cpus: int) -> None:
+    def __init__(self, found: Found) -> None:
         self._found = found
-        info = found.info
-        self._value_size = cpus * (-(-info.value_size // 8) * 8) if info.type in _PER_CPU else info.value_size
+        self._value_size = _value_bytes(found.info)
         self.notes: list[str] = []
         self.complete = True
 
@@ -424,8 +428,7 @@ def delete(found: Found, keys: list[bytes]) -> int:
 
 def clear(found: Found, keys: list[bytes]) -> None:
     """Set the values of these keys to zeros, on all CPUs. Raises EnvironmentUnfit."""
-    info = found.info
-    size = syscall.possible_cpus() * (-(-info.value_size // 8) * 8) if info.type in _PER_CPU else info.value_size
+    size = _value_bytes(found.info)
     descriptor = open_map(found)
     try:
         for key in keys:
