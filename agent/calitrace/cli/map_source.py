@@ -61,7 +61,12 @@ class Source:
     def rule_names(self) -> dict[int, str]:
         """Rule id to its name: out of Felix's debug files, which are many and large, when they are asked for."""
         if self.policy_dir is not None:
-            self.rules, self.policy_dir = _rules(self.policy_dir, self), None
+            from calitrace.cli.recording import rule_names
+
+            self.rules, unread = rule_names([self.policy_dir])
+            self.policy_dir = None
+            for each in unread:
+                self.note(each)
         return self.rules
 
     def _timeouts(self) -> Timeouts:
@@ -198,18 +203,6 @@ def _describe(source: Source, found: Iterable[Found]) -> None:
         elif any(said):
             source.differing[raw.pin] = f"{whose} differs from our table: {'; '.join(filter(None, said))}"
     source.maps = described
-
-
-def _rules(directory: Path, source: Source) -> dict[int, str]:
-    from calitrace.calico import policy
-
-    names: dict[int, str] = {}
-    for file in sorted(directory.glob("*.json")):
-        try:
-            names.update(policy.rule_names(file.read_bytes()))
-        except (OSError, Malformed) as failure:  # Felix replaces these files as pods come and go
-            source.note(f"no rule names from {file.name}: {failure}")
-    return names
 
 
 def of_journal(path: Path) -> Source:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import socket
 import sys
@@ -670,34 +669,21 @@ _snapshot.params += click.command()(_with((*_BPFTOOL, *_WHERE), lambda: None)).p
 def save(source: map_source.Source, path: Path) -> None:
     """Write a snapshot. Raises UsageError when the file exists or cannot be written."""
     from calitrace import __version__, journal
-    from calitrace.calico import mapbtf
-    from calitrace.kernel import discover
+    from calitrace.calico import mapbtf, maptables
+    from calitrace.cli.recording import create, origin
 
-    try:
-        stream = path.open("xb")
-    except FileExistsError:
-        raise UsageError(f"{path} exists already", "name another file, or remove it") from None
-    except OSError as failure:
-        raise UsageError(f"cannot write {path}: {failure.strerror}") from failure
-    with stream:
+    with create(path) as stream:
         writer = journal.Writer(stream, {
-            "version": __version__, "node": source.node, "sysctls": source.sysctls,
-            **({"boot_id": discover.boot_id(), "kernel": os.uname().release} if source.now_ns else {}),
+            **(origin() if source.now_ns else {"version": __version__}), "node": source.node, "sysctls": source.sysctls,
             "mono_ns": source.now_ns, "wall_ns": time.time_ns(),
             "interfaces": source.interfaces, "rules": source.rule_names(), "in_use": sorted(source.in_use),
             "programs": source.programs,
             "layouts": {raw.pin: mapbtf.to_plain(raw.described) for raw in source.maps if raw.described is not None},
         })  # fmt: skip
         for raw in source.maps:
-            for body in journal.map_bodies(raw, _blocks(raw)):
+            for body in journal.map_bodies(raw, maptables.blocks(raw)):
                 writer.write(journal.MAPS, body)
         writer.write(journal.END, {"mono_ns": time.monotonic_ns()})
-
-
-def _blocks(raw: RawMap) -> Iterable[tuple[int, bytes, bytes]]:
-    from calitrace.calico import maptables
-
-    return maptables.blocks(raw)
 
 
 # --- Questions across maps ---------------------------------------------------------------------------------------
