@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +13,13 @@ import pytest
 from pyroute2 import IPRoute
 from pyroute2 import netns as pyroute_netns
 
-from calitrace.kernel import loader, netns
+from calitrace.kernel import loader, netns, syscall
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _serial = itertools.count()
+_LINK_CREATE, _TCX = 28, {"ingress": 46, "egress": 47}
 HOOKS = {"ingress": 0xFFFFFFF2, "egress": 0xFFFFFFF3}
 
 
@@ -46,6 +49,26 @@ class Pair:
                 classid=1,
                 direct_action=True,
             )
+
+    @contextmanager
+    def attached_by_tcx(
+        self, bpf: Any, function: str, namespace: str, interface: str, hook: str = "ingress"
+    ) -> Iterator[None]:
+        """A compiled classifier at a tcx hook, by a link that goes at the end."""
+        program = bpf.load_func(function.encode(), bpf.SCHED_CLS)
+        attr = syscall.Attr()
+        with netns.inside(namespace), IPRoute() as route:
+            attr.u32[0:3] = (program.fd, route.link_lookup(ifname=interface)[0], _TCX[hook])
+            try:
+                link = syscall.call(_LINK_CREATE, attr)
+            except OSError as refused:
+                if refused.errno != errno.EINVAL:
+                    raise
+                pytest.skip(f"this kernel has no tcx: {refused.strerror}")
+        try:
+            yield
+        finally:
+            os.close(link)
 
 
 @pytest.fixture

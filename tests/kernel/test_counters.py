@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import socket
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 __all__ = ["bpffs"]  # a fixture
 pytestmark = pytest.mark.root
 COUNT = 23
-_LINK_CREATE, _TCX_INGRESS = 28, 46
 DROP = "int drop_mine(struct __sk_buff *skb) { return skb->protocol == 0xb588 ? 2 : -1; }"
 
 
@@ -101,21 +99,8 @@ def test_clsact_as_tc_says(pair: Pair) -> None:
 @contextmanager
 def tcx_program(pair: Pair, name: str = "drop_mine") -> Iterator[None]:
     """`DROP` at right0's ingress, by a tcx link."""
-    programs = compile_tc(DROP.replace("drop_mine", name))
-    program = programs.load_func(name.encode(), programs.SCHED_CLS)
-    attr = syscall._Attr()
-    with netns.inside(pair.right), IPRoute() as route:
-        attr.u32[0:3] = (program.fd, route.link_lookup(ifname="right0")[0], _TCX_INGRESS)
-        try:
-            link = syscall._call(_LINK_CREATE, attr)
-        except OSError as refused:
-            if refused.errno != errno.EINVAL:
-                raise
-            pytest.skip(f"this kernel has no tcx: {refused.strerror}")
-    try:
+    with pair.attached_by_tcx(compile_tc(DROP.replace("drop_mine", name)), name, pair.right, "right0"):
         yield
-    finally:
-        os.close(link)
 
 
 def test_tcx_has_no_counter_and_says_so(pair: Pair) -> None:

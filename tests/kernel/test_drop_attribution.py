@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import socket
 import struct
@@ -24,7 +23,6 @@ from tests.netns.test_drops import COUNT, finished, listening
 from tests.unit.packets import state_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from calitrace.model import Topology
@@ -35,7 +33,6 @@ pytestmark = pytest.mark.root
 PORT, RULE = 40001, 0x1234
 SIX = {"left": "fd00::1", "right": "fd00::2"}
 _SKB_MODE = 2  # XDP_FLAGS_SKB_MODE
-_LINK_CREATE, _TCX = 28, {"ingress": 46, "egress": 47}
 # Drops UDP, as Calico's first program, and leaves a state that the test has written.
 CALICO = """
 BPF_PERCPU_ARRAY(%(map)s, struct { u8 bytes[%(size)d]; }, %(entries)d);
@@ -62,24 +59,6 @@ def calico(table: Layout, verdict: str = "2") -> Any:
 def write_state(bpf: Any, table: Layout, raw: bytes) -> None:
     """On all CPUs."""
     syscall.map_update(bpf[table.map_name.encode()].map_fd, bytes(4), raw * syscall.possible_cpus())
-
-
-@contextlib.contextmanager
-def attached_by_tcx(bpf: Any, function: str, namespace: str, interface: str, hook: str) -> Iterator[None]:
-    program = bpf.load_func(function.encode(), bpf.SCHED_CLS)
-    attr = syscall._Attr()
-    with netns.inside(namespace), IPRoute() as route:
-        attr.u32[0:3] = (program.fd, route.link_lookup(ifname=interface)[0], _TCX[hook])
-        try:
-            link = syscall._call(_LINK_CREATE, attr)
-        except OSError as refused:
-            if refused.errno != errno.EINVAL:
-                raise
-            pytest.skip(f"this kernel has no tcx: {refused.strerror}")
-    try:
-        yield
-    finally:
-        os.close(link)
 
 
 def with_ipv6(pair: Pair) -> None:
@@ -155,7 +134,7 @@ def test_the_state_of_each_release_names_the_cause(pair: Pair, table: Layout, ve
     write_state(bpf, table, kept)
     with contextlib.ExitStack() as stack:
         if tcx:
-            stack.enter_context(attached_by_tcx(bpf, "cali_tc_preamble", pair.left, "left0", "egress"))
+            stack.enter_context(pair.attached_by_tcx(bpf, "cali_tc_preamble", pair.left, "left0", "egress"))
         else:
             pair.attach(bpf, "cali_tc_preamble", pair.left, "left0", "egress")
         (cause,), topology = causes_of(pair, source, target)
@@ -217,7 +196,7 @@ def test_a_filter_without_a_program_may_have_dropped_it(pair: Pair, qdisc: str) 
         if qdisc == "clsact":
             pair.attach(bpf, "cali_tc_preamble", pair.right, "right0", "ingress")
         else:
-            stack.enter_context(attached_by_tcx(bpf, "cali_tc_preamble", pair.right, "right0", "ingress"))
+            stack.enter_context(pair.attached_by_tcx(bpf, "cali_tc_preamble", pair.right, "right0", "ingress"))
         subprocess.run(["tc", "filter", "add", "dev", "right0", "ingress", "pref", "1", *CLASSIC], check=True)
         (cause,), _ = causes_of(pair, pair.left_ip, pair.right_ip, pair.right)
     assert not cause.by_calico
