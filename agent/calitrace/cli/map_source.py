@@ -230,6 +230,26 @@ def of_journal(path: Path) -> Source:
     return source
 
 
+def save(source: Source, path: Path) -> None:
+    """Write a snapshot. Raises UsageError when the file exists or cannot be written."""
+    from calitrace import __version__, journal
+    from calitrace.calico import mapbtf, maptables
+    from calitrace.cli.recording import create, origin
+
+    with create(path) as stream:
+        writer = journal.Writer(stream, {
+            **(origin() if source.now_ns else {"version": __version__}), "node": source.node, "sysctls": source.sysctls,
+            "mono_ns": source.now_ns, "wall_ns": time.time_ns(),
+            "interfaces": source.interfaces, "rules": source.rule_names(), "in_use": sorted(source.in_use),
+            "programs": source.programs,
+            "layouts": {raw.pin: mapbtf.to_plain(raw.described) for raw in source.maps if raw.described is not None},
+        })  # fmt: skip
+        for raw in source.maps:
+            for body in journal.map_bodies(raw, maptables.blocks(raw)):
+                writer.write(journal.MAPS, body)
+        writer.write(journal.END, {"mono_ns": time.monotonic_ns()})
+
+
 def _stored(found: Journal) -> Source:
     """The maps of a journal, and what its header says about them."""
     from calitrace.calico import mapbtf
