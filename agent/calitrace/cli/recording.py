@@ -151,18 +151,10 @@ def header(
 ) -> dict[str, Any]:
     """What a journal must know to be read elsewhere. *warnings*: to which those about rule names are added."""
     reasons = types.enum("skb_drop_reason") if types else None
-    rules: dict[int, str] = {}
-    for directory in policy_dirs:
-        for file in sorted(directory.glob("*.json")):
-            try:
-                rules.update(policy.rule_names(file.read_bytes()))
-            except (OSError, Malformed) as failure:  # Felix replaces these files as pods come and go
-                warnings.append(f"no rule names from {file.name}: {failure}")
+    rules, unread = rule_names(policy_dirs)
+    warnings += unread
     return {
-        "version": __version__,
-        "node": socket.gethostname(),
-        "boot_id": discover.boot_id(),
-        "kernel": os.uname().release,
+        **origin(),
         "mono_ns": time.monotonic_ns(),
         "wall_ns": time.time_ns(),
         "run_id": plan.run_id,
@@ -173,6 +165,29 @@ def header(
         "topology": topology.to_map(),
         "warnings": warnings,
     }
+
+
+def origin() -> dict[str, str]:
+    """Which version, machine and boot a journal is of."""
+    return {
+        "version": __version__,
+        "node": socket.gethostname(),
+        "boot_id": discover.boot_id(),
+        "kernel": os.uname().release,
+    }
+
+
+def rule_names(directories: Iterable[Path]) -> tuple[dict[int, str], list[str]]:
+    """Rule id to its name, out of Felix's policy debug files; and which could not be read."""
+    names: dict[int, str] = {}
+    unread = []
+    for directory in directories:
+        for file in sorted(directory.glob("*.json")):
+            try:
+                names.update(policy.rule_names(file.read_bytes()))
+            except (OSError, Malformed) as failure:  # Felix replaces these files as pods come and go
+                unread.append(f"no rule names from {file.name}: {failure}")
+    return names, unread
 
 
 def unread_states(topology: Topology) -> list[str]:
