@@ -109,6 +109,7 @@ class Link:
     """An interface. *calico*, *foreign*: names of the programs on it, by hook (``ingress``, ``egress``, ``xdp``).
 
     *chain*: all that runs at a tc hook, in order: how it is attached, name, id, tag, when it was loaded.
+    *workload*: it is a pod's interface on the node, as Calico sees it.
     """
 
     ifindex: int
@@ -119,6 +120,7 @@ class Link:
     peer_netns: int = 0
     peer_ifindex: int = 0
     chain: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    workload: bool = False
 
 
 @dataclass(frozen=True)
@@ -204,10 +206,11 @@ class Topology:
 
 
 def _tuples(link: dict[str, Any]) -> dict[str, Any]:
-    """msgpack knows no tuples: put them back."""
+    """msgpack knows no tuples: put them back. Journals of before did not say which interfaces are pods'."""
     fields = ("calico", "foreign", "chain")
     hooks = {each: {k: tuple(v) for k, v in link.get(each, {}).items()} for each in fields}
-    return {**link, **hooks, "addresses": tuple(link["addresses"])}
+    workload = link.get("workload", link["name"].startswith("cali"))
+    return {**link, **hooks, "addresses": tuple(link["addresses"]), "workload": workload}
 
 
 _SHORTEST = 3  # characters of a shortened name

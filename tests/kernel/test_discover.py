@@ -57,7 +57,7 @@ def test_doctor_sees_a_node_that_is_no_neighbour_of_ours(pair: Pair) -> None:
 
 @pytest.mark.parametrize(("client", "roles"), [(2, ("client", "pod")), (1, ("pod", "pod"))])
 def test_a_pod_from_which_probes_come_is_their_client(client: int, roles: tuple[str, str]) -> None:
-    links = {index: Link(index, f"cali{index}", peer_netns=index) for index in (2, 3)}
+    links = {index: Link(index, f"cali{index}", peer_netns=index, workload=True) for index in (2, 3)}
     found = {1: Namespace(1, "node", Role.NODE, links)}
     found |= {inum: Namespace(inum, f"pod-{inum}", Role.OTHER, {}) for inum in (2, 3)}
     topology = discover._with_roles(found, client)
@@ -158,3 +158,32 @@ def test_maps_that_are_not_pinned_are_a_nodes_by_its_programs(
         assert {each.name: each.info.id for each in maps.find(tmp_path, namespace)} == wanted
     with pytest.raises(UsageError, match="several nodes are loaded"):
         maps.find(tmp_path)
+
+
+IFSTATE = """
+struct row { u32 flags; char name[16]; s32 policies[8]; };
+BPF_TABLE("hash", u32, struct row, cali_iface4, 1000);
+BPF_PROG_ARRAY(cali_progs_ing2, 400);
+int cali_tc_preamble(struct __sk_buff *skb) { cali_progs_ing2.call(skb, 399); return 0; }
+int calico_tc_main(struct __sk_buff *skb) { u32 key = 0; return cali_iface4.lookup(&key) ? -1 : 0; }
+"""
+
+
+def test_pods_interfaces_are_those_that_calico_says_whatever_another_cni_named_them(pair: Pair) -> None:
+    bpf = compile_tc(IFSTATE)
+    program = bpf.load_func(b"calico_tc_main", bpf.SCHED_CLS)
+    syscall.map_update(bpf[b"cali_progs_ing2"].map_fd, struct.pack("<I", 399), struct.pack("<I", program.fd))
+    pair.attach(bpf, "cali_tc_preamble", pair.left, "left0", "ingress")
+
+    def look() -> tuple[Link, Role]:
+        found = discover.topology(pair.left).namespaces
+        (link,) = (each for each in found[netns.inum(pair.left)].links.values() if each.name == "left0")
+        return link, found[netns.inum(pair.right)].role
+
+    link, role = look()
+    assert (link.workload, role) == (False, Role.OTHER)
+    for flags, workload in ((2 | 8, False), (1 | 2, True)):  # a host's interface, ready; a workload's
+        row = struct.pack("<I16s8i", flags, b"left0", *[-1] * 8)
+        syscall.map_update(bpf[b"cali_iface4"].map_fd, struct.pack("<I", link.ifindex), row)
+        found, role = look()
+        assert (found.workload, role) == (workload, Role.POD if workload else Role.OTHER)

@@ -42,7 +42,7 @@ def topology(*, without_b: bool = False, foreign: bool = False, calico: bool = T
             Role.NODE,
             {
                 UPLINK: Link(UPLINK, "eth0", (NODE_B,), BOTH, {"xdp": ("x",)} if xdp else {}),
-                CALI: Link(CALI, "cali1", (), hooks, other),
+                CALI: Link(CALI, "cali1", (), hooks, other, workload=True),
             },
             8,
             "cali_state6",

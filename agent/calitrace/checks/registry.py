@@ -68,10 +68,10 @@ def sources(snapshot: Snapshot) -> dict[str, Any]:
     known = _release(snapshot, found)
     found["release"] = known or Missing("nothing says which release of Calico this is: give --calico-version")
     found["felix"] = _felix(snapshot, found["calico_node"], known)
-    found["links"] = _with_workloads(snapshot.links, found["felix"])
     found["felix_log"] = _felix_log(snapshot)
     for name, decode in _DECODED.items():
         found[name] = snapshot.maps if isinstance(snapshot.maps, Missing) else decode(snapshot.maps)
+    found["links"] = _with_workloads(snapshot.links, found["felix"], found["interfaces"])
     return found
 
 
@@ -108,15 +108,22 @@ def _felix(
 
 
 def _with_workloads(
-    links: tuple[Link, ...] | Missing, felix: felix_config.Settings | Missing
+    links: tuple[Link, ...] | Missing,
+    felix: felix_config.Settings | Missing,
+    interfaces: tuple[decoded.Interface, ...] | Missing,
 ) -> tuple[Link, ...] | Missing:
-    """The interfaces, those of pods marked: interfacePrefix is a list, ``cali`` unless another CNI names them."""
+    """The interfaces, those of pods marked: interfacePrefix is a list, ``cali`` unless another CNI names them.
+
+    Where Felix's settings are not known, its ifstate map tells it as well.
+    """
     if isinstance(links, Missing):
         return links
     setting = felix_config.Unset("") if isinstance(felix, Missing) else felix.get("interfacePrefix")
     names = "cali" if isinstance(setting, felix_config.Unset) else str(setting.value)
     prefixes = tuple(each.strip() for each in names.split(",") if each.strip())
-    return tuple(replace(each, workload=each.name.startswith(prefixes)) for each in links)
+    rows = () if isinstance(interfaces, Missing) else interfaces
+    flagged = {(row.index, row.name) for row in rows if row.flags & decoded.WORKLOAD}
+    return tuple(replace(e, workload=e.name.startswith(prefixes) or (e.index, e.name) in flagged) for e in links)
 
 
 def _felix_log(snapshot: Snapshot) -> tuple[felix_log.Line, ...] | Missing:

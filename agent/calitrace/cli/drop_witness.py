@@ -145,7 +145,7 @@ class _Node:
     def _back(self, drop: Drop, source: str) -> str:
         """Only of host interfaces and packets in no tunnel: pods' sources are judged by Calico's own routes."""
         link = self._namespace.links.get(drop.ifindex)
-        if len(drop.packet.layers) > 1 or link is None or link.name.startswith("cali"):
+        if len(drop.packet.layers) > 1 or link is None or link.workload:
             return ""
         ours = self._namespace.inum == netns.own_inum()
         with netns.inside("" if ours else self.name):

@@ -17,7 +17,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from calitrace.calico import reasons, state
-from calitrace.calico.log import Reader
+from calitrace.calico.log import Reader, of_topology
 from calitrace.calico.passage import Assembler
 from calitrace.errors import LayoutMismatch
 from calitrace.events import CAPTURE_BYTES, DROP
@@ -118,7 +118,6 @@ _XDP_FUNCTIONS = ("do_xdp_generic", "netif_receive_generic_xdp", "bpf_prog_run_g
 _AT = {"tc ingress": "ingress", "tc egress": "egress", "XDP": "xdp"}  # in Link.calico, .foreign and .chain
 _DROPPED_BY_POLICY = 4
 _TCP = 6
-_POD_PREFIX = "cali"  # Felix's interfacePrefix, as it is by default
 
 
 def place_of(event: PacketEvent, topology: Topology, hook: str = "") -> Place:
@@ -181,7 +180,7 @@ def explain(drop: Drop, passages: Sequence[Passage], copy: StateCopy | None, top
     recorded = bool(detail or rules)
     inferred = ""
     if not recorded and held is not None:
-        of_pod = link is not None and link.name.startswith(_POD_PREFIX)
+        of_pod = link is not None and link.workload
         inferred = held.silent(from_pod=of_pod and at == "ingress", to_pod=of_pod and at == "egress")
         detail = inferred or f"cause not recorded (policy {_policy(held)}, conntrack {held.conntrack})"
     if passage is not None and held is not None and held.calico_reason not in (None, 0, code):
@@ -339,6 +338,10 @@ class Joiner:
         self._passages: dict[int, Passage] = {}  # by CPU: the last one, since only that can have led to the drop
         self._waiting: dict[int, Dropped] = {}  # by CPU: for the state that may follow
         self._fresh: set[int] = set()
+
+    def know(self, topology: Topology) -> None:
+        """Which interfaces are pods' from now on: what a log line's direction means depends on it."""
+        self._reader = Reader(of_topology(topology))
 
     def feed(self, event: Event | LogLine, raw: bytes) -> Iterator[Dropped]:
         """Take the next event; gives what is complete."""

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from calitrace.calico import state
+from calitrace.calico.log import WORKLOAD_PREFIXES
 from calitrace.errors import EnvironmentUnfit, UsageError
 from calitrace.events import STATE_BYTES
-from calitrace.kernel import netns, syscall, tc
+from calitrace.kernel import maps, netns, syscall, tc
 from calitrace.model import Link, Namespace, Role, Topology
 
-_WORKLOAD_PREFIX = "cali"
+_WORKLOAD = 1  # flag in the ifstate map, of every version. Source: felix/bpf/ifstate/map.go
 _ATTEMPTS = 10
 _NO_ROUTE = {
     errno.ENETUNREACH,
@@ -72,8 +73,7 @@ def _namespace(route: Any, inum: int, name: str, files: Mapping[int, str]) -> Na
         addresses.setdefault(message["index"], []).append(address)
     hooks = tc.hooks(route)
     links: dict[int, Link] = {}
-    state_map: syscall.MapInfo | None = None
-    counters = 0
+    its = _CalicoMaps()
     messages = list(route.get_links())
     peers = {message.get_attr("IFLA_LINK_NETNSID") for message in messages} - {None}
     nsids = _peer_namespaces(route, peers, files)
@@ -87,9 +87,8 @@ def _namespace(route: Any, inum: int, name: str, files: Mapping[int, str]) -> Na
             calico[hook] = tuple(each.name for each in attached if each.is_calico)
             foreign[hook] = tuple(each.name for each in attached if not each.is_calico)
             for each in attached:
-                if each.is_calico and each.info is not None and not (state_map and counters):
-                    its_state, its_counters = _calico_maps(each.info)
-                    state_map, counters = state_map or its_state, counters or its_counters
+                if each.is_calico and each.info is not None and not its.complete:
+                    its.add(each.info)
         links[index] = Link(
             index,
             message.get_attr("IFLA_IFNAME"),
@@ -100,16 +99,33 @@ def _namespace(route: Any, inum: int, name: str, files: Mapping[int, str]) -> Na
             message.get_attr("IFLA_LINK") or 0,
             {hook: programs for hook, programs in chain.items() if programs},
         )
+    flagged = _flagged(its.ifstate, links)
+    links = {
+        i: replace(each, workload=i in flagged or each.name.startswith(WORKLOAD_PREFIXES)) for i, each in links.items()
+    }
     return Namespace(
         inum,
         name,
         Role.NODE if any(link.calico for link in links.values()) else Role.OTHER,
         links,
-        state_map.id if state_map else 0,
-        state_map.name if state_map else "",
-        state_map.value_size if state_map else 0,
-        counters,
+        its.state.id if its.state else 0,
+        its.state.name if its.state else "",
+        its.state.value_size if its.state else 0,
+        its.reasons,
     )
+
+
+def _flagged(ifstate: int, links: Iterable[int]) -> set[int]:
+    """Those of *links* that Calico's ifstate map says to be workloads': another CNI names them as it likes."""
+    if not ifstate:
+        return set()
+    descriptor = syscall.map_fd(ifstate)
+    try:
+        size = syscall.map_info(descriptor).value_size
+        rows = {index: syscall.map_lookup(descriptor, index.to_bytes(4, "little"), size) for index in links}
+    finally:
+        os.close(descriptor)
+    return {index for index, row in rows.items() if row and row[0] & _WORKLOAD}
 
 
 def is_calico(program: str) -> bool:
@@ -172,35 +188,35 @@ def _tcx(index: int, hook: str) -> list[int]:
         return []
 
 
-def _calico_maps(program: syscall.ProgramInfo) -> tuple[syscall.MapInfo | None, int]:
-    """The state map that a program uses, and the number of counters in its counters map (0: not found).
+@dataclass
+class _CalicoMaps:
+    """What a node's programs use: *state* map, *ifstate* map's id, and how many *reasons* are counted; 0: none."""
 
-    Calico's preamble names the state map itself; the counters map belongs to the programs it tail-calls.
-    """
-    state_map = None
-    counters = 0
-    waiting, seen = [program], {program.id}
-    while waiting:
-        for identifier in waiting.pop().map_ids:
-            descriptor = syscall.map_fd(identifier)
-            try:
-                info = syscall.map_info(descriptor)
-                if "_state" in info.name and info.name.startswith("cali"):
-                    state_map = state_map or info
-                elif info.name.startswith("cali_counters"):
-                    counters = info.value_size // 8
-                elif info.type == syscall.MAP_TYPE_PROG_ARRAY and info.name.startswith("cali_progs"):
-                    for index in range(min(info.max_entries, 128)):
-                        value = syscall.map_lookup(descriptor, index.to_bytes(4, "little"), 4)
-                        identifier = int.from_bytes(value or b"", "little")
-                        if identifier and identifier not in seen:
-                            seen.add(identifier)
-                            waiting.append(syscall.program_by_id(identifier))
-            finally:
-                os.close(descriptor)
-            if state_map and counters:
-                return state_map, counters
-    return state_map, counters
+    state: syscall.MapInfo | None = None
+    ifstate: int = 0
+    reasons: int = 0
+
+    @property
+    def complete(self) -> bool:
+        return bool(self.state and self.ifstate and self.reasons)
+
+    def add(self, program: syscall.ProgramInfo) -> None:
+        """Look at the maps of a program, and of those that it may tail-call: the preamble itself has the state only."""
+        waiting, seen = [program], {program.id}
+        while waiting and not self.complete:
+            for identifier in waiting.pop().map_ids:
+                self._note(syscall.map_by_id(identifier))
+                fresh = maps.chained(identifier) - seen
+                seen |= fresh
+                waiting += map(syscall.program_by_id, sorted(fresh))
+
+    def _note(self, info: syscall.MapInfo) -> None:
+        if "_state" in info.name and info.name.startswith("cali"):
+            self.state = self.state or info
+        elif info.name.startswith("cali_counters"):
+            self.reasons = self.reasons or info.value_size // 8
+        elif info.name.startswith("cali_iface"):
+            self.ifstate = self.ifstate or info.id
 
 
 def _peer_namespaces(route: Any, wanted: set[int], files: Mapping[int, str]) -> dict[int | None, int]:
@@ -242,7 +258,7 @@ def _with_roles(found: dict[int, Namespace], client: int) -> Topology:
         for namespace in found.values()
         if namespace.role is Role.NODE
         for link in namespace.links.values()
-        if link.name.startswith(_WORKLOAD_PREFIX)
+        if link.workload
     }
 
     def role(namespace: Namespace) -> Role:

@@ -205,11 +205,11 @@ def _attached_maps(namespace: str) -> set[int]:
         with suppress(FileNotFoundError):  # it was unloaded while we looked
             maps = set(syscall.program_by_id(identifier).map_ids) - found
             found |= maps
-            waiting |= {program for each in maps for program in _chain(each)} - seen
+            waiting |= {program for each in maps for program in chained(each)} - seen
     return found
 
 
-def _chain(identifier: int) -> set[int]:
+def chained(identifier: int) -> set[int]:
     """Ids of the programs in this map, if it is an array of Calico's own programs."""
     descriptor = syscall.map_fd(identifier)
     try:
