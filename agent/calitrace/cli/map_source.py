@@ -338,7 +338,7 @@ def _flow(source: Source, packet: Packet) -> Iterator[dict[str, Any]]:
     from calitrace.calico import maptables
     from calitrace.report import mapdump
 
-    proto = next(number for number, name in mapdump.PROTOCOLS.items() if name == packet.proto).to_bytes(4, "little")
+    proto = int(mapdump.number(packet.proto)).to_bytes(4, "little")
     ends = [(ip_address(address).packed, port.to_bytes(2, "little"))
             for address, port in ((packet.src, packet.sport), (packet.dst, packet.dport))]  # fmt: skip
     for raw in source.pick(("ct",), ipv6=packet.version == 6):

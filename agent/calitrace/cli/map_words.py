@@ -64,9 +64,10 @@ def address(text: str) -> str:
 
 def proto(word: str) -> str:
     """A protocol as the entries have it, from its name or number. Raises UsageError."""
+    from calitrace.packet import PROTOCOLS
     from calitrace.report import mapdump
 
-    if word.lower() in mapdump.PROTOCOLS.values():
+    if word.lower() in PROTOCOLS.values():
         return word.lower()
     if word.isdigit() and int(word) < 1 << 8:
         return mapdump.protocol(int(word))
