@@ -92,7 +92,7 @@ def causes_of(pair: Pair, source: str, target: str, where: str = "") -> tuple[li
     """Send one datagram from the left; the causes of its drops in the namespace *where*, the left by default."""
     topology = discover.topology()
     with Collectors(Plan(hop=False, log="", drop_all=True, state_bytes=discover.state_sizes(topology))) as collectors:
-        assert collectors.watch_state(discover.state_maps(topology, everywhere=True)) == []
+        assert collectors.watch_state(discover.state_maps(topology, everywhere=True)) == {}
         send(pair.left, source, target)
         joiner = Joiner()
         found: list[Dropped] = []

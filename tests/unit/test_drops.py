@@ -16,14 +16,18 @@ from tests.unit.packets import CLIENT, NODE_A, NODE_B, POD, SPORT, TARGET_PORT, 
 from tests.unit.test_verdict import A_NS, B_NS, CALI, NO_SOCKET, REASONS, RULE, TC_EGRESS, TC_INGRESS, UPLINK, topology
 
 from calitrace.calico import pods, state
+from calitrace.cli import drops
 from calitrace.correlate import noise
 from calitrace.correlate.drops import Cause, Confidence, Dropped, Joiner, Names, Place, explain, stack
 from calitrace.decode import decode
+from calitrace.kernel.collectors import Collectors, Plan
 from calitrace.model import Cell
 from calitrace.report import drops as report
 from calitrace.report.pcapng import LINKTYPE_RAW, Writer
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from calitrace.model import Topology
 
 SYN = packets.syn(dst=POD, dport=TARGET_PORT)
@@ -423,6 +427,17 @@ def test_lines_and_objects() -> None:
     assert next(report.iter_explanation(found[0][1], "", "default/web")).startswith(
         "    lab-node-b cali1 tc egress, pod default/web: dropped"
     )
+
+
+def test_a_state_that_is_not_read_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    class Unwatching(Collectors):
+        def watch_state(self, maps: Mapping[int, int]) -> dict[int, str]:
+            return {A_NS: "its map has gone"} if maps == {A_NS: 7, B_NS: 8} else {}
+
+    session = drops._Session(drops.Settings(**drops.command.make_context("drops", []).params))
+    for _ in range(2):
+        session._watch(topology(), Unwatching(Plan()))
+    assert capsys.readouterr().err == "warning: Calico's own reasons are not read on lab-node-a: its map has gone\n"
 
 
 def test_the_closing_line() -> None:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 _POLL_MS = 50
 _QUIET_POLLS = 3  # this many polls without an event end the settling
 _SETTLE_MS = 2000  # but it never takes longer
+_UNREAD = "Calico's own reasons are not read on {}: {}"
 
 
 class Recording:
@@ -63,7 +64,7 @@ class Recording:
         self._stream: BinaryIO = io.BytesIO() if self._path is None else create(self._path)
         try:
             self._collectors.__enter__()
-            self._collectors.watch_state(discover.state_maps(self.topology))
+            self._warnings += watch_state(self._collectors, self.topology)
             self._writer = journal.Writer(self._stream, self._header())
         except BaseException:
             self._collectors.__exit__()
@@ -198,8 +199,14 @@ def unread_states(topology: Topology) -> list[str]:
             try:
                 state.layout(node.state_name, node.state_bytes)
             except LayoutMismatch as unknown:
-                found.append(f"Calico's own reasons are not read on {node.name}: {unknown}")
+                found.append(_UNREAD.format(node.name, unknown))
     return found
+
+
+def watch_state(collectors: Collectors, topology: Topology, *, everywhere: bool = False) -> list[str]:
+    """Have Calico's state read at each drop, where we observe or *everywhere*; a warning for each node without."""
+    unread = collectors.watch_state(discover.state_maps(topology, everywhere=everywhere))
+    return [_UNREAD.format(topology.namespaces[inum].name, why) for inum, why in unread.items()]
 
 
 def create(path: Path) -> BinaryIO:

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from calitrace import identity
-from calitrace.errors import EnvironmentUnfit
 from calitrace.events import STATE_BYTES, Stat
 from calitrace.kernel import headers, loader, syscall
 from calitrace.kernel.ring import Ring
@@ -226,33 +225,28 @@ class Collectors:
             else:
                 self._bpf.detach_raw_tracepoint(attached.encode())
 
-    def watch_state(self, maps: Mapping[int, int]) -> list[int]:
+    def watch_state(self, maps: Mapping[int, int]) -> dict[int, str]:
         """Read Calico's state at each drop. *maps*: namespace inode number to id of its cali_state map.
 
-        Returns the namespaces whose map has a size that the plan has not. Raises EnvironmentUnfit when a map is gone.
+        Returns why it is not read, by namespace: Felix may have replaced the map since it was looked for.
         """
-        others = []
+        unread = {}
         for netns, identifier in maps.items():
             try:
-                descriptor = syscall.map_fd(identifier)
-                size = syscall.map_info(descriptor).value_size
+                with ExitStack() as stack:
+                    descriptor = syscall.map_fd(identifier)
+                    stack.callback(os.close, descriptor)
+                    size = syscall.map_info(descriptor).value_size
+                    if size in self.plan.state_bytes:
+                        states = self._bpf[f"states_{size}".encode()].map_fd
+                        syscall.map_update(states, struct.pack("=I", netns), struct.pack("=i", descriptor))
+                    else:
+                        unread[netns] = "it has another release now: start again"
+            except FileNotFoundError:
+                unread[netns] = "its state map has gone, as when Felix replaces its programs"
             except OSError as failure:
-                raise EnvironmentUnfit(
-                    f"Calico's state map {identifier} has gone: {failure.strerror}",
-                    "its programs were just replaced; try again",
-                ) from failure
-            try:
-                if size in self.plan.state_bytes:
-                    self._bpf[f"states_{size}".encode()][ctypes.c_uint32(netns)] = ctypes.c_int(descriptor)
-                else:
-                    others.append(netns)
-            except Exception as failure:
-                raise EnvironmentUnfit(
-                    f"cannot watch Calico's state map {identifier} of namespace {netns}: {failure}"
-                ) from failure
-            finally:
-                os.close(descriptor)
-        return others
+                unread[netns] = f"its state map cannot be read: {failure.strerror}"
+        return unread
 
     def poll(self, timeout_ms: int) -> list[bytes]:
         """Wait until the ring is filling up or *timeout_ms* has passed; returns all events, oldest first."""
