@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -359,6 +361,24 @@ def test_nothing_is_left_after_kill(pair: Pair) -> None:
             break
         subprocess.run(["true"], check=True)
     assert not left
+
+
+def test_headers_of_a_run_killed_while_compiling_go_with_a_later_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = (
+        "import os, signal; from calitrace.kernel import headers, loader\n"
+        "headers.structs_from = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "loader.compile_bpf('')\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)}, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for age_s, there in ((0, [left]), (3600, [])):
+        os.utime(left, (0, left.stat().st_mtime - age_s))
+        loader.compile_bpf("int nothing(void *context) { return 0; }").cleanup()
+        assert list(tmp_path.iterdir()) == there
 
 
 @pytest.mark.parametrize("patterns", [["eth?"], ["eth0", "*a"], ["x" * 16], []])
