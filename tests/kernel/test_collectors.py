@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from calitrace.correlate.drops import Dropped, Joiner, Names, explain
 from calitrace.decode import Decoder, decode
 from calitrace.events import HopKind, Match, Stat
 from calitrace.identity import Identity
-from calitrace.kernel import headers, loader, netns, syscall
+from calitrace.kernel import headers, netns, syscall
 from calitrace.kernel.collectors import Collectors, Plan, name_condition
 from calitrace.model import Drop, Event, Hop, Link, LogLine, Namespace, Role, StateCopy, Topology
 from calitrace.packet import UDP
@@ -74,11 +75,15 @@ def number_of(event: Hop | Drop) -> int:
 def arguments(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs that know the types of their arguments, and those for kernels that refuse such programs."""
 
-    def refuse(*_: object) -> int:
-        raise loader.CompileFailed("refused", "by the test")
+    load = syscall.load_tracepoint
+
+    def refuse(code: bytes, name: str, *, btf_id: int = 0) -> int:
+        if btf_id:
+            raise OSError(errno.EPERM, "refused by the test")
+        return load(code, name)
 
     if request.param == "untyped":
-        monkeypatch.setattr(loader, "load_typed_tracepoint", refuse)
+        monkeypatch.setattr(syscall, "load_tracepoint", refuse)
 
 
 @pytest.mark.usefixtures("arguments")
