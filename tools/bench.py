@@ -231,10 +231,12 @@ def collectors_cost() -> Iterator[Result]:
 
 
 FIRST_EVENT = """
-import os, socket, sys, time
+import os, pathlib, socket, sys, time
 from calitrace import identity
 from calitrace.decode import decode
+from calitrace.kernel import images
 from calitrace.kernel.collectors import Collectors, Plan
+images.CACHE = pathlib.Path(sys.argv[1])
 with Collectors(Plan(run_id=7)) as collectors:
     sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     sender.sendto(identity.encode(identity.Identity(7, 0, 1)), ("127.0.0.1", 9))
@@ -249,16 +251,22 @@ with Collectors(Plan(run_id=7)) as collectors:
 
 
 def start_up() -> Iterator[Result]:
-    """Process start to first decoded event; memory then; and --help."""
-    took, memory = [], []
+    """Process start to first decoded event, when our programs must be compiled and later; memory then; and --help."""
+    took: dict[str, list[float]] = {"first": [], "later": []}
+    memory: dict[str, list[float]] = {"first": [], "later": []}
     for _ in range(ROUNDS):
-        started = time.monotonic()
-        done = subprocess.run([sys.executable, "-c", FIRST_EVENT], check=True, capture_output=True, text=True)
-        ended, resident = (float(word) for word in done.stdout.split())
-        took.append(ended - started)
-        memory.append(resident)
-    yield row("start to first event", statistics.median(took), "s", at_most=0.6)
-    yield row("resident memory", statistics.median(memory), "MB", at_most=250)
+        with tempfile.TemporaryDirectory() as cache:
+            for which in ("first", "later"):
+                started = time.monotonic()
+                command = [sys.executable, "-c", FIRST_EVENT, f"{cache}/calitrace"]
+                done = subprocess.run(command, check=True, capture_output=True, text=True)
+                ended, resident = (float(word) for word in done.stdout.split())
+                took[which].append(ended - started)
+                memory[which].append(resident)
+    yield row("start to first event", statistics.median(took["later"]), "s", at_most=0.6)
+    yield row("start to first event, compiling", statistics.median(took["first"]), "s", at_most=0.6)
+    yield row("resident memory", statistics.median(memory["later"]), "MB", at_most=250)
+    yield row("resident memory, compiling", statistics.median(memory["first"]), "MB", at_most=250)
     program = Path(sys.executable).parent / "calitrace"
     helped, bare = [], []
     for _ in range(2 * ROUNDS):

@@ -56,12 +56,14 @@ FIELDS: dict[str, dict[str, str]] = {
         "ms": "since the probe was sent, milliseconds",
         "where": "network namespace; the prefix that all share is left out",
         "interface": "or, for a line of Calico's, its tag: -I towards the endpoint, -E away from it",
-        "what": "in (netif_receive_skb, before tc ingress), out (net_dev_queue, after tc egress), DROP with the "
-        "kernel's "
-        "reason, Calico with its verdict; the packet where it changed",
-        "VERDICT": "what follows from it, with its evidence. confidence: proven where the kernel or Calico said it, "
-        "or "
-        "where nothing was lost and the place at which the packet did not arrive was looked at; else likely",
+        "what": (
+            "in (netif_receive_skb, before tc ingress), out (net_dev_queue, after tc egress), DROP with the kernel's "
+            "reason, Calico with its verdict; the packet where it changed"
+        ),
+        "VERDICT": (
+            "what follows from it, with its evidence. confidence: proven where the kernel or Calico said it, or "
+            "where nothing was lost and the place at which the packet did not arrive was looked at; else likely"
+        ),
     },
     "maps": {
         "dump": "as calico-node -bpf prints it; of conntrack, behind it, when Felix will remove the entry",
@@ -80,48 +82,59 @@ FIELDS: dict[str, dict[str, str]] = {
         "NOT RUN": "checks that could not look, by reason; never passed",
     },
     "counters": {
-        "SOURCE calico": "Calico's counters map: packets by reason. TOTAL_PACKETS, ACCEPTED_, BYPASS and REDIRECT "
-        "are no "
-        "drops. Some of Calico's drops have no reason: they are in clsact's count only",
+        "SOURCE calico": (
+            "Calico's counters map: packets by reason. TOTAL_PACKETS, ACCEPTED_, BYPASS and REDIRECT are no drops. "
+            "Some of Calico's drops have no reason: they are in clsact's count only"
+        ),
         "SOURCE clsact": "what programs at the interface's tc hooks dropped, both together (tc -s qdisc)",
-        "SOURCE tcx": "the kernel has no such counter. With --tcx, all drops by programs at that hook (drop reason "
-        "TC_INGRESS or TC_EGRESS), counted from the start of the run by a BPF program of ours",
-        "SOURCE interface": "drops and errors, as ip -s link has them. tx_dropped may also have packets that a "
-        "program "
-        "redirected to the interface and its own egress program dropped",
+        "SOURCE tcx": (
+            "the kernel has no such counter. With --tcx, all drops by programs at that hook (drop reason TC_INGRESS "
+            "or TC_EGRESS), counted from the start of the run by a BPF program of ours"
+        ),
+        "SOURCE interface": (
+            "drops and errors, as ip -s link has them. tx_dropped may also have packets that a program redirected to "
+            "the interface and its own egress program dropped"
+        ),
         "SOURCE qdisc": "other qdiscs (tc -s qdisc)",
-        "SOURCE softnet": "of a CPU and the whole machine: dropped, the backlog was full; time_squeeze, packets had "
-        "to "
-        "wait (no drop)",
+        "SOURCE softnet": (
+            "of a CPU and the whole machine: dropped, the backlog was full; time_squeeze, packets had to wait (no drop)"
+        ),
         "PLACE": "tc hook, ingress, egress or both; XDP; the qdisc as tc names it; the CPU",
         "COUNTED": "within the time that is measured and printed above the table",
         "PER S": "the same, divided by that time",
         "TOTAL": "since boot, or since the map, interface or qdisc was made",
-        "behind it": "made anew, new, went backwards (somebody cleared it, or its 32 bits are full: clsact, qdisc, "
-        "softnet), first read: nothing can be subtracted, so there is no rate",
+        "behind it": (
+            "made anew, new, went backwards (somebody cleared it, or its 32 bits are full: clsact, qdisc, softnet), "
+            "first read: nothing can be subtracted, so there is no rate"
+        ),
     },
     "drops": {
         "TIME": "of day, from the kernel's clock at the drop",
         "INTERFACE HOOK": "in and out are tc ingress and egress; xdp is generic XDP; none where no hook dropped",
         "PACKET": "five-tuple, of the packet inside a tunnel",
-        "CAUSE": "calico with its reason and rules, or what it does for which it keeps no reason; else the kernel's "
-        "reason "
-        "and function",
-        "EVIDENCE": "what carries the cause: log, state, counters, maps, routes, hook (which programs are there), "
-        "kernel",
-        "DROPS, REASON, FUNCTION": "with --top: exact totals of the kernel program, unfiltered. DETAILED counts "
-        "those that "
-        "were looked at, by cause",
-        "the closing line": "seen is the sum of the others: shown, harmless (only with --all), filtered, "
-        "rate-limited, not "
-        "sampled, not decoded, not looked at (after -c), lost; and what our program cost for each drop",
+        "CAUSE": (
+            "calico with its reason and rules, or what it does for which it keeps no reason; else the kernel's "
+            "reason and function"
+        ),
+        "EVIDENCE": (
+            "what carries the cause: log, state, counters, maps, routes, hook (which programs are there), kernel"
+        ),
+        "DROPS, REASON, FUNCTION": (
+            "with --top: exact totals of the kernel program, unfiltered. DETAILED counts those that were looked at, "
+            "by cause"
+        ),
+        "the closing line": (
+            "seen is the sum of the others: shown, harmless (only with --all), filtered, rate-limited, not sampled, "
+            "not decoded, not looked at (after -c), lost; and what our program cost for each drop"
+        ),
     },
     "log": {
         "TIME": "of the trace clock, seconds: since boot, not of the day",
         "PROCESS": "the task that happened to run on that CPU, seldom the packet's owner",
-        "INTERFACE": "with Calico's policy direction: -I to the endpoint, -E from it (on a pod's interface the "
-        "opposite of "
-        "the tc hook), -X XDP",
+        "INTERFACE": (
+            "with Calico's policy direction: -I to the endpoint, -E from it (on a pod's interface the opposite of "
+            "the tc hook), -X XDP"
+        ),
         "VERDICT": "ALLOW, DENY, or ? where no last line was seen",
         "EXEC": "time in the program, with the time that printing took",
         "PACKET": "five-tuple, with the one around it in a tunnel; in brackets why, NAT, tunnel, conntrack, policy",
@@ -132,18 +145,25 @@ FIELDS: dict[str, dict[str, str]] = {
         "found": "what is there; below it what is lost without, and what to do",
     },
 }
+FILES = {
+    "/var/cache/calitrace": "our programs as BCC compiled them, for the next start; may be removed at any time",
+    "/var/lib/calitrace/undo": "what an interrupted run changed on this machine, for the next start to put back",
+    "/run/calitrace": "what calitrace lab made, for calitrace lab down; and the names of its policies",
+}
 EXTRA: dict[str, dict[str, str]] = {
     "probe": {
-        "OVERHEAD": "Without --trace none. With it our programs take 170 ns at each of four tracepoints for a "
-        "packet that "
-        f"is not a probe's, and 310 to 540 ns for one that is ({_MEASURED}). Calico's debug log is read, never "
-        f"switched on.",
+        "OVERHEAD": (
+            "Without --trace none. With it our programs take 170 ns at each of four tracepoints for a packet that is "
+            f"not a probe's, and 310 to 540 ns for one that is ({_MEASURED}). Calico's debug log is read, never "
+            "switched on."
+        ),
         "REQUIREMENTS": f"Without --trace root (CAP_NET_RAW, CAP_SYS_ADMIN with --from). With it {_TRACED}",
     },
     "maps": {
-        "OVERHEAD": "Half a second of one CPU for a million conntrack entries (make bench). Nothing is changed but "
-        "by "
-        "clean, remove and flush, which need --allow-system-changes.",
+        "OVERHEAD": (
+            "Half a second of one CPU for a million conntrack entries (make bench). Nothing is changed but by clean, "
+            "remove and flush, which need --allow-system-changes."
+        ),
         "REQUIREMENTS": "root (CAP_BPF, CAP_SYS_ADMIN) for the maps of this node; none with -r and --bpftool.",
     },
     "report": {
@@ -151,40 +171,45 @@ EXTRA: dict[str, dict[str, str]] = {
         "REQUIREMENTS": "Neither root nor BCC nor Calico.",
     },
     "check": {
-        "OVERHEAD": "Two seconds on a node with 200 interfaces and 10,000 services (make bench), one of them "
-        "between two "
-        "measurements (--interval). For that second the kernel times each run of a BPF program (20 to 30 ns each); "
-        "nothing "
-        "else is changed. From the API server each list is read once, in pages of 500; Secrets are never read. "
-        "Packets are "
-        "sent only with --probe.",
-        "REQUIREMENTS": "root for programs, maps and other processes; what cannot be read is NOT RUN. For the "
-        "cluster, the "
-        "Python package kubernetes and an account that may get and list nodes, services, endpointslices, daemonsets, "
-        "configmaps, pods and pods/log, and Calico's felixconfigurations and ippools.",
+        "OVERHEAD": (
+            "Two seconds on a node with 200 interfaces and 10,000 services (make bench), one of them between two "
+            "measurements (--interval). For that second the kernel times each run of a BPF program (20 to 30 ns "
+            "each); nothing else is changed. From the API server each list is read once, in pages of 500; Secrets "
+            "are never read. Packets are sent only with --probe."
+        ),
+        "REQUIREMENTS": (
+            "root for programs, maps and other processes; what cannot be read is NOT RUN. For the cluster, the "
+            "Python package kubernetes and an account that may get and list nodes, services, endpointslices, "
+            "daemonsets, configmaps, pods and pods/log, and Calico's felixconfigurations and ippools."
+        ),
     },
     "counters": {
-        "OVERHEAD": "None in the kernel, but with --tcx: a count of each drop on the machine. The closing line says "
-        "what a reading took.",
-        "REQUIREMENTS": "root (CAP_BPF, CAP_SYS_ADMIN) for Calico's counters and to see tcx programs; the others "
-        "need "
-        "nothing. --tcx needs BCC and a kernel with BTF.",
+        "OVERHEAD": (
+            "None in the kernel, but with --tcx: a count of each drop on the machine. The closing line says what a "
+            "reading took."
+        ),
+        "REQUIREMENTS": (
+            "root (CAP_BPF, CAP_SYS_ADMIN) for Calico's counters and to see tcx programs; the others need nothing. "
+            "--tcx needs BCC and a kernel with BTF."
+        ),
     },
     "drops": {
-        "OVERHEAD": "None for a packet that is not dropped. For each that is: counted 150 ns, held back by "
-        "--rate-limit "
-        f"190 ns, sent with Calico's state 600 to 800 ns ({_MEASURED}). 100,000 drops a second with -w took 17 % of "
-        f"a CPU. "
-        "The closing line says what this run cost.",
+        "OVERHEAD": (
+            "None for a packet that is not dropped. For each that is: counted 150 ns, held back by --rate-limit 190 "
+            f"ns, sent with Calico's state 600 to 800 ns ({_MEASURED}). 100,000 drops a second with -w took 17 % of a "
+            "CPU. The closing line says what this run cost."
+        ),
         "REQUIREMENTS": f"Live {_TRACED} With -r nothing.",
     },
     "log": {
-        "OVERHEAD": f"A line recorded 410 ns, sent 600 ns ({_MEASURED}); nothing while Calico prints nothing. "
-        f"Calico's "
-        "Debug level itself, which --enable-debug sets, costs 12 to 28 microseconds for each packet and program.",
-        "REQUIREMENTS": "Live root; BCC and a kernel with BTF for --source bpf, tracefs for the others. With -r "
-        "nothing. "
-        "For --enable-debug the Python package kubernetes and the rights in docs/debug-level.md.",
+        "OVERHEAD": (
+            f"A line recorded 410 ns, sent 600 ns ({_MEASURED}); nothing while Calico prints nothing. Calico's Debug "
+            "level itself, which --enable-debug sets, costs 12 to 28 microseconds for each packet and program."
+        ),
+        "REQUIREMENTS": (
+            "Live root; BCC and a kernel with BTF for --source bpf, tracefs for the others. With -r nothing. For "
+            "--enable-debug the Python package kubernetes and the rights in docs/debug-level.md."
+        ),
     },
     "lab": {
         "OVERHEAD": "Nothing outside its namespaces is changed but, while it is up, a bpffs mount.",
@@ -329,6 +354,7 @@ def page(name: str, command: click.Command) -> str:
         "OPTIONS": "\n".join(options(command, path)) if name else pairs(dict(_records(command, path))),
         "COMMANDS": "" if name else pairs(COMMANDS),
         "FIELDS": pairs(FIELDS.get(name, {})),
+        "FILES": "" if name else pairs(FILES),
         **{key: roff(text) for key, text in EXTRA.get(name, {}).items()},
         "EXIT STATUS": exit_status(name),
         "EXAMPLES": literal(examples(command, path)),

@@ -2,9 +2,26 @@
 /*
  * Reading and matching a packet, for all collectors.
  *
- * Options, all -D: RUN_ID, RUN_TAG (12 bits), CLIENT_IP4 (network order, 0: none), CLIENT_PORT_MIN/MAX,
- * VXLAN_PORT, MAGIC, TAG_SHIFT, WAKE_BYTES. The values come from calitrace/kernel/collectors.py.
+ * Options, all -D: WITH_CLIENT, VXLAN_PORT, MAGIC, TAG_SHIFT, WAKE_BYTES. The values come from
+ * calitrace/kernel/collectors.py.
  */
+
+/*
+ * 32 bits that each run has of its own. What is compiled serves all runs: the value takes the place of this constant
+ * when the program is loaded, see calitrace/kernel/images.py.
+ */
+#define PER_RUN(which)                                                             \
+	({                                                                         \
+		u64 value;                                                         \
+		asm("%0 = 0xca117ace0000000" #which " ll" : "=r"(value));         \
+		value;                                                             \
+	})
+#define RUN_ID PER_RUN(0)
+#define RUN_TAG PER_RUN(1) /* 12 bits */
+#define CLIENT_IP4 PER_RUN(2) /* network order */
+#define CLIENT_PORT_MIN PER_RUN(3)
+#define CLIENT_PORT_MAX PER_RUN(4)
+
 BPF_RINGBUF_OUTPUT(events, RING_PAGES);
 BPF_PERCPU_ARRAY(stats, u64, STATS);
 BPF_PERCPU_ARRAY(unannounced, u64, 1);
@@ -220,7 +237,7 @@ static __always_inline u32 match_at(const struct window *w, u32 at, u32 bytes, u
 		*next = l4_at + 8;
 		*how = MATCH_ICMP_ERROR;
 	}
-#if CLIENT_IP4
+#ifdef WITH_CLIENT
 	if ((proto == 6 || proto == 17) && ip[0] >> 4 == 4) {
 		u32 src, dst;
 

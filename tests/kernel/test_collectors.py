@@ -83,11 +83,15 @@ def number_of(event: Hop | Drop) -> int:
 def arguments(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs that know the types of their arguments, and those for kernels that refuse such programs."""
 
-    def refuse(*_: object) -> int:
-        raise loader.CompileFailed("refused", "by the test")
+    load = syscall.load_tracepoint
+
+    def refuse(code: bytes, name: str, *, btf_id: int = 0) -> int:
+        if btf_id:
+            raise OSError(errno.EPERM, "refused by the test")
+        return load(code, name)
 
     if request.param == "untyped":
-        monkeypatch.setattr(loader, "load_typed_tracepoint", refuse)
+        monkeypatch.setattr(syscall, "load_tracepoint", refuse)
 
 
 @pytest.mark.usefixtures("arguments")

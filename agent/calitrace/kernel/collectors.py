@@ -6,7 +6,6 @@ attachments are raw tracepoints on file descriptors: after kill -9 nothing of th
 
 from __future__ import annotations
 
-import ctypes
 import ipaddress
 import logging
 import os
@@ -15,11 +14,12 @@ import sys
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from calitrace import identity
+from calitrace import btf, identity
+from calitrace.errors import EnvironmentUnfit
 from calitrace.events import STATE_BYTES, Stat
-from calitrace.kernel import headers, loader, syscall
+from calitrace.kernel import headers, images, loader, maps, syscall
 from calitrace.kernel.ring import Ring
 from calitrace.model import Cell
 
@@ -35,7 +35,8 @@ RECORDER_LINES = 256
 _IFNAMSIZ = 16
 _UNTYPED = "bpf_trace_printk"  # its argument is text: a type would help nothing
 _DROP_SLOTS = 512  # a value of a per-CPU map has at most 32 KiB
-_DROP_CELL = struct.Struct("=QQIIII")  # struct drop_cell of bpf/drop.bpf.c
+_DROP_KEY = struct.Struct("=QIIII")  # struct drop_key of bpf/drop.bpf.c
+_DROP_CELL = struct.Struct("=QQIIII")  # struct drop_cell there
 _NO_TAG = 0xFFFFFFFF  # a sequence number shifted right is never this
 # A hash of maps takes maps of one value size: there is one for each size of the plan. They are of bytes for BCC's sake,
 # and of words for a copy of 8 bytes at a time. BCC 0.18 cannot name the key in BPF_HASH_OF_MAPS.
@@ -118,14 +119,19 @@ class Plan:
             ]
         return found
 
+    def values(self) -> dict[int, int]:
+        """What PER_RUN(n) of bpf/include/packet.h is in this run."""
+        address, low, high = self.client or ("0.0.0.0", 0, 0)
+        client = int.from_bytes(ipaddress.ip_address(address).packed[:4], sys.byteorder)
+        tag = identity.run_tag(self.run_id) if self.run_id else _NO_TAG
+        return dict(enumerate((self.run_id, tag, client, low, high)))
+
     def defines(self, types: Btf | None) -> dict[str, str]:
         """The -D options for a kernel with these types."""
         reasons = types.enum("skb_drop_reason") if types else None
         numbers = {name.removeprefix("SKB_DROP_REASON_"): number for number, name in (reasons or {}).items()}
-        address, low, high = self.client or ("0.0.0.0", 0, 0)
-        source = ipaddress.ip_address(address)
-        packed = int.from_bytes(source.packed, sys.byteorder) if source.version == 4 else 0
         flags = {
+            "WITH_CLIENT": self.client is not None and ipaddress.ip_address(self.client[0]).version == 4,
             "HAVE_DROP_REASON": has_drop_reason(types),
             "DROP_ALL": self.drop_all,
             "DROP_COUNT_ONLY": self.drop_count_only,
@@ -137,11 +143,6 @@ class Plan:
         return {
             "MAGIC": f"{identity.MAGIC:#x}u",
             "TAG_SHIFT": str(identity.TAG_SHIFT),
-            "RUN_ID": f"{self.run_id:#x}u",
-            "RUN_TAG": f"{identity.run_tag(self.run_id) if self.run_id else _NO_TAG:#x}u",
-            "CLIENT_IP4": f"{packed:#x}u",
-            "CLIENT_PORT_MIN": str(low),
-            "CLIENT_PORT_MAX": str(high),
             "VXLAN_PORT": str(self.vxlan_port),
             "RECORDER_LINES": str(RECORDER_LINES),
             "RING_PAGES": str(self.ring_bytes // os.sysconf("SC_PAGE_SIZE")),
@@ -165,13 +166,12 @@ class Collectors:
         self.plan = plan
         self._types = types
         self._stack = ExitStack()
-        self._bpf: Any = None
+        self._maps: dict[str, int] = {}  # descriptors, by name
         self._descriptors: dict[str, int] = {}
-        self._attached: list[str | int] = []  # tracepoints that BCC attached to, and descriptors of our links
-        self._is_typed = False
+        self._attached: list[int] = []  # descriptors of our links
 
     def __enter__(self) -> Collectors:
-        """Compile, verify, attach. Raises EnvironmentUnfit (CompileFailed with the verifier's log)."""
+        """Compile if nobody did before, verify, attach. Raises EnvironmentUnfit (CompileFailed with the log)."""
         types = self._types or headers.kernel_btf()
         parts = {name: loader.bpf_source(name).replace("#pragma once", "") for name in self.plan.sources()}
         parts["include/packet.h"] += self.plan.pcap_filter + _states(self.plan.state_bytes) * self.plan.drop
@@ -179,67 +179,79 @@ class Collectors:
         defines = self.plan.defines(types)
         with self._stack:
             try:
-                self._load(text, {**defines, "TYPED": "1"}, types)
+                typed = self._load(text, {**defines, "TYPED": "1"}, types)
             except loader.CompileFailed as failure:  # before Linux 5.5, and where such programs are not permitted
                 _log.debug("without types: %s\n%s", failure, failure.log)
-                self._load(text, defines, types)
-            events = self._bpf[b"events"]
-            self._ring = Ring(events.map_fd, syscall.map_info(events.map_fd).max_entries)
+                typed = self._load(text, defines, types)
+            self._ring = Ring(self._maps["events"], syscall.map_info(self._maps["events"]).max_entries)
             self._stack.callback(self._ring.close)
+            self._stack.callback(self.stop)
             for tracepoint, function in self.plan.attachments():
-                self._attach(tracepoint, function)
+                name = "" if function in typed else tracepoint
+                try:
+                    self._attached.append(syscall.attach_tracepoint(self._descriptors[function], name))
+                except OSError as failure:
+                    raise EnvironmentUnfit(
+                        f"cannot attach to raw tracepoint {tracepoint}: {failure.strerror}",
+                        "calitrace doctor names what this costs",
+                    ) from failure
             self._stack = self._stack.pop_all()
         return self
 
-    def _load(self, text: str, defines: dict[str, str], types: Btf | None) -> None:
-        bpf = loader.compile_bpf(text, defines=defines, types=types)
+    def _load(self, text: str, defines: dict[str, str], types: Btf | None) -> set[str]:
+        """Make the maps and load the programs; returns the functions that know the types of their arguments."""
+        attachments = self.plan.attachments()
+        inner = {f"states_{size}": f"state_template_{size}" for size in self.plan.state_bytes if self.plan.drop}
+        functions = [function for _, function in attachments]
+        image = images.compiled(text, functions, defines=defines, types=types, inner=inner)
+        typed = set()
         with ExitStack() as stack:
-            stack.callback(bpf.cleanup)
-            for tracepoint, function in self.plan.attachments():
+            try:
+                self._maps = images.make_maps(image, stack)
+            except OSError as failure:
+                raise loader.CompileFailed("the kernel refuses a BPF map of ours", str(failure)) from failure
+            for tracepoint, function in attachments:
+                btf_id = 0
                 if "TYPED" in defines and tracepoint != _UNTYPED:
-                    descriptor = loader.load_typed_tracepoint(bpf, tracepoint, function, types)
-                    stack.callback(os.close, descriptor)
-                else:
-                    descriptor = loader.load_raw_tracepoint(bpf, function)
+                    btf_id = (types.find(f"btf_trace_{tracepoint}", btf.KIND_TYPEDEF) if types else None) or 0
+                    if not btf_id:
+                        raise loader.CompileFailed(
+                            f"this kernel does not tell the types of tracepoint {tracepoint}", ""
+                        )
+                    typed.add(function)
+                code = image.code(function, self._maps, self.plan.values())
+                try:
+                    descriptor = syscall.load_tracepoint(code, function, btf_id=btf_id)
+                except OSError as failure:
+                    raise loader.CompileFailed(f"the kernel refuses BPF program {function}", str(failure)) from failure
+                stack.callback(os.close, descriptor)
                 self._descriptors[function] = descriptor
-            self._bpf, self._is_typed = bpf, "TYPED" in defines
             self._stack.enter_context(stack.pop_all())
-
-    def _attach(self, tracepoint: str, function: str) -> None:
-        if self._is_typed and tracepoint != _UNTYPED:
-            self._attached.append(syscall.attach_typed_tracepoint(self._descriptors[function]))
-        else:
-            loader.attach_raw_tracepoint(self._bpf, tracepoint, function)
-            self._attached.append(tracepoint)
+        return typed
 
     def __exit__(self, *_: object) -> None:
-        self.stop()
         self._stack.close()
 
     def stop(self) -> None:
         """Detach: what stands in the ring and in the maps is final, and can still be read."""
         while self._attached:
-            attached = self._attached.pop()
-            if isinstance(attached, int):
-                os.close(attached)
-            else:
-                self._bpf.detach_raw_tracepoint(attached.encode())
+            os.close(self._attached.pop())
 
-    def watch_state(self, maps: Mapping[int, int]) -> dict[int, str]:
-        """Read Calico's state at each drop. *maps*: namespace inode number to id of its cali_state map.
+    def watch_state(self, state_maps: Mapping[int, int]) -> dict[int, str]:
+        """Read Calico's state at each drop. *state_maps*: namespace inode number to id of its cali_state map.
 
         Returns why it is not read, by namespace: Felix may have replaced the map since it was looked for.
         """
         unread = {}
-        for netns, identifier in maps.items():
+        for netns, identifier in state_maps.items():
             try:
                 with ExitStack() as stack:
                     descriptor = syscall.map_fd(identifier)
                     stack.callback(os.close, descriptor)
                     size = syscall.map_info(descriptor).value_size
                     if size in self.plan.state_bytes:
-                        states = self._bpf[f"states_{size}".encode()].map_fd
-                        syscall.map_update(states, struct.pack("=I", netns), struct.pack("=i", descriptor))
+                        key, value = (each.to_bytes(4, sys.byteorder) for each in (netns, descriptor))
+                        syscall.map_update(self._maps[f"states_{size}"], key, value)
                     else:
                         unread[netns] = "it has another release now: start again"
             except FileNotFoundError:
@@ -259,8 +271,12 @@ class Collectors:
 
     def stats(self) -> dict[Stat, int]:
         """The exact totals, summed over CPUs."""
-        table = self._bpf[b"stats"]
-        return {stat: sum(table[ctypes.c_int(int(stat))]) for stat in Stat}
+        of_cpus = struct.Struct(f"={syscall.possible_cpus()}Q")
+        found = {}
+        for stat in Stat:
+            values = syscall.map_lookup(self._maps["stats"], stat.to_bytes(4, sys.byteorder), of_cpus.size)
+            found[stat] = sum(of_cpus.unpack(values or bytes(of_cpus.size)))
+        return found
 
     def drop_counts(self) -> dict[Cell, int]:
         """Number of drops of the whole kernel by what they have in common, summed over CPUs.
@@ -268,10 +284,11 @@ class Collectors:
         Together with Stat.DROP_OTHER that is all of Stat.DROP_SEEN.
         """
         found: Counter[Cell] = Counter()
-        for key, values in self._bpf[b"drop_counts"].items():
-            found[Cell(key.location, key.skb_drop_reason, key.ifindex, key.netns, key.ip_proto)] += sum(values)
+        counts = maps.Found("drop_counts", "", None, syscall.map_info(self._maps["drop_counts"]), in_use=True)
+        for cell, totals in maps.read(counts).entries:
+            found[Cell(*_DROP_KEY.unpack(cell))] += sum(memoryview(totals).cast("Q"))
         size = self.plan.drop_slots * _DROP_CELL.size * syscall.possible_cpus()
-        table = syscall.map_lookup(self._bpf[b"drop_tables"].map_fd, bytes(4), size)
+        table = syscall.map_lookup(self._maps["drop_tables"], bytes(4), size)
         for drops, *key in _DROP_CELL.iter_unpack(table or b""):
             if drops:
                 found[Cell(*key)] += drops

@@ -16,7 +16,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calitrace import btf
 from calitrace.errors import EnvironmentUnfit
 from calitrace.kernel import headers, syscall
 
@@ -69,9 +68,7 @@ def compile_bpf(
     Raises CompileFailed with clang's output, EnvironmentUnfit without BCC, without BTF and headers, and without the
     privilege.
     """
-    held = syscall.capabilities()
-    if not held["CAP_SYS_ADMIN"] and not held["CAP_BPF"]:
-        raise EnvironmentUnfit("no permission to load BPF programs", "run as root")
+    require_privilege()
     try:
         from bcc import BPF
     except ImportError:
@@ -108,6 +105,13 @@ def _remove_abandoned() -> None:
             about = each.lstat()
             if stat.S_ISDIR(about.st_mode) and about.st_uid == os.geteuid() and about.st_mtime < oldest:
                 shutil.rmtree(each)
+
+
+def require_privilege() -> None:
+    """Raises EnvironmentUnfit when we may not load programs."""
+    held = syscall.capabilities()
+    if not held["CAP_SYS_ADMIN"] and not held["CAP_BPF"]:
+        raise EnvironmentUnfit("no permission to load BPF programs", "run as root")
 
 
 def _require_real_headers() -> None:
@@ -154,41 +158,3 @@ def captured_stderr() -> Iterator[_Log]:
             os.close(saved)
             sink.seek(0)
             log.text = sink.read().decode(errors="replace")
-
-
-def load_raw_tracepoint(bpf: Any, function: str) -> int:
-    """Verify one function as a raw tracepoint program; returns its file descriptor.
-
-    Raises CompileFailed with the verifier's log.
-    """
-    with captured_stderr() as log:
-        try:
-            return int(bpf.load_func(function.encode(), bpf.RAW_TRACEPOINT).fd)
-        except Exception as failure:
-            cause = f"the kernel refuses BPF program {function}: {failure}"
-    raise CompileFailed(cause, log.text)
-
-
-def attach_raw_tracepoint(bpf: Any, tracepoint: str, function: str) -> None:
-    """Attach a loaded program. Raises EnvironmentUnfit when this kernel has no such tracepoint."""
-    with captured_stderr() as log:
-        try:
-            bpf.attach_raw_tracepoint(tracepoint.encode(), function.encode())
-            return
-        except Exception as failure:
-            cause = f"cannot attach to raw tracepoint {tracepoint}: {failure}"
-    raise EnvironmentUnfit(f"{cause} {log.text.strip()}".strip(), "calitrace doctor names what this costs")
-
-
-def load_typed_tracepoint(bpf: Any, tracepoint: str, function: str, types: Btf | None) -> int:
-    """Verify one function as a program that knows the types of the tracepoint's arguments; its file descriptor.
-
-    Raises CompileFailed with the verifier's log.
-    """
-    identifier = types.find(f"btf_trace_{tracepoint}", btf.KIND_TYPEDEF) if types else None
-    if identifier is None:
-        raise CompileFailed(f"this kernel does not tell the types of tracepoint {tracepoint}", "")
-    try:
-        return syscall.load_typed_tracepoint(bpf.dump_func(function.encode()), identifier, function)
-    except OSError as failure:
-        raise CompileFailed(f"the kernel refuses BPF program {function}", str(failure)) from failure

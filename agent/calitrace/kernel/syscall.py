@@ -29,7 +29,7 @@ _ENABLE_STATS = 32
 
 MAP_TYPE_PROG_ARRAY = 3
 _TCX = {"ingress": 46, "egress": 47}  # enum bpf_attach_type
-_PROG_TYPE_TRACING, _TRACE_RAW_TP = 26, 23
+_PROG_TYPE_RAW_TRACEPOINT, _PROG_TYPE_TRACING, _TRACE_RAW_TP = 17, 26, 23
 _LOG_BYTES = 1 << 20
 _MOST_PROGRAMS = 64  # the kernel's BPF_MPROG_MAX
 
@@ -377,20 +377,21 @@ class Batch:
             )
 
 
-def load_typed_tracepoint(instructions: bytes, btf_id: int, name: str) -> int:
-    """A file descriptor of a program that reads a raw tracepoint's arguments by their types (Linux 5.5).
+def load_tracepoint(instructions: bytes, name: str, *, btf_id: int = 0) -> int:
+    """A file descriptor of a raw tracepoint's program; with *btf_id* of one that knows the types (Linux 5.5).
 
     *btf_id*: of the tracepoint's typedef ``btf_trace_NAME``. Raises OSError; its text ends with the verifier's log.
     """
     attr = Attr()
     code, log = ctypes.create_string_buffer(instructions, len(instructions)), ctypes.create_string_buffer(_LOG_BYTES)
     licence = ctypes.create_string_buffer(b"GPL")
-    attr.u32[0:2] = (_PROG_TYPE_TRACING, len(instructions) // 8)
+    attr.u32[0:2] = (_PROG_TYPE_TRACING if btf_id else _PROG_TYPE_RAW_TRACEPOINT, len(instructions) // 8)
     attr.u64[1:3] = (ctypes.addressof(code), ctypes.addressof(licence))
     for index, byte in enumerate(name.encode()[:15]):
         attr.bytes[48 + index] = byte
-    attr.u32[17] = _TRACE_RAW_TP
-    attr.u32[27] = btf_id
+    if btf_id:
+        attr.u32[17] = _TRACE_RAW_TP
+        attr.u32[27] = btf_id
     try:
         return call(_PROG_LOAD, attr)
     except OSError:
@@ -402,19 +403,24 @@ def load_typed_tracepoint(instructions: bytes, btf_id: int, name: str) -> int:
             raise OSError(failure.errno, f"{failure.strerror}\n{log.value.decode(errors='replace')}") from None
 
 
-def attach_typed_tracepoint(program: int) -> int:
-    """A descriptor that keeps the program attached while it is open. Raises OSError."""
+def attach_tracepoint(program: int, name: str = "") -> int:
+    """A descriptor that keeps the program attached while it is open. *name*: "" for a program that knows it by type.
+
+    Raises OSError.
+    """
     attr = Attr()
+    text = ctypes.create_string_buffer(name.encode())
+    attr.u64[0] = ctypes.addressof(text) if name else 0
     attr.u32[2] = program
     return call(_RAW_TRACEPOINT_OPEN, attr)
 
 
 def map_create(
-    map_type: int, key_size: int, value_size: int, max_entries: int, *, name: str = "", flags: int = 0
+    map_type: int, key_size: int, value_size: int, max_entries: int, *, name: str = "", flags: int = 0, inner: int = 0
 ) -> int:
-    """A file descriptor of a new map without BTF. Raises OSError."""
+    """A file descriptor of a new map without BTF. *inner*: of a map like those in a map of maps. Raises OSError."""
     attr = Attr()
-    attr.u32[0:5] = (map_type, key_size, value_size, max_entries, flags)
+    attr.u32[0:6] = (map_type, key_size, value_size, max_entries, flags, inner)
     for index, byte in enumerate(name.encode()[:15]):
         attr.bytes[28 + index] = byte
     return call(_MAP_CREATE, attr)

@@ -1,0 +1,194 @@
+"""Compiled BPF programs that need no compiler any more: their instructions, and the maps that they use.
+
+BCC's compiler takes most of the time of a start, and its libraries most of the memory. What it made is kept below
+CACHE, under a digest of all that it was made from; what differs from run to run is put into the instructions when they
+are loaded. Programs are verified anew at each start.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import resource
+import struct
+from contextlib import ExitStack, suppress
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import calitrace
+from calitrace.kernel import headers, loader, syscall
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from calitrace.btf import Btf
+
+CACHE = Path("/var/cache/calitrace")
+_log = logging.getLogger(__name__)
+_KEPT = 32  # one for each set of options that somebody used
+_INSTRUCTION = struct.Struct("=BBhi")  # struct bpf_insn of include/uapi/linux/bpf.h
+_LOAD_64, _PSEUDO_MAP_FD = 0x18, 1
+_PER_RUN = 0xCA117ACE  # the upper half of a constant of bpf/include/packet.h whose value is a run's; the lower is which
+
+
+@dataclass(frozen=True)
+class Map:
+    """A map as it is made. Sizes in bytes. *inner*: name of the map that those in a map of maps are like, or ""."""
+
+    type: int
+    key_size: int
+    value_size: int
+    max_entries: int
+    flags: int
+    inner: str = ""
+
+
+@dataclass(frozen=True)
+class Function:
+    """*code*: instructions, with 0 for each map's descriptor. *maps*: where, in instructions, which map belongs."""
+
+    code: bytes
+    maps: tuple[tuple[int, str], ...]
+
+
+@dataclass(frozen=True)
+class Image:
+    """All maps and functions of a compiled source, by name."""
+
+    maps: dict[str, Map]
+    functions: dict[str, Function]
+
+    def pack(self) -> bytes:
+        """With a digest in front."""
+        import msgpack
+
+        plain = [{name: astuple(each) for name, each in part.items()} for part in (self.maps, self.functions)]
+        body: bytes = msgpack.packb(plain)
+        return hashlib.sha256(body).digest() + body
+
+    @classmethod
+    def unpack(cls, packed: bytes) -> Image:
+        """The reverse. Raises ValueError for anything else."""
+        import msgpack
+
+        digest, body = packed[:32], packed[32:]
+        if hashlib.sha256(body).digest() != digest:
+            raise ValueError("no image, or a broken one")
+        maps, functions = msgpack.unpackb(body, use_list=False)
+        return cls(
+            {name: Map(*each) for name, each in maps.items()},
+            {name: Function(*each) for name, each in functions.items()},
+        )
+
+    def code(self, function: str, maps: Mapping[str, int], values: Mapping[int, int]) -> bytes:
+        """The instructions with descriptors of maps and the values (32 bits, unsigned) of this run."""
+        found = self.functions[function]
+        code = bytearray(found.code)
+        size = _INSTRUCTION.size
+        for at, name in found.maps:
+            struct.pack_into("=i", code, at * size + 4, maps[name])
+        for at in range(0, len(code) - size, size):
+            opcode, registers, _, low = _INSTRUCTION.unpack_from(code, at)
+            (high,) = struct.unpack_from("=I", code, at + size + 4)
+            if opcode == _LOAD_64 and registers >> 4 == 0 and high == _PER_RUN:
+                struct.pack_into("=I", code, at + 4, values[low])
+                struct.pack_into("=I", code, at + size + 4, 0)
+        return bytes(code)
+
+
+def image_of(bpf: Any, functions: Iterable[str], inner: Mapping[str, str]) -> Image:
+    """What BCC compiled. *bpf*: a ``bcc.BPF``; *inner*: for each map of maps, the one that those in it are like."""
+    from bcc.libbcc import lib
+
+    name_of = lib["bpf_table_name"]  # a handle of our own: BCC's Python has none for it
+    name_of.restype, name_of.argtypes = ctypes.c_char_p, (ctypes.c_void_p, ctypes.c_size_t)
+    descriptors = {
+        name_of(bpf.module, index).decode(): lib.bpf_table_fd_id(bpf.module, index)
+        for index in range(lib.bpf_num_tables(bpf.module))
+    }
+    names = {descriptor: name for name, descriptor in descriptors.items()}
+    maps = {}
+    for name, descriptor in descriptors.items():
+        i = syscall.map_info(descriptor)
+        maps[name] = Map(i.type, i.key_size, i.value_size, i.max_entries, i.flags, inner.get(name, ""))
+    return Image(maps, {each: _without_descriptors(bpf.dump_func(each.encode()), names) for each in functions})
+
+
+def _without_descriptors(code: bytes, names: Mapping[int, str]) -> Function:
+    anonymous = bytearray(code)
+    maps = []
+    for at, (opcode, registers, _, value) in enumerate(_INSTRUCTION.iter_unpack(code)):
+        if opcode == _LOAD_64 and registers >> 4 == _PSEUDO_MAP_FD:
+            maps.append((at, names[value]))
+            struct.pack_into("=i", anonymous, at * _INSTRUCTION.size + 4, 0)
+    return Function(bytes(anonymous), tuple(maps))
+
+
+def compiled(
+    text: str, functions: Iterable[str], *, defines: Mapping[str, str], types: Btf | None, inner: Mapping[str, str]
+) -> Image:
+    """The image of a source, compiled only if nobody did it before. Arguments, and what is raised, as `compile_bpf`."""
+    loader.require_privilege()
+    structs = headers.structs_from(types).structs if types is not None else ""
+    system = os.uname()
+    made_from = (calitrace.__version__, system.machine, system.release, structs, text, sorted(defines.items()))
+    kept = CACHE / hashlib.sha256(repr(made_from).encode()).hexdigest()
+    try:
+        return _read(kept)
+    except (OSError, ValueError) as reason:
+        _log.debug("compiling, since %s: %s", kept, reason)
+    bpf = loader.compile_bpf(text, defines=defines, types=types)
+    try:
+        image = image_of(bpf, functions, inner)
+    finally:
+        bpf.cleanup()
+    try:
+        _write(kept, image)
+    except OSError as failure:  # a read-only or full disk: the next start compiles again
+        _log.debug("%s is not kept: %s", kept, failure)
+    return image
+
+
+def _read(path: Path) -> Image:
+    """Raises OSError or ValueError: not there, not whole, or not certainly made by this user."""
+    status = path.parent.stat()
+    if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise ValueError(f"others may write to {path.parent}")
+    image = Image.unpack(path.read_bytes())
+    os.utime(path)  # used: it stays
+    return image
+
+
+def _write(path: Path, image: Image) -> None:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    beside = path.with_suffix(f".{os.getpid()}")
+    try:
+        beside.write_bytes(image.pack())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    by_age = sorted(path.parent.iterdir(), key=lambda each: each.stat().st_mtime_ns, reverse=True)
+    for each in by_age[_KEPT:]:
+        each.unlink(missing_ok=True)
+
+
+def make_maps(image: Image, stack: ExitStack) -> dict[str, int]:
+    """New maps, which *stack* closes: name to descriptor. Raises OSError."""
+    with suppress(OSError, ValueError):  # before Linux 5.11 maps count as locked memory; without the right they may fit
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    found: dict[str, int] = {}
+    for name, each in sorted(image.maps.items(), key=lambda pair: bool(pair[1].inner)):
+        found[name] = syscall.map_create(
+            each.type,
+            each.key_size,
+            each.value_size,
+            each.max_entries,
+            name=name,
+            flags=each.flags,
+            inner=found[each.inner] if each.inner else 0,
+        )
+        stack.callback(os.close, found[name])
+    return found

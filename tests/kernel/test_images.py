@@ -1,0 +1,102 @@
+"""Programs that were compiled before behave the same without a compiler, and what is kept is not believed blindly."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from calitrace.events import Stat
+from calitrace.kernel import images, loader
+from calitrace.kernel.collectors import Collectors, Plan
+from calitrace.model import Hop
+from tests.kernel.test_collectors import collect, send_udp
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.kernel.conftest import Pair
+
+pytestmark = pytest.mark.root
+RUNS = (0x5EED1234, 0xFFFFFFFF)
+
+
+@pytest.fixture
+def compilations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A cache of this test's own; grows with each compilation."""
+    done: list[str] = []
+    compile_bpf = loader.compile_bpf
+
+    def counted(text: str, **options: Any) -> Any:
+        done.append(text)
+        return compile_bpf(text, **options)
+
+    monkeypatch.setattr(loader, "compile_bpf", counted)
+    monkeypatch.setattr(images, "CACHE", tmp_path / "cache")
+    return done
+
+
+def hops(pair: Pair, run_id: int, plan: Plan) -> int:
+    """Hops of one datagram of this run, as the collectors see them."""
+    with Collectors(plan) as collectors:
+        send_udp(pair, 1, run_id=run_id)
+        found = [each for each in collect(collectors) if isinstance(each, Hop)]
+        assert collectors.stats()[Stat.HOP_SEEN] > 0
+    return len(found)
+
+
+def test_what_one_run_compiled_serves_the_others(pair: Pair, compilations: list[str]) -> None:
+    for run_id in RUNS:
+        assert hops(pair, run_id, Plan(run_id=run_id)) >= 3
+        assert hops(pair, run_id ^ 1, Plan(run_id=run_id)) == 0
+        client = (pair.left_ip, 1, 65535)
+        assert hops(pair, run_id ^ 1, Plan(run_id=run_id, client=client)) >= 3
+        assert hops(pair, run_id ^ 1, Plan(run_id=run_id, client=("198.51.100.1", 1, 65535))) == 0
+    assert len(compilations) == 2  # with a client and without
+    assert len(list(images.CACHE.iterdir())) == 2
+
+
+def test_what_is_kept_must_be_whole_and_ours(pair: Pair, compilations: list[str]) -> None:
+    plan = Plan(run_id=RUNS[0], log="", drop=False)
+    assert hops(pair, RUNS[0], plan)
+    (kept,) = images.CACHE.iterdir()
+    whole = kept.read_bytes()
+    assert images.Image.unpack(whole).pack() == whole
+    for broken in (b"", whole[:-1], whole[:40] + bytes([whole[40] ^ 1]) + whole[41:]):
+        kept.write_bytes(broken)
+        before = len(compilations)
+        assert hops(pair, RUNS[0], plan)
+        assert len(compilations) == before + 1
+        assert kept.read_bytes() == whole
+    before = len(compilations)
+    images.CACHE.chmod(0o777)
+    assert hops(pair, RUNS[0], plan)
+    assert len(compilations) == before + 1
+    os.chown(images.CACHE, 65534, 65534)
+    images.CACHE.chmod(0o700)
+    assert hops(pair, RUNS[0], plan)
+    assert len(compilations) == before + 2
+
+
+def test_a_disk_that_takes_nothing_costs_time_only(
+    pair: Pair, compilations: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(images, "CACHE", tmp_path / "file" / "cache")
+    for _ in range(2):
+        assert hops(pair, RUNS[0], Plan(run_id=RUNS[0], log="", drop=False))
+    assert len(compilations) == 2
+
+
+def test_only_the_images_that_were_used_last_stay(pair: Pair, compilations: list[str]) -> None:
+    images.CACHE.mkdir()
+    for number in range(images._KEPT + 3):
+        old = images.CACHE / str(number)
+        old.touch()
+        os.utime(old, (number, number))
+    assert hops(pair, RUNS[0], Plan(run_id=RUNS[0], log="", drop=False))
+    kept = {each.name for each in images.CACHE.iterdir()}
+    assert len(kept) == images._KEPT
+    assert len(compilations) == 1
+    assert not kept & {"0", "1", "2", "3"}
