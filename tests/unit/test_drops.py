@@ -40,9 +40,10 @@ DENIED_LOG = (
 )
 
 
-def joined(recorder: Recorder) -> list[Dropped]:
+def joined(recorder: Recorder, where: Topology | None = None) -> list[Dropped]:
     """All drops of a recording, in order."""
     joiner = Joiner()
+    joiner.know(where or topology())
     found: list[Dropped] = []
     for raw in recorder.records:
         found += joiner.feed(decode(raw), raw)
@@ -52,7 +53,7 @@ def joined(recorder: Recorder) -> list[Dropped]:
 def causes(recorder: Recorder, where: Topology | None = None, rules: dict[int, str] | None = None) -> list[Cause]:
     """Their causes."""
     names = Names(REASONS, {0: "some_function+0x1"}, rules or {})
-    return [explain(d.event, d.passages, d.state, where or topology(), names) for d in joined(recorder)]
+    return [explain(d.event, d.passages, d.state, where or topology(), names) for d in joined(recorder, where)]
 
 
 def with_conntrack(rc: int, raw: bytes) -> bytes:
@@ -130,6 +131,19 @@ def test_a_reason_of_a_release_without_counters_has_its_name() -> None:
     found.namespaces[B_NS] = replace(node, reasons=0, links={CALI: replace(node.links[CALI], name="calif00dbeef012")})
     (cause,) = causes(recorder, found)
     assert (cause.calico_reason, cause.sources) == ("UNAUTH_SOURCE", ("log",))
+
+
+def test_a_line_s_direction_is_a_pod_s_whatever_cni_named_its_interface() -> None:
+    recorder = Recorder()
+    recorder.log(*(line.replace("cali1-----------E", "eni1-----------I") for line in DENIED_LOG))
+    recorder.drop(B_NS, CALI, SYN, TC_EGRESS)
+    found = topology()
+    node = found.namespaces[B_NS]
+    link = replace(node.links[CALI], name="eni1")
+    for workload, hook in ((True, "egress"), (False, "ingress")):
+        found.namespaces[B_NS] = replace(node, links={CALI: replace(link, workload=workload)})
+        (passage,) = joined(recorder, found)[0].passages
+        assert (passage.tag.interface, passage.tag.hook) == ("eni1", hook)
 
 
 def test_only_the_last_passage_can_have_led_to_the_drop() -> None:
