@@ -50,6 +50,26 @@ class Pair:
                 direct_action=True,
             )
 
+    @contextmanager
+    def attached_by_tcx(
+        self, bpf: Any, function: str, namespace: str, interface: str, hook: str = "ingress"
+    ) -> Iterator[None]:
+        """A compiled classifier at a tcx hook, by a link that goes at the end."""
+        program = bpf.load_func(function.encode(), bpf.SCHED_CLS)
+        attr = syscall.Attr()
+        with netns.inside(namespace), IPRoute() as route:
+            attr.u32[0:3] = (program.fd, route.link_lookup(ifname=interface)[0], _TCX[hook])
+            try:
+                link = syscall.call(_LINK_CREATE, attr)
+            except OSError as refused:
+                if refused.errno != errno.EINVAL:
+                    raise
+                pytest.skip(f"this kernel has no tcx: {refused.strerror}")
+        try:
+            yield
+        finally:
+            os.close(link)
+
 
 @pytest.fixture
 def pair() -> Iterator[Pair]:
@@ -93,25 +113,6 @@ def pair() -> Iterator[Pair]:
     finally:
         for name in made:
             pyroute_netns.remove(name)
-
-
-@contextmanager
-def attached_by_tcx(bpf: Any, function: str, namespace: str, interface: str, hook: str) -> Iterator[None]:
-    """A compiled classifier at a tcx hook, for as long as the context lasts."""
-    program = bpf.load_func(function.encode(), bpf.SCHED_CLS)
-    attr = syscall._Attr()
-    with netns.inside(namespace), IPRoute() as route:
-        attr.u32[0:3] = (program.fd, route.link_lookup(ifname=interface)[0], _TCX[hook])
-        try:
-            link = syscall._call(_LINK_CREATE, attr)
-        except OSError as refused:
-            if refused.errno != errno.EINVAL:
-                raise
-            pytest.skip(f"this kernel has no tcx: {refused.strerror}")
-    try:
-        yield
-    finally:
-        os.close(link)
 
 
 def compile_tc(text: str) -> Any:

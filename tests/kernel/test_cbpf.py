@@ -109,7 +109,7 @@ def test_a_filter_in_the_kernel_is_libpcaps() -> None:
 def run(program: int) -> None:
     """Run a tc program once, on an empty Ethernet frame (BPF_PROG_TEST_RUN)."""
     frame = ctypes.create_string_buffer(64)
-    attr = syscall._Attr()
+    attr = syscall.Attr()
     attr.u32[0], attr.u32[2] = program, len(frame)
     attr.u64[2] = ctypes.addressof(frame)
-    syscall._call(10, attr)
+    syscall.call(10, attr)

@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from calitrace import identity
+from calitrace.cli import recording
 from calitrace.correlate.drops import Dropped, Joiner, Names, explain
 from calitrace.decode import Decoder, decode
 from calitrace.events import HopKind, Match, Stat
 from calitrace.identity import Identity
-from calitrace.kernel import headers, netns, syscall
+from calitrace.kernel import discover, headers, loader, netns, syscall
 from calitrace.kernel.collectors import Collectors, Plan, name_condition
 from calitrace.model import Drop, Event, Hop, Link, LogLine, Namespace, Role, StateCopy, Topology
 from calitrace.packet import UDP
 from tests.kernel.conftest import compile_tc
+from tests.kernel.test_maps import PERCPU_ARRAY
 from tests.unit.packets import SPORT, calico_state
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from tests.kernel.conftest import Pair
 
 pytestmark = pytest.mark.root
@@ -205,7 +213,62 @@ def test_a_state_of_another_size_is_told(pair: Pair) -> None:
     bpf = compile_tc(SHOT_WITH_LOG)
     inum, identifier = netns.inum(pair.left), syscall.map_info(bpf[b"cali_state"].map_fd).id
     with Collectors(Plan(hop=False, log="", drop_all=True, state_bytes=(416, 480))) as collectors:
-        assert collectors.watch_state({inum: identifier}) == [inum]
+        assert collectors.watch_state({inum: identifier}) == {inum: "it has another release now: start again"}
+
+
+@pytest.fixture
+def state_map() -> Iterator[int]:
+    """A descriptor of an empty state map."""
+    descriptor = syscall.map_create(PERCPU_ARRAY, 4, 512, 2, name="cali_state6")
+    yield descriptor
+    os.close(descriptor)
+
+
+def descriptors() -> list[str]:
+    """Those that this process has open, and what they are."""
+    return sorted(str(each.readlink()) for each in Path("/proc/self/fd").iterdir() if each.exists())
+
+
+def test_a_state_map_that_has_gone_ends_nothing(pair: Pair, state_map: int) -> None:
+    bpf = compile_tc("int cali_shot(struct __sk_buff *skb) { return 2; }")
+    pair.attach(bpf, "cali_shot", pair.left, "left0", "egress")
+    gone = syscall.map_create(PERCPU_ARRAY, 4, 512, 2, name="cali_state6")
+    maps = {netns.inum(pair.right): syscall.map_info(gone).id, netns.inum(pair.left): syscall.map_info(state_map).id}
+    os.close(gone)
+    with Collectors(Plan(run_id=RUN_ID, hop=False, log="")) as collectors:
+        before = descriptors()
+        unread = collectors.watch_state(maps)
+        assert descriptors() == before
+        send_udp(pair, 23)
+        events = collect(collectors)
+    assert unread == {netns.inum(pair.right): "its state map has gone, as when Felix replaces its programs"}
+    assert sum(isinstance(each, StateCopy) for each in events) == 23
+
+
+def test_a_state_map_that_is_not_described_leaks_nothing(
+    pair: Pair, state_map: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(_: int) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    inum, identifier = netns.inum(pair.left), syscall.map_info(state_map).id
+    with Collectors(Plan(hop=False, log="")) as collectors:
+        before = descriptors()
+        monkeypatch.setattr(syscall, "map_info", refused)
+        assert collectors.watch_state({inum: identifier}) == {
+            inum: "its state map cannot be read: Operation not permitted"
+        }
+        assert descriptors() == before
+
+
+def test_a_recording_goes_on_without_a_state_map_and_says_so(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(discover, "state_maps", lambda *_, **__: {netns.inum(pair.left): 0xFFFFFFFF})
+    with recording.Recording(Plan(run_id=RUN_ID, log=""), path=None, client=pair.left) as running:
+        send_udp(pair, 23)
+        found = running.finish()
+    why = "its state map has gone, as when Felix replaces its programs"
+    assert f"Calico's own reasons are not read on {pair.left}: {why}" in found.header["warnings"]
+    assert found.totals["stats"]["hop_seen"] >= 23
 
 
 def test_lost_events_are_counted_exactly(pair: Pair) -> None:
@@ -302,6 +365,24 @@ def test_nothing_is_left_after_kill(pair: Pair) -> None:
             break
         subprocess.run(["true"], check=True)
     assert not left
+
+
+def test_headers_of_a_run_killed_while_compiling_go_with_a_later_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = (
+        "import os, signal; from calitrace.kernel import headers, loader\n"
+        "headers.structs_from = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "loader.compile_bpf('')\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)}, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for age_s, there in ((0, [left]), (3600, [])):
+        os.utime(left, (0, left.stat().st_mtime - age_s))
+        loader.compile_bpf("int nothing(void *context) { return 0; }").cleanup()
+        assert list(tmp_path.iterdir()) == there
 
 
 @pytest.mark.parametrize("patterns", [["eth?"], ["eth0", "*a"], ["x" * 16], []])

@@ -22,7 +22,7 @@ from calitrace.errors import EnvironmentUnfit, UsageError
 from calitrace.kernel import counters, netns, node, syscall
 from calitrace.kernel.counters import Reader
 from calitrace.report.counters import Choice, iter_notes, table
-from tests.kernel.conftest import attached_by_tcx, compile_tc
+from tests.kernel.conftest import compile_tc
 from tests.kernel.test_maps import HASH, PERCPU_ARRAY, PERCPU_HASH, bpffs, pin, write
 
 if TYPE_CHECKING:
@@ -99,8 +99,7 @@ def test_clsact_as_tc_says(pair: Pair) -> None:
 @contextmanager
 def tcx_program(pair: Pair, name: str = "drop_mine") -> Iterator[None]:
     """`DROP` at right0's ingress, by a tcx link."""
-    programs = compile_tc(DROP.replace("drop_mine", name))
-    with attached_by_tcx(programs, name, pair.right, "right0", "ingress"):
+    with pair.attached_by_tcx(compile_tc(DROP.replace("drop_mine", name)), name, pair.right, "right0"):
         yield
 
 

@@ -18,7 +18,7 @@ from calitrace.decode import decode
 from calitrace.kernel import discover, headers, mounts, netns, symbols, syscall
 from calitrace.kernel.collectors import Collectors, Plan
 from calitrace.packet import UDP
-from tests.kernel.conftest import attached_by_tcx, compile_tc
+from tests.kernel.conftest import compile_tc
 from tests.netns.conftest import listening
 from tests.netns.test_drops import COUNT, finished
 from tests.unit.packets import state_of
@@ -92,7 +92,7 @@ def causes_of(pair: Pair, source: str, target: str, where: str = "") -> tuple[li
     """Send one datagram from the left; the causes of its drops in the namespace *where*, the left by default."""
     topology = discover.topology()
     with Collectors(Plan(hop=False, log="", drop_all=True, state_bytes=discover.state_sizes(topology))) as collectors:
-        assert collectors.watch_state(discover.state_maps(topology, everywhere=True)) == []
+        assert collectors.watch_state(discover.state_maps(topology, everywhere=True)) == {}
         send(pair.left, source, target)
         joiner = Joiner()
         found: list[Dropped] = []
@@ -135,7 +135,7 @@ def test_the_state_of_each_release_names_the_cause(pair: Pair, table: Layout, ve
     write_state(bpf, table, kept)
     with contextlib.ExitStack() as stack:
         if tcx:
-            stack.enter_context(attached_by_tcx(bpf, "cali_tc_preamble", pair.left, "left0", "egress"))
+            stack.enter_context(pair.attached_by_tcx(bpf, "cali_tc_preamble", pair.left, "left0", "egress"))
         else:
             pair.attach(bpf, "cali_tc_preamble", pair.left, "left0", "egress")
         (cause,), topology = causes_of(pair, source, target)
@@ -197,7 +197,7 @@ def test_a_filter_without_a_program_may_have_dropped_it(pair: Pair, qdisc: str) 
         if qdisc == "clsact":
             pair.attach(bpf, "cali_tc_preamble", pair.right, "right0", "ingress")
         else:
-            stack.enter_context(attached_by_tcx(bpf, "cali_tc_preamble", pair.right, "right0", "ingress"))
+            stack.enter_context(pair.attached_by_tcx(bpf, "cali_tc_preamble", pair.right, "right0", "ingress"))
         subprocess.run(["tc", "filter", "add", "dev", "right0", "ingress", "pref", "1", *CLASSIC], check=True)
         (cause,), _ = causes_of(pair, pair.left_ip, pair.right_ip, pair.right)
     assert not cause.by_calico

@@ -36,7 +36,7 @@ def reverse(offset: int, size: int) -> bytes:
 
 def call(command: int, buffers: dict[int, bytes], numbers: dict[int, int], name: tuple[int, str] | None = None) -> int:
     """bpf(2). *buffers*: by the number of their u64, *numbers*: by that of their u32."""
-    attr = syscall._Attr()
+    attr = syscall.Attr()
     held = {at: ctypes.create_string_buffer(raw, len(raw)) for at, raw in buffers.items()}
     for at, buffer in held.items():
         attr.u64[at] = ctypes.addressof(buffer)
@@ -44,7 +44,7 @@ def call(command: int, buffers: dict[int, bytes], numbers: dict[int, int], name:
         attr.u32[at] = number
     for index, byte in enumerate(name[1].encode() if name else b""):
         attr.bytes[name[0] + index] = byte  # type: ignore[index]
-    return syscall._call(command, attr)
+    return syscall.call(command, attr)
 
 
 @contextmanager

@@ -453,7 +453,7 @@ def test_no_maps_is_not_calico(bpffs: Path) -> None:
 
 def test_no_such_process() -> None:
     with pytest.raises(UsageError, match="no process 999999999"):
-        maps.root(None, None, 999999999)
+        maps.root(None, "", 999999999)
 
 
 def calitrace(*words: str) -> subprocess.CompletedProcess[str]:

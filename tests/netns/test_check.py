@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import shutil
@@ -36,7 +35,6 @@ LAB_SPEC = {
 }
 # The lab has a service whose backend has no route, for the drop that this causes.
 BASELINE = {("services.nat-backends-routed", None)}
-_DELETE = 3  # BPF_MAP_DELETE_ELEM
 Found = set[tuple[str, str | None]]
 
 
@@ -106,14 +104,6 @@ def strict_rp_filter(lab: Lab) -> Iterator[None]:
             path.write_text("0")
 
 
-def delete(descriptor: int, key: bytes) -> None:
-    attr = syscall._Attr()
-    buffer = ctypes.create_string_buffer(key, len(key))
-    attr.u32[0] = descriptor
-    attr.u64[1] = ctypes.addressof(buffer)
-    syscall._call(_DELETE, attr)
-
-
 @contextmanager
 def filled_backends(lab: Lab) -> Iterator[None]:
     """The NAT backend map (4096 entries) with 3500 more, of a service id that no frontend has."""
@@ -125,8 +115,7 @@ def filled_backends(lab: Lab) -> Iterator[None]:
         yield
     finally:
         for key in keys:
-            with suppress(OSError):
-                delete(descriptor, key)
+            syscall.map_delete(descriptor, key)
         os.close(descriptor)
 
 
@@ -137,7 +126,7 @@ def without_interface_row(lab: Lab) -> Iterator[None]:
     descriptor = syscall.object_get(lab.pins / "node-a" / "cali_iface4")
     row = syscall.map_lookup(descriptor, key, 52)
     assert row is not None
-    delete(descriptor, key)
+    assert syscall.map_delete(descriptor, key)
     try:
         yield
     finally:

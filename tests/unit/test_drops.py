@@ -16,14 +16,18 @@ from tests.unit.packets import CLIENT, NODE_A, NODE_B, POD, SPORT, TARGET_PORT, 
 from tests.unit.test_verdict import A_NS, B_NS, CALI, NO_SOCKET, REASONS, RULE, TC_EGRESS, TC_INGRESS, UPLINK, topology
 
 from calitrace.calico import pods, state
+from calitrace.cli import drops
 from calitrace.correlate import noise
 from calitrace.correlate.drops import Cause, Confidence, Dropped, Joiner, Names, Place, explain, stack
 from calitrace.decode import decode
+from calitrace.kernel.collectors import Collectors, Plan
 from calitrace.model import Cell
 from calitrace.report import drops as report
 from calitrace.report.pcapng import LINKTYPE_RAW, Writer
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from calitrace.model import Topology
 
 SYN = packets.syn(dst=POD, dport=TARGET_PORT)
@@ -36,9 +40,10 @@ DENIED_LOG = (
 )
 
 
-def joined(recorder: Recorder) -> list[Dropped]:
+def joined(recorder: Recorder, where: Topology | None = None) -> list[Dropped]:
     """All drops of a recording, in order."""
     joiner = Joiner()
+    joiner.know(where or topology())
     found: list[Dropped] = []
     for raw in recorder.records:
         found += joiner.feed(decode(raw), raw)
@@ -48,7 +53,7 @@ def joined(recorder: Recorder) -> list[Dropped]:
 def causes(recorder: Recorder, where: Topology | None = None, rules: dict[int, str] | None = None) -> list[Cause]:
     """Their causes."""
     names = Names(REASONS, {0: "some_function+0x1"}, rules or {})
-    return [explain(d.event, d.passages, d.state, where or topology(), names) for d in joined(recorder)]
+    return [explain(d.event, d.passages, d.state, where or topology(), names) for d in joined(recorder, where)]
 
 
 def with_conntrack(rc: int, raw: bytes) -> bytes:
@@ -126,6 +131,19 @@ def test_a_reason_of_a_release_without_counters_has_its_name() -> None:
     found.namespaces[B_NS] = replace(node, reasons=0, links={CALI: replace(node.links[CALI], name="calif00dbeef012")})
     (cause,) = causes(recorder, found)
     assert (cause.calico_reason, cause.sources) == ("UNAUTH_SOURCE", ("log",))
+
+
+def test_a_line_s_direction_is_a_pod_s_whatever_cni_named_its_interface() -> None:
+    recorder = Recorder()
+    recorder.log(*(line.replace("cali1-----------E", "eni1-----------I") for line in DENIED_LOG))
+    recorder.drop(B_NS, CALI, SYN, TC_EGRESS)
+    found = topology()
+    node = found.namespaces[B_NS]
+    link = replace(node.links[CALI], name="eni1")
+    for workload, hook in ((True, "egress"), (False, "ingress")):
+        found.namespaces[B_NS] = replace(node, links={CALI: replace(link, workload=workload)})
+        (passage,) = joined(recorder, found)[0].passages
+        assert (passage.tag.interface, passage.tag.hook) == ("eni1", hook)
 
 
 def test_only_the_last_passage_can_have_led_to_the_drop() -> None:
@@ -423,6 +441,17 @@ def test_lines_and_objects() -> None:
     assert next(report.iter_explanation(found[0][1], "", "default/web")).startswith(
         "    lab-node-b cali1 tc egress, pod default/web: dropped"
     )
+
+
+def test_a_state_that_is_not_read_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    class Unwatching(Collectors):
+        def watch_state(self, maps: Mapping[int, int]) -> dict[int, str]:
+            return {A_NS: "its map has gone"} if maps == {A_NS: 7, B_NS: 8} else {}
+
+    session = drops._Session(drops.Settings(**drops.command.make_context("drops", []).params))
+    for _ in range(2):
+        session._watch(topology(), Unwatching(Plan()))
+    assert capsys.readouterr().err == "warning: Calico's own reasons are not read on lab-node-a: its map has gone\n"
 
 
 def test_the_closing_line() -> None:

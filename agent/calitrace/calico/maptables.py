@@ -142,7 +142,6 @@ _CT_FLAGS3 = "18 u8 flags2;19 u8 flags3;23 u8 flags1;"
 _CT_KEY4 = "0 u32 proto;4 ip4 addr_a;8 ip4 addr_b;12 u16 port_a;14 u16 port_b"
 _CT_KEY6 = "0 u32 proto;4 ip6 addr_a;20 ip6 addr_b;36 u16 port_a;38 u16 port_b"
 _BACK4, _BACK6 = "0 ip4 addr;4 u16 port", "0 ip6 addr;16 u16 port"
-_COUNTS = (14, 17, 25, 26, 27)
 _POL = ("xdp_v4", "ingress_v4", "egress_v4", "xdp_v6", "ingress_v6", "egress_v6", "filter_in", "filter_eg")
 
 

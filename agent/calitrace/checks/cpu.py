@@ -7,8 +7,7 @@ from typing import Any
 from calitrace.calico.felix_config import Settings, Unset
 from calitrace.calico.release import Release
 from calitrace.checks.finding import Check, Finding, Said, Section, Severity, Unknown
-from calitrace.checks.objects import ebpf_on, grep_log, iter_numbered, patch
-from calitrace.checks.services import KUBE_PROXY_OFF, kube_proxies
+from calitrace.checks.objects import KUBE_PROXY_OFF, ebpf_on, grep_log, iter_numbered, kube_proxies, patch
 from calitrace.checks.snapshot import Link, Map, Process, ProgramTimes, ThreadTimes
 
 Links = tuple[Link, ...]

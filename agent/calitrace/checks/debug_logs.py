@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from calitrace.calico.felix_config import Settings, Unset
 from calitrace.calico.release import Release
+from calitrace.checks.felix_log import log_checks
 from calitrace.checks.finding import Check, Finding, Said, Section, Severity, Unknown
 from calitrace.checks.objects import kernel_version, patch
-from calitrace.checks.services import log_checks
 from calitrace.checks.snapshot import Host, Link, Process
 
 _GROUPS = frozenset({"weps", "heps", "all"})

@@ -9,9 +9,9 @@ from calitrace.calico.felix_config import Settings, Unset
 from calitrace.calico.maps import identify
 from calitrace.checks import decoded
 from calitrace.checks.decoded import Interface
+from calitrace.checks.felix_log import log_checks
 from calitrace.checks.finding import Check, Finding, Said, Section, Severity, Unknown
 from calitrace.checks.objects import OWN_DEVICES, RESTART, ebpf_on, grep_log, is_workload, patch
-from calitrace.checks.services import log_checks
 from calitrace.checks.snapshot import Host, Link, Map, Program
 
 Links = tuple[Link, ...]

@@ -9,7 +9,7 @@ from typing import Any
 
 from calitrace.calico.felix_config import Setting, Settings, Unset
 from calitrace.checks.finding import Severity, Unknown
-from calitrace.checks.snapshot import Link, Program, Route
+from calitrace.checks.snapshot import Link, Process, Program, Route
 
 OWN_DEVICES = frozenset(
     {
@@ -169,6 +169,18 @@ RESTART = (
     "kubectl delete pod -n calico-system -l k8s-app=calico-node --field-selector spec.nodeName=NODE  "
     "# restarts calico-node"
 )
+KUBE_PROXY_OFF = (
+    "kubectl patch ds -n kube-system kube-proxy --type merge -p "
+    """'{"spec":{"template":{"spec":{"nodeSelector":{"non-calico":"true"}}}}}'"""
+)
+
+
+def kube_proxies(processes: tuple[Process, ...]) -> list[Process] | Unknown:
+    """The kube-proxies; that there is none is believed only where a kubelet is in sight."""
+    found = [each for each in processes if each.name == "kube-proxy"]
+    if not found and not any(each.name == "kubelet" for each in processes):
+        return Unknown("no process kubelet in sight: it is not known whether kube-proxy would be")
+    return found
 
 
 def widened(felix: Settings, field: str, name: str) -> str:

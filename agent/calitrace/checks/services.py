@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
-from calitrace.calico import felix_log as log
 from calitrace.calico.felix_config import Settings, Unset
 from calitrace.calico.release import MASTER, Release
 from calitrace.checks.decoded import Nat
+from calitrace.checks.felix_log import felix_started, log_checks
 from calitrace.checks.finding import Check, Finding, Said, Section, Severity, Unknown
 from calitrace.checks.objects import (
+    KUBE_PROXY_OFF,
     L3_KINDS,
     OWN_DEVICES,
     RESTART,
@@ -27,6 +26,7 @@ from calitrace.checks.objects import (
     items,
     iter_numbered,
     kernel_version,
+    kube_proxies,
     l3_pattern,
     name_of,
     node_addresses,
@@ -41,7 +41,6 @@ Routes = tuple[Route, ...]
 Objects = tuple[dict[str, Any], ...]
 ERROR, WARNING, INFO = Severity.ERROR, Severity.WARNING, Severity.INFO
 NODEPORT_OVERHEAD = 50  # IPv4, UDP, VXLAN and Ethernet headers of the NodePort tunnel
-_HOOKS = ("ingress", "egress")
 
 
 def ebpf_off(links: Links, felix: Settings | None = None, processes: tuple[Process, ...] | None = None) -> Said:
@@ -106,7 +105,7 @@ def workload_programs(links: Links) -> Said:
         yield Unknown("no interface carries a Calico program: see services.ebpf-off")
         return
     for link in links:
-        if is_workload(link) and link.up and not all(link.calico(hook) for hook in _HOOKS):
+        if is_workload(link) and link.up and not link.all_calico:
             if link.kind == "netkit":
                 yield Unknown(f"{link.name} is a netkit device: its programs are not to be seen through tc or tcx")
                 continue
@@ -142,7 +141,7 @@ def uplink_programs(
         yield found
         return
     for link in {each.name: each for each in (*(() if isinstance(found, Unknown) else found), *matched)}.values():
-        if all(link.calico(hook) for hook in _HOOKS):
+        if link.all_calico:
             continue
         if isinstance(pattern, tuple) and not pattern[0].search(link.name) and not _is_l3(felix, link):
             continue  # services.data-iface-pattern says so
@@ -325,14 +324,6 @@ def kube_proxy_absent(links: Links, processes: tuple[Process, ...]) -> Said:
         )
 
 
-def kube_proxies(processes: tuple[Process, ...]) -> list[Process] | Unknown:
-    """The kube-proxies; that there is none is believed only where a kubelet is in sight."""
-    found = [each for each in processes if each.name == "kube-proxy"]
-    if not found and not any(each.name == "kubelet" for each in processes):
-        return Unknown("no process kubelet in sight: it is not known whether kube-proxy would be")
-    return found
-
-
 def kube_proxy_beside(links: Links, processes: tuple[Process, ...], felix: Settings | None = None) -> Said:
     """Looks for kube-proxy beside the eBPF dataplane, where bpfKubeProxyIptablesCleanupEnabled is not known.
 
@@ -351,12 +342,6 @@ def kube_proxy_beside(links: Links, processes: tuple[Process, ...], felix: Setti
             "removes its rules as fast as it writes them (projectcalico/calico#10538)",
             KUBE_PROXY_OFF,
         )
-
-
-KUBE_PROXY_OFF = (
-    "kubectl patch ds -n kube-system kube-proxy --type merge -p "
-    """'{"spec":{"template":{"spec":{"nodeSelector":{"non-calico":"true"}}}}}'"""
-)
 
 
 def healthz_port(links: Links, processes: tuple[Process, ...], felix: Settings, release: Release) -> Said:
@@ -760,58 +745,6 @@ def wireguard_port(links: Links, felix: Settings, release: Release) -> Said:
                 "(projectcalico/calico#12900)",
                 patch('"wireguardListeningPort":51822', port) + "; or update Calico",
             )
-
-
-def felix_started(felix_log: tuple[log.Line, ...], links: Links) -> Said:
-    """Looks for the line with which Felix starts the eBPF dataplane.
-
-    Only when the log goes back to Felix's start can its absence mean something.
-    """
-    begins = any(line.text.startswith(log.BEGINS) for line in felix_log)
-    if any(log.STARTED in line.text for line in felix_log):
-        return
-    if not begins:
-        yield Unknown(f"the log does not go back to Felix's start: it begins at {felix_log[0].time}")
-        return
-    if not ebpf_on(links):
-        yield Finding(
-            ERROR,
-            "",
-            (f"not in the log: {log.STARTED}", f"first line: {felix_log[0].raw}"),
-            "Felix started without its eBPF dataplane",
-            patch('"bpfEnabled":true'),
-        )
-
-
-def _from_log(known: log.Known, felix_log: tuple[log.Line, ...], links: Links | None = None) -> Iterator[Finding]:
-    found = log.present(known, felix_log)
-    if known.check == "services.log-attach" and links is not None:
-        found = [line for line in found if not _recovered(line, links)]
-    if found:
-        times = f"{len(found)} times, last:" if len(found) > 1 else "once:"
-        severity = ERROR if known.grave else WARNING
-        yield Finding(severity, "", (times, found[-1].raw), known.meaning, known.fix)
-
-
-def _recovered(line: log.Line, links: Links) -> bool:
-    """Whether the interface that a line names has its programs by now, or is gone; Felix says that it will retry."""
-    name = log.interface(line)
-    here = [link for link in links if link.name == name]
-    return name != "" and all(all(link.calico(hook) for hook in _HOOKS) for link in here)
-
-
-def log_checks(area: str) -> tuple[Check, ...]:
-    """A check for each line of Felix's log that belongs to *area*."""
-    sections = {"services": Section.SERVICES, "maps": Section.TOOL, "debug": Section.LOGS}
-    return tuple(
-        Check(row.check, sections[area], _log_function(row)) for row in log.KNOWN if row.check.startswith(f"{area}.")
-    )
-
-
-def _log_function(row: log.Known) -> partial[Iterator[Finding]]:
-    function = partial(_from_log, row)
-    function.__doc__ = f"Looks in Felix's log for: {row.text}\n\nIt means: {row.meaning}."
-    return function
 
 
 CHECKS = (

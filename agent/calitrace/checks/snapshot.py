@@ -85,6 +85,11 @@ class Link:
         """Whether a Calico program is at either hook."""
         return self.calico("ingress") or self.calico("egress")
 
+    @property
+    def all_calico(self) -> bool:
+        """Whether one is at each of both."""
+        return self.calico("ingress") and self.calico("egress")
+
 
 @dataclass(frozen=True)
 class Route:

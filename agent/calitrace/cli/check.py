@@ -255,6 +255,7 @@ def _probed(snapshot: Snapshot, *, targets: tuple[str, ...], netns: str, **_: An
     from calitrace.model import Outcome
     from calitrace.packet import TCP
     from calitrace.probes import run
+    from calitrace.probes.template import CALICO_VNI
 
     felix = sources(snapshot)["felix"]
     setting = felix.get("vxlanPort") if isinstance(felix, Settings) else None
@@ -263,7 +264,7 @@ def _probed(snapshot: Snapshot, *, targets: tuple[str, ...], netns: str, **_: An
     for target in targets:
         node, _equals, inner = target.partition("=")
         host, number = endpoint(inner)
-        settings = run.Settings(host, number, TCP, 5, 20.0, 0, netns, 1.0, (node, port, 0xCA11C0))
+        settings = run.Settings(host, number, TCP, 5, 20.0, 0, netns, 1.0, (node, port, CALICO_VNI))
         with run.ProbeRun(settings) as probes:
             answers = [each.outcome in (Outcome.ANSWERED, Outcome.REFUSED) for each in probes.run(lambda _: None)]
         found.append(VxlanProbe(node, port, inner, len(answers), sum(answers)))

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import socket
 import sys
 import threading
 import time
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import click
 
@@ -140,19 +138,12 @@ class _Writer:
     """A journal of readings. *stream*: of the file *path*. Raises UsageError when it cannot be written."""
 
     def __init__(self, path: Path, stream: BinaryIO) -> None:
-        from calitrace import __version__, journal
-        from calitrace.kernel import discover
+        from calitrace import journal
+        from calitrace.cli.recording import origin
 
         self._path, self._stream = path, stream
-        header: dict[str, Any] = {
-            "purpose": "counters",
-            "version": __version__,
-            "node": socket.gethostname(),
-            "boot_id": discover.boot_id(),
-            "kernel": os.uname().release,
-        }
         with self._writing():
-            self._journal = journal.Writer(stream, header)
+            self._journal = journal.Writer(stream, {"purpose": "counters", **origin()})
 
     def write(self, reading: Reading) -> None:
         """Append one."""

@@ -5,7 +5,6 @@ packet whose cause was not recorded. Both take at most a twentieth of the reader
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from calitrace.cli import map_source
@@ -149,7 +148,7 @@ class _Node:
         if len(drop.packet.layers) > 1 or link is None or link.workload:
             return ""
         ours = self._namespace.inum == netns.own_inum()
-        with nullcontext() if ours else netns.inside(self.name):
+        with netns.inside("" if ours else self.name):
             index = discover.interface_towards(source)
         if index == drop.ifindex:
             return ""

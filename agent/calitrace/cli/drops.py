@@ -158,7 +158,7 @@ class _Session:
         self._causes: Counter[str] = Counter()
         self._symbols: dict[int, str] = {}
         self._netns = 0
-        self._other_release: set[int] = set()
+        self._said: set[str] = set()
         self._collectors: Collectors | None = None
         self._witness: Witness | None = None
         self._writer: Journal | None = None
@@ -303,14 +303,12 @@ class _Session:
 
     def _watch(self, topology: Topology, collectors: Collectors) -> None:
         """Read Calico's state in each node's namespace, whatever its release was at the start."""
-        from calitrace.cli.recording import say
-        from calitrace.kernel import discover
+        from calitrace.cli.recording import say, watch_state
 
-        for inum in collectors.watch_state(discover.state_maps(topology, everywhere=True)):
-            if inum not in self._other_release:
-                self._other_release.add(inum)
-                name = topology.namespaces[inum].name
-                say(f"warning: {name} has another release now, whose state is not read: start again")
+        for warning in watch_state(collectors, topology, everywhere=True):
+            if warning not in self._said:
+                self._said.add(warning)
+                say(f"warning: {warning}")
         if self._witness is not None:
             self._witness.settle(topology)
 

@@ -61,7 +61,12 @@ class Source:
     def rule_names(self) -> dict[int, str]:
         """Rule id to its name: out of Felix's debug files, which are many and large, when they are asked for."""
         if self.policy_dir is not None:
-            self.rules, self.policy_dir = _rules(self.policy_dir, self), None
+            from calitrace.cli.recording import rule_names
+
+            self.rules, unread = rule_names([self.policy_dir])
+            self.policy_dir = None
+            for each in unread:
+                self.note(each)
         return self.rules
 
     def _timeouts(self) -> Timeouts:
@@ -110,15 +115,16 @@ class Source:
             self.notes.append(text)
 
 
-def live(bpffs: Path | None, netns: str | None, pid: int | None, policy_dir: Path) -> Source:
+def live(bpffs: Path | None, netns: str, pid: int | None, policy_dir: Path) -> Source:
     """The maps of this node. Raises NotCalico, UsageError and EnvironmentUnfit as ``kernel.maps.find`` does."""
     from calitrace.calico.timeouts import SYSCTLS
     from calitrace.kernel import maps
 
     # Maps from elsewhere with ifindices of elsewhere: ours would give them wrong names.
-    interfaces = {} if bpffs is not None and netns is None and pid is None else maps.interfaces(netns, pid)
-    source = of_maps(maps.find(maps.root(bpffs, netns, pid), netns or str(pid or "")), interfaces)
-    source.sysctls = maps.sysctls(SYSCTLS.values(), netns, pid)
+    namespace = netns or str(pid or "")
+    interfaces = {} if bpffs is not None and not namespace else maps.interfaces(namespace)
+    source = of_maps(maps.find(maps.root(bpffs, netns, pid), namespace), interfaces)
+    source.sysctls = maps.sysctls(SYSCTLS.values(), namespace)
     source.policy_dir = policy_dir
     return source
 
@@ -199,18 +205,6 @@ def _describe(source: Source, found: Iterable[Found]) -> None:
     source.maps = described
 
 
-def _rules(directory: Path, source: Source) -> dict[int, str]:
-    from calitrace.calico import policy
-
-    names: dict[int, str] = {}
-    for file in sorted(directory.glob("*.json")):
-        try:
-            names.update(policy.rule_names(file.read_bytes()))
-        except (OSError, Malformed) as failure:  # Felix replaces these files as pods come and go
-            source.note(f"no rule names from {file.name}: {failure}")
-    return names
-
-
 def of_journal(path: Path) -> Source:
     """The maps of a snapshot. Raises UsageError."""
     from calitrace import journal
@@ -234,6 +228,26 @@ def of_journal(path: Path) -> Source:
     if found.cut_at is not None and found.broken is None:
         source.broken = Malformed(found.cut_at, "an end frame", "the end of the file", "snapshot")
     return source
+
+
+def save(source: Source, path: Path) -> None:
+    """Write a snapshot. Raises UsageError when the file exists or cannot be written."""
+    from calitrace import __version__, journal
+    from calitrace.calico import mapbtf, maptables
+    from calitrace.cli.recording import create, origin
+
+    with create(path) as stream:
+        writer = journal.Writer(stream, {
+            **(origin() if source.now_ns else {"version": __version__}), "node": source.node, "sysctls": source.sysctls,
+            "mono_ns": source.now_ns, "wall_ns": time.time_ns(),
+            "interfaces": source.interfaces, "rules": source.rule_names(), "in_use": sorted(source.in_use),
+            "programs": source.programs,
+            "layouts": {raw.pin: mapbtf.to_plain(raw.described) for raw in source.maps if raw.described is not None},
+        })  # fmt: skip
+        for raw in source.maps:
+            for body in journal.map_bodies(raw, maptables.blocks(raw)):
+                writer.write(journal.MAPS, body)
+        writer.write(journal.END, {"mono_ns": time.monotonic_ns()})
 
 
 def _stored(found: Journal) -> Source:
@@ -324,7 +338,7 @@ def _flow(source: Source, packet: Packet) -> Iterator[dict[str, Any]]:
     from calitrace.calico import maptables
     from calitrace.report import mapdump
 
-    proto = next(number for number, name in mapdump.PROTOCOLS.items() if name == packet.proto).to_bytes(4, "little")
+    proto = int(mapdump.number(packet.proto)).to_bytes(4, "little")
     ends = [(ip_address(address).packed, port.to_bytes(2, "little"))
             for address, port in ((packet.src, packet.sport), (packet.dst, packet.dport))]  # fmt: skip
     for raw in source.pick(("ct",), ipv6=packet.version == 6):

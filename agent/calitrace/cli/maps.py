@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import socket
 import sys
 import time
-from contextlib import suppress
 from dataclasses import replace
-from ipaddress import ip_address, ip_network
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from calitrace.cli import map_source
+from calitrace.cli import map_changes, map_source, map_words
 from calitrace.cli.commands import Commands
 from calitrace.errors import Error, Exit, LayoutMismatch, Malformed, NotCalico, UsageError
 
@@ -24,10 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from calitrace.calico.maps import RawMap
-    from calitrace.kernel.maps import Found
 
 POLICY_DIRECTORY = Path("/var/run/calico/bpf/policy")
-CTLB = "ctlb"
 # Command: what it shows, and the maps' base names without cali_ and family.
 SUBJECTS = {
     "arp": ("Neighbours that NodePort tunnels were received from.", ("arp",)),
@@ -76,7 +70,7 @@ def _maps_of(options: dict[str, Any]) -> map_source.Source:
 
 _WHERE = (
     click.option("--bpffs", type=click.Path(path_type=Path), help="Where the node's maps are pinned.  [/sys/fs/bpf]"),
-    click.option("--netns", help="Look through the mounts of a process in this network namespace."),
+    click.option("--netns", default="", help="Look through the mounts of a process in this network namespace."),
     click.option("--pid", type=int, help="Look through the mounts of this process."),
     click.option(
         "--policy-dir", type=click.Path(path_type=Path), default=POLICY_DIRECTORY, show_default=True,
@@ -109,6 +103,10 @@ _FELIX_CONFIG = click.option(
     "--felix-config", type=click.Path(path_type=Path),
     help="What calicoctl or kubectl printed, as YAML: for bpfConntrackTimeouts.",
 )  # fmt: skip
+
+
+def _as_json(options: dict[str, Any]) -> bool:
+    return bool(options["as_json"] or options["output"] == "json")
 
 
 def _with(options: tuple[Callable[[Any], Any], ...], function: Callable[..., Any]) -> Callable[..., Any]:
@@ -207,7 +205,7 @@ def _watched(source: map_source.Source, objects: Iterable[dict[str, Any]]) -> It
 
 
 def _dump(name: str, **options: Any) -> int:
-    options["ipv6"] = options["ipv6"] or _any_ipv6(options.get("words") or ())
+    options["ipv6"] = options["ipv6"] or map_words.any_ipv6(options.get("words") or ())
     source = _source(options)
     maps = _chosen(source, name, options)
     objects: Iterable[dict[str, Any]] = map_source.objects(source, maps)
@@ -217,7 +215,7 @@ def _dump(name: str, **options: Any) -> int:
         objects = _frontends(objects, options["words"])
     if options.get("iface") is not None:
         objects = _of_interface(objects, options["iface"])
-    if options["as_json"] or options["output"] == "json":
+    if _as_json(options):
         if name == "conntrack":
             from calitrace.report import conntrack_json
 
@@ -249,8 +247,8 @@ def _frontends(objects: Iterable[dict[str, Any]], words: tuple[str, ...]) -> lis
 
     if len(words) != 3:
         raise UsageError("nat dump takes none or all of IP PORT PROTO", "`calitrace maps nat get` takes any of them")
-    address, (_, port) = _address(words[0]), _endpoint(f"[{words[0]}]:{words[1]}", port=True)
-    proto = _proto(words[2])
+    address, (_, port) = map_words.address(words[0]), map_words.endpoint(f"[{words[0]}]:{words[1]}", port=True)
+    proto = map_words.proto(words[2])
     found = mapdump.siblings(objects, address, port, proto)
     if not found:
         raise UsageError(f"no frontend {address} port {port} proto {proto}", "`calitrace maps nat dump` lists them")
@@ -321,7 +319,7 @@ def _policy(words: tuple[str, ...], asm: bool, **options: Any) -> int:
             found = policy.read(file.read_bytes())
         except (OSError, Malformed) as failure:
             raise UsageError(f"cannot read {file}: {failure}") from failure
-        if options["as_json"] or options["output"] == "json":
+        if _as_json(options):
             for rule, name in found.rule_names().items():
                 about = {"interface": interface, "policy_direction": direction, "rule_id": rule, "rule": name}
                 click.echo(json.dumps({**about, "packets": hits.get(rule, 0)}))
@@ -348,91 +346,21 @@ def _missing_interfaces(source: map_source.Source, maps: list[RawMap]) -> None:
             source.note(f"interface {name} (ifindex {index}) is not in ifstate: its packets are dropped")
 
 
-def _matches(entry: dict[str, Any], words: tuple[str, ...]) -> bool:
-    """Whether each word is a value of the entry, or an address inside one of its networks."""
-    return all(any(_is(value, word) for key, value in entry.items() if key != "map") for word in words)
-
-
-def _services(entries: list[dict[str, Any]], words: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The frontends that have these words, or a backend that has them, with their backends; and such backends alone."""
-    asked = [entry for entry in entries if _matches(entry, words)]
-    having = {e["id"] for e in asked if "ordinal" in e}
-    fronts = [e for e in entries if "count" in e and (e in asked or e["id"] in having)]
-    wanted = {e["id"] for e in fronts} | having
-    return [*fronts, *(e for e in entries if "ordinal" in e and e["id"] in wanted)]
-
-
-def _is(value: object, word: str) -> bool:
-    if isinstance(value, dict):
-        return any(_is(each, word) for each in value.values())
-    if str(value) == word or (isinstance(value, int) and word.startswith("0x") and value == _hexadecimal(word)):
-        return True
-    try:
-        return isinstance(value, str) and "/" in value and ip_address(word) in ip_network(value, strict=False)
-    except ValueError:
-        return False
-
-
-def _any_ipv6(words: Iterable[str]) -> bool:
-    """Whether what is asked for is in IPv6 maps, though nobody said -6."""
-    for word in words:
-        with suppress(ValueError):
-            if ip_network(word, strict=False).version == 6:
-                return True
-    return False
-
-
-def _hexadecimal(word: str) -> int:
-    try:
-        return int(word, 16)
-    except ValueError:
-        return -1
-
-
-def _address(text: str) -> str:
-    """An address as the maps spell it. Raises UsageError when it does not parse."""
-    try:
-        return str(ip_address(text))
-    except ValueError:
-        raise UsageError(f"{text!r} is no IP address", "such as 10.96.0.10 or fd00::1") from None
-
-
-def _proto(word: str) -> str:
-    """A protocol as the entries have it, from its name or number. Raises UsageError."""
-    from calitrace.report import mapdump
-
-    if word.lower() in mapdump.PROTOCOLS.values():
-        return word.lower()
-    if word.isdigit() and int(word) < 1 << 8:
-        return mapdump.protocol(int(word))
-    raise UsageError(f"{word!r} is no protocol", "tcp, udp or a number")
-
-
-def _key_parts(word: str) -> Iterator[str]:
-    """A word of a key as entries have it; ``1.2.3.4:80`` is two."""
-    # A network, a number, a name (vxlan.calico, bond0.10), a MAC address.
-    if "/" in word or not any(c in word for c in ".:") or re.search(r"[g-z_-]", word.lower()) or word.count(":") == 5:
-        yield word
-        return
-    address, port = _endpoint(word, port=False)
-    yield address
-    if port:
-        yield str(port)
-
-
 def _get(name: str, words: tuple[str, ...], **options: Any) -> int:
     if not words:
         raise UsageError("get needs a key", f"such as `calitrace maps {name} get 10.0.0.1`")
-    words = tuple(part for word in words for part in _key_parts(word))
-    options["ipv6"] = options["ipv6"] or _any_ipv6(words)
+    words = tuple(part for word in words for part in map_words.iter_key_parts(word))
+    options["ipv6"] = options["ipv6"] or map_words.any_ipv6(words)
     source = _source(options)
     if name == "conntrack" and not any(map(map_source.only_members, source.pick(("ct",), ipv6=options["ipv6"]))):
         return _connections(source, words, options)
     entries = map_source.objects(source, _chosen(source, name, options))
     maps = source.maps if options["bpftool"] else source.pick(SUBJECTS[name][1], ipv6=options["ipv6"])
     services = name == "nat" and not any(map(map_source.only_members, maps))
-    found = _services(list(entries), words) if services else [e for e in entries if _matches(e, words)]
-    if options["as_json"] or options["output"] == "json":
+    found = (
+        map_words.services(list(entries), words) if services else [e for e in entries if map_words.matches(e, words)]
+    )
+    if _as_json(options):
         for entry in _with_backends(found, options) if services else found:
             click.echo(json.dumps(entry))
     else:
@@ -463,7 +391,7 @@ def _connections(source: map_source.Source, words: tuple[str, ...], options: dic
 
         near = [ip_address(word).packed for word in words if ("." in word or ":" in word) and "/" not in word]
         pairs = [(key, value) for key, value in raw.entries if all(each in key or each in value for each in near)]
-        matched = {key: e for (key, _), e in zip(pairs, words_of(pairs), strict=True) if _matches(e, words)}
+        matched = {key: e for (key, _), e in zip(pairs, words_of(pairs), strict=True) if map_words.matches(e, words)}
         values = {key: value for key, value in pairs if key in matched}
         partners = {key: set(mapdump.partner_keys(layout, key, value)) for key, value in values.items()}
         wanted = set().union(*partners.values())
@@ -473,7 +401,7 @@ def _connections(source: map_source.Source, words: tuple[str, ...], options: dic
         for key, entry in sorted(matched.items(), key=lambda each: each[1]["type"] == "nat-fwd"):
             mates = {each: known[each] for each in partners[key] if each in known}
             told.add(key)
-            if options["as_json"] or options["output"] == "json":
+            if _as_json(options):
                 click.echo(json.dumps({**entry, "pair": list(mates.values())}))
             elif not (mates and entry["type"] == "nat-fwd" and told >= set(mates)):
                 for line in mapdump.iter_connection(entry, list(mates.values()), context.timeouts):
@@ -495,7 +423,7 @@ def _summary(name: str, **options: Any) -> int:
             found = mapdump.summary(raw)
         except LayoutMismatch as wrong:
             raise map_source.refused(wrong) from wrong
-        if options["as_json"] or options["output"] == "json":
+        if _as_json(options):
             click.echo(json.dumps(found))
             continue
         click.echo(f"{found.pop('map')}:")
@@ -507,7 +435,7 @@ def _summary(name: str, **options: Any) -> int:
 def _stats(name: str, **options: Any) -> int:
     from calitrace.report import mapdump
 
-    if options["as_json"] or options["output"] == "json":
+    if _as_json(options):
         return _summary(name, **options)
     source = _source(options)
     for raw in _chosen(source, name, options):
@@ -525,7 +453,7 @@ def _stats(name: str, **options: Any) -> int:
 def _latency(name: str, **options: Any) -> int:
     from calitrace.report import mapdump
 
-    if options["as_json"] or options["output"] == "json":
+    if _as_json(options):
         return _dump(name, **options)
     source = _source(options)
     for line in mapdump.iter_latency(map_source.objects(source, _chosen(source, name, options), understood=True)):
@@ -609,7 +537,7 @@ def _versions(words: tuple[str, ...] = (), **options: Any) -> int:
     source = _source(options)
     found = [e for e in _iter_versions(source) if not words or {e["map"], identify(e["map"])[0]} & set(words)]
     for about in found:
-        if options["as_json"] or options["output"] == "json":
+        if _as_json(options):
             click.echo(json.dumps(about))
             continue
         used = {True: "in use", False: "not used", None: "use unknown"}[about["in_use"]]
@@ -638,7 +566,7 @@ def _versions_summary(**options: Any) -> int:
         "unknown": sorted(each["map"] for each in found if each["layout"] == "unknown"),
         "side_by_side": sorted(name for group in names.values() if len(group) > 1 for name in group),
     }
-    if options["as_json"] or options["output"] == "json":
+    if _as_json(options):
         click.echo(json.dumps(about))
     else:
         for key, value in about.items():
@@ -664,57 +592,14 @@ command.add_command(_versions_group)
 def _snapshot(path: Path, **options: Any) -> int:
     """Write all maps, or those of --bpftool, into a journal, for -r and diff."""
     source = _maps_of({"path": None, **options})
-    save(source, path)
+    map_source.save(source, path)
     return _finish(source)
 
 
 _snapshot.params += click.command()(_with((*_BPFTOOL, *_WHERE), lambda: None)).params
 
 
-def save(source: map_source.Source, path: Path) -> None:
-    """Write a snapshot. Raises UsageError when the file exists or cannot be written."""
-    from calitrace import __version__, journal
-    from calitrace.calico import mapbtf
-    from calitrace.kernel import discover
-
-    try:
-        stream = path.open("xb")
-    except FileExistsError:
-        raise UsageError(f"{path} exists already", "name another file, or remove it") from None
-    except OSError as failure:
-        raise UsageError(f"cannot write {path}: {failure.strerror}") from failure
-    with stream:
-        writer = journal.Writer(stream, {
-            "version": __version__, "node": source.node, "sysctls": source.sysctls,
-            **({"boot_id": discover.boot_id(), "kernel": os.uname().release} if source.now_ns else {}),
-            "mono_ns": source.now_ns, "wall_ns": time.time_ns(),
-            "interfaces": source.interfaces, "rules": source.rule_names(), "in_use": sorted(source.in_use),
-            "programs": source.programs,
-            "layouts": {raw.pin: mapbtf.to_plain(raw.described) for raw in source.maps if raw.described is not None},
-        })  # fmt: skip
-        for raw in source.maps:
-            for body in journal.map_bodies(raw, _blocks(raw)):
-                writer.write(journal.MAPS, body)
-        writer.write(journal.END, {"mono_ns": time.monotonic_ns()})
-
-
-def _blocks(raw: RawMap) -> Iterable[tuple[int, bytes, bytes]]:
-    from calitrace.calico import maptables
-
-    return maptables.blocks(raw)
-
-
 # --- Questions across maps ---------------------------------------------------------------------------------------
-
-
-def _endpoint(text: str, *, port: bool) -> tuple[str, int]:
-    """``1.2.3.4:80``, ``[fd00::1]:80`` or, unless a *port* is needed, an address alone."""
-    address, _, number = text.rpartition(":") if ("]:" in text or text.count(":") == 1) else (text, "", "")
-    if port and not number:
-        raise UsageError(f"{text!r} has no port", "such as 10.10.0.1:30080/tcp or [fd00::1]:80/udp")
-    if number and not (number.isdigit() and int(number) < 1 << 16):
-        raise UsageError(f"{number!r} is no port", "a number from 0 to 65535")
-    return _address(address.strip("[]")), int(number or 0)
 
 
 @command.command("walk")
@@ -734,7 +619,7 @@ def _walk(source_end: str, target: str, ingress: str, **options: Any) -> int:
     place, _, proto = target.partition("/")
     if proto not in ("tcp", "udp"):
         raise UsageError(f"{target!r} names no protocol", "end it with /tcp or /udp")
-    (src, sport), (dst, dport) = _endpoint(source_end, port=False), _endpoint(place, port=True)
+    (src, sport), (dst, dport) = map_words.endpoint(source_end, port=False), map_words.endpoint(place, port=True)
     if (":" in src) is not (":" in dst):
         raise UsageError("source and destination are of different families")
     source = _whole(_source(options))
@@ -753,7 +638,7 @@ def _walk(source_end: str, target: str, ingress: str, **options: Any) -> int:
     packet = walk.Packet(src, sport, dst, dport, proto, ingress)
     steps = walk.walk(packet, map_source.tables(source, ipv6=":" in dst, packet=packet if sport else None))
     for step in steps:
-        if options["as_json"] or options["output"] == "json":
+        if _as_json(options):
             click.echo(json.dumps(asdict(step)))
         elif step.lookup == "verdict":
             click.echo(f"{step.key}: {step.found}")
@@ -788,7 +673,7 @@ def _diff(files: tuple[Path, ...], wait: float | None, check: bool, **options: A
         _wait(wait)
         sides.append(_source(options))
         views.append(_view(sides[1], options["ipv6"]))
-    as_json = options["as_json"] or options["output"] == "json"
+    as_json = _as_json(options)
     own = [mapdiff.own_addresses(view["tables"]) for view in views]
     nodes = bool(own[0] and own[1] and not own[0] & own[1])
     count = 0
@@ -846,147 +731,6 @@ def _shown(value: object) -> str:
     return "[" + " ".join(str(each) for each in value) + "]" if isinstance(value, list) else str(value)
 
 
-# --- What changes the node ---------------------------------------------------------------------------------------
-
-
-def _may_change(options: dict[str, Any]) -> bool:
-    """Whether to do it. Raises UsageError when neither that nor a dry run was asked for."""
-    if options["dry_run"]:
-        if options.get("kept") is not None:
-            raise UsageError("a dry run removes nothing to keep", "--write goes with --allow-system-changes")
-        return False
-    if not options["allowed"]:
-        raise UsageError("this changes the node", "see what would go with --dry-run, do it with --allow-system-changes")
-    return True
-
-
-def _live_maps(options: dict[str, Any], base: str) -> list[tuple[Any, RawMap]]:
-    """(what discovery found, the map) of every version that programs may use, or of that which --ver asks for."""
-    from calitrace.calico.maps import identify
-    from calitrace.kernel import maps
-
-    where = maps.root(options["bpffs"], options["netns"], options["pid"])
-    found = maps.find(where, options["netns"] or str(options["pid"] or ""))
-    wanted = {f"cali_{base}", f"cali_v{6 if options.get('ipv6') else 4}_{base}"}
-    version = options.get("version")
-    chosen = [
-        (each, maps.read(each))
-        for each in found
-        if identify(each.name)[0] in wanted and version in (None, identify(each.name)[1])
-    ]
-    if not chosen:
-        raise NotCalico(f"no map cali_*{base}*", "`calitrace maps versions dump` lists the maps that are here")
-    return chosen
-
-
-def _keep(options: dict[str, Any], maps: list[RawMap]) -> None:
-    """Write what is about to go into the journal of --write. Raises UsageError."""
-    if options["kept"] is not None:
-        source = map_source.Source(
-            maps, {raw.pin for raw in maps}, now_ns=time.monotonic_ns(), node=socket.gethostname()
-        )
-        save(source, options["kept"])
-
-
-def _remove(options: dict[str, Any], base: str, wanted: Callable[[dict[str, Any]], bool]) -> int:
-    from calitrace.kernel import maps
-    from calitrace.report import mapdump
-
-    change = _may_change(options)
-    going: list[tuple[Found, RawMap]] = []
-    for found, raw in _live_maps(options, base):
-        try:
-            entries = list(raw.entries)  # read once: what is shown is what goes
-            objects = mapdump.iter_objects(replace(raw, entries=entries), mapdump.Context(time.monotonic_ns()))
-            chosen = [(pair, entry) for pair, entry in zip(entries, objects, strict=True) if wanted(entry)]
-        except LayoutMismatch as wrong:
-            raise map_source.refused(wrong) from wrong
-        for _, entry in chosen:
-            if not change:
-                click.echo(mapdump.text(base, entry, raw=True))
-        going.append((found, replace(raw, entries=[pair for pair, _ in chosen])))
-    if change:
-        _keep(options, [raw for _, raw in going])
-    for found, raw in going:
-        keys = [key for key, _ in raw.entries]
-        gone = maps.delete(found, keys) if change else len(keys)
-        click.echo(f"{found.name}: {gone} entries {'removed' if change else 'would be removed'}", err=True)
-    return int(Exit.DONE)
-
-
-def _clean_conntrack(**options: Any) -> int:
-    """Remove all conntrack entries: every connection through Calico starts anew, those with NAT break."""
-    return _remove(options, "ct", lambda _: True)
-
-
-def _clean_arp(**options: Any) -> int:
-    """Remove all neighbours: the way back of NodePort tunnels is looked up in the kernel until they are learnt anew."""
-    return _remove(options, "arp", lambda _: True)
-
-
-def _remove_conntrack(proto: str, ip1: str, ip2: str, **options: Any) -> int:
-    """Remove the entries between two addresses. PROTO: tcp, udp or a number."""
-    name = _proto(proto)
-    ends = {_address(ip1), _address(ip2)}
-    options["ipv6"] = options["ipv6"] or ":" in ip1
-    return _remove(options, "ct", lambda e: e["proto"] == name and {e["addr_a"], e["addr_b"]} == ends)
-
-
-def _flush_counters(iface: str | None, **options: Any) -> int:
-    """Set counters back to zero."""
-    from calitrace.calico import reasons
-    from calitrace.kernel import maps
-
-    change = _may_change(options)
-    source = map_source.live(options["bpffs"], options["netns"], options["pid"], options["policy_dir"])
-    known = source.context().interfaces
-    if iface is not None and iface not in known.values():
-        raise UsageError(f"no interface {iface}", "list them with `calitrace maps counters dump`")
-    going: list[tuple[Found, RawMap]] = []
-    for found, raw in _live_maps(options, "counters"):
-        pairs = list(raw.entries)  # read once: what is shown is what goes
-        chosen = []
-        for pair, entry in zip(
-            pairs, map_source.objects(source, [replace(raw, entries=pairs)], understood=True), strict=True
-        ):
-            if iface in (None, entry.get("interface")):
-                chosen.append(pair)
-                if not change:
-                    counts = (f"{reasons.caption(name)} {count}" for name, count in entry["counters"].items() if count)
-                    place = f"{entry.get('interface', found.directory)} {entry.get('hook', '')}"
-                    click.echo(f"{place}: {', '.join(counts) or 'all zero'}")
-        going.append((found, replace(raw, entries=chosen)))
-    if change:
-        _keep(options, [raw for _, raw in going])
-    for found, raw in going:
-        keys = [key for key, _ in raw.entries]
-        if change:
-            maps.clear(found, keys)
-        click.echo(f"{found.name}: {len(keys)} rows {'set to zero' if change else 'would be set to zero'}", err=True)
-    return int(Exit.DONE)
-
-
-def _clean_connect_time(**options: Any) -> int:
-    """Detach connect-time load balancing: remove the pinned links of its programs (v3.27 and newer)."""
-    from calitrace.kernel import maps
-
-    change = _may_change(options)
-    where = maps.root(options["bpffs"], options["netns"], options["pid"]) / CTLB
-    try:
-        links = sorted(each for each in where.iterdir() if each.name.startswith("calico_"))
-    except FileNotFoundError:
-        links = []
-    except PermissionError:
-        raise UsageError(f"no permission to look into {where}", "run as root") from None
-    if not links:
-        raise NotCalico(f"no connect-time load balancer pinned below {where}", "older releases do not pin theirs")
-    for link in links:
-        click.echo(f"{link.name} {'detached' if change else 'would be detached'}")
-        if change:
-            link.unlink(missing_ok=True)
-    return int(Exit.DONE)
-
-
 def _add(path: str, function: Callable[..., int], *options: Callable[[Any], Any]) -> None:
     group, _, verb = path.partition(" ")
     parent = command.commands[group]
@@ -1004,17 +748,17 @@ _kept = click.option(
 )
 _family = click.option("-6", "--ipv6", is_flag=True, help="The IPv6 map.")
 _version = click.option("--ver", "version", type=int, help="Only the map of this version.")
-_add("arp clean", _clean_arp, _family, _kept)
-_add("conntrack clean", _clean_conntrack, _family, _version, _kept)
+_add("arp clean", map_changes.clean_arp, _family, _kept)
+_add("conntrack clean", map_changes.clean_conntrack, _family, _version, _kept)
 _add(
     "conntrack remove",
-    _remove_conntrack,
+    map_changes.remove_conntrack,
     *(click.argument(each) for each in ("proto", "ip1", "ip2")),
     _family,
     _version,
     _kept,
 )
-_add("counters flush", _flush_counters, click.option("--iface", help="Only this interface."), _kept)
-_add("connect-time clean", _clean_connect_time)
+_add("counters flush", map_changes.flush_counters, click.option("--iface", help="Only this interface."), _kept)
+_add("connect-time clean", map_changes.clean_connect_time)
 for _with_reading in (_walk, _diff):
     _with_reading.params += click.command()(_with(_READ, lambda: None)).params

@@ -12,6 +12,7 @@ import click
 from calitrace.cli.commands import Commands
 from calitrace.cli.terminal import columns
 from calitrace.errors import Exit, UsageError
+from calitrace.probes.template import CALICO_VNI
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -87,7 +88,7 @@ Examples:
 )
 @click.argument("node")
 @click.option("--inner", required=True, metavar="HOST:PORT", help="Where the packet inside goes: a NodePort.")
-@click.option("--vni", default=0xCA11C0, show_default="Calico's NodePort tunnel", help="VXLAN network identifier.")
+@click.option("--vni", default=CALICO_VNI, show_default="Calico's NodePort tunnel", help="VXLAN network identifier.")
 @shared_options
 def vxlan(node: str, inner: str, vni: int, vxlan_port: int, **options: Any) -> int:
     """Probe another node's VXLAN port, as Calico forwards a NodePort to it.

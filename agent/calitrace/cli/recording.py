@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 _POLL_MS = 50
 _QUIET_POLLS = 3  # this many polls without an event end the settling
 _SETTLE_MS = 2000  # but it never takes longer
+_UNREAD = "Calico's own reasons are not read on {}: {}"
 
 
 class Recording:
@@ -63,7 +64,7 @@ class Recording:
         self._stream: BinaryIO = io.BytesIO() if self._path is None else create(self._path)
         try:
             self._collectors.__enter__()
-            self._collectors.watch_state(discover.state_maps(self.topology))
+            self._warnings += watch_state(self._collectors, self.topology)
             self._writer = journal.Writer(self._stream, self._header())
         except BaseException:
             self._collectors.__exit__()
@@ -151,18 +152,10 @@ def header(
 ) -> dict[str, Any]:
     """What a journal must know to be read elsewhere. *warnings*: to which those about rule names are added."""
     reasons = types.enum("skb_drop_reason") if types else None
-    rules: dict[int, str] = {}
-    for directory in policy_dirs:
-        for file in sorted(directory.glob("*.json")):
-            try:
-                rules.update(policy.rule_names(file.read_bytes()))
-            except (OSError, Malformed) as failure:  # Felix replaces these files as pods come and go
-                warnings.append(f"no rule names from {file.name}: {failure}")
+    rules, unread = rule_names(policy_dirs)
+    warnings += unread
     return {
-        "version": __version__,
-        "node": socket.gethostname(),
-        "boot_id": discover.boot_id(),
-        "kernel": os.uname().release,
+        **origin(),
         "mono_ns": time.monotonic_ns(),
         "wall_ns": time.time_ns(),
         "run_id": plan.run_id,
@@ -175,6 +168,29 @@ def header(
     }
 
 
+def origin() -> dict[str, str]:
+    """Which version, machine and boot a journal is of."""
+    return {
+        "version": __version__,
+        "node": socket.gethostname(),
+        "boot_id": discover.boot_id(),
+        "kernel": os.uname().release,
+    }
+
+
+def rule_names(directories: Iterable[Path]) -> tuple[dict[int, str], list[str]]:
+    """Rule id to its name, out of Felix's policy debug files; and which could not be read."""
+    names: dict[int, str] = {}
+    unread = []
+    for directory in directories:
+        for file in sorted(directory.glob("*.json")):
+            try:
+                names.update(policy.rule_names(file.read_bytes()))
+            except (OSError, Malformed) as failure:  # Felix replaces these files as pods come and go
+                unread.append(f"no rule names from {file.name}: {failure}")
+    return names, unread
+
+
 def unread_states(topology: Topology) -> list[str]:
     """A warning for each node whose release keeps its state as none that we know does."""
     found = []
@@ -183,8 +199,14 @@ def unread_states(topology: Topology) -> list[str]:
             try:
                 state.layout(node.state_name, node.state_bytes)
             except LayoutMismatch as unknown:
-                found.append(f"Calico's own reasons are not read on {node.name}: {unknown}")
+                found.append(_UNREAD.format(node.name, unknown))
     return found
+
+
+def watch_state(collectors: Collectors, topology: Topology, *, everywhere: bool = False) -> list[str]:
+    """Have Calico's state read at each drop, where we observe or *everywhere*; a warning for each node without."""
+    unread = collectors.watch_state(discover.state_maps(topology, everywhere=everywhere))
+    return [_UNREAD.format(topology.namespaces[inum].name, why) for inum, why in unread.items()]
 
 
 def create(path: Path) -> BinaryIO:

@@ -16,6 +16,7 @@ from calitrace.calico.debug_filter import COST, has_filters, log_filters, precon
 from calitrace.cluster.kubernetes import ApiRefused
 from calitrace.cluster.undo import DIRECTORY, Outcome, Record, Watchdog, replacing
 from calitrace.errors import EnvironmentUnfit, NotCalico, UsageError
+from calitrace.kernel import discover
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -224,7 +225,7 @@ class DebugLevel:
                 previous={name: spec[name] for name in ours if name in spec},
                 ours=ours,
                 until=time.time() + self._seconds,
-                boot_id=Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+                boot_id=discover.boot_id(),
                 owner=os.getpid(),
             )
             self.watchdog = Watchdog(record, self._seconds, self._directory)

@@ -18,9 +18,6 @@ def calico_programs(namespace: str = "") -> dict[tuple[str, str], tuple[int, ...
     """
     from pyroute2 import IPRoute
 
-    if not namespace:
-        with IPRoute() as route:
-            return _look(route)
     with netns.inside(namespace), IPRoute() as route:
         return _look(route)
 

@@ -237,34 +237,28 @@ class Collectors:
         while self._attached:
             os.close(self._attached.pop())
 
-    def watch_state(self, state_maps: Mapping[int, int]) -> list[int]:
+    def watch_state(self, state_maps: Mapping[int, int]) -> dict[int, str]:
         """Read Calico's state at each drop. *state_maps*: namespace inode number to id of its cali_state map.
 
-        Returns the namespaces whose map has a size that the plan has not. Raises EnvironmentUnfit when a map is gone.
+        Returns why it is not read, by namespace: Felix may have replaced the map since it was looked for.
         """
-        others = []
+        unread = {}
         for netns, identifier in state_maps.items():
             try:
-                descriptor = syscall.map_fd(identifier)
-                size = syscall.map_info(descriptor).value_size
+                with ExitStack() as stack:
+                    descriptor = syscall.map_fd(identifier)
+                    stack.callback(os.close, descriptor)
+                    size = syscall.map_info(descriptor).value_size
+                    if size in self.plan.state_bytes:
+                        key, value = (each.to_bytes(4, sys.byteorder) for each in (netns, descriptor))
+                        syscall.map_update(self._maps[f"states_{size}"], key, value)
+                    else:
+                        unread[netns] = "it has another release now: start again"
+            except FileNotFoundError:
+                unread[netns] = "its state map has gone, as when Felix replaces its programs"
             except OSError as failure:
-                raise EnvironmentUnfit(
-                    f"Calico's state map {identifier} has gone: {failure.strerror}",
-                    "its programs were just replaced; try again",
-                ) from failure
-            try:
-                if size in self.plan.state_bytes:
-                    key, value = (each.to_bytes(4, sys.byteorder) for each in (netns, descriptor))
-                    syscall.map_update(self._maps[f"states_{size}"], key, value)
-                else:
-                    others.append(netns)
-            except Exception as failure:
-                raise EnvironmentUnfit(
-                    f"cannot watch Calico's state map {identifier} of namespace {netns}: {failure}"
-                ) from failure
-            finally:
-                os.close(descriptor)
-        return others
+                unread[netns] = f"its state map cannot be read: {failure.strerror}"
+        return unread
 
     def poll(self, timeout_ms: int) -> list[bytes]:
         """Wait until the ring is filling up or *timeout_ms* has passed; returns all events, oldest first."""

@@ -36,21 +36,15 @@ class Reader:
 
     def __init__(self, namespace: str, bpffs: Path | None, *, tcx: bool = False) -> None:
         self._namespace = namespace
-        self._bpffs = maps.root(bpffs, namespace or None, None)
-        self._own = OwnCount(netns.inum(namespace) if namespace else netns.own_inum()) if tcx else None
+        self._bpffs = maps.root(bpffs, namespace)
+        self._own = OwnCount(netns.inum(namespace)) if tcx else None
         self._stack = ExitStack()
-
-    def _inside(self) -> ExitStack:
-        stack = ExitStack()
-        if self._namespace:
-            stack.enter_context(netns.inside(self._namespace))
-        return stack
 
     def __enter__(self) -> Reader:
         from pyroute2 import IPRoute
 
         with ExitStack() as stack:
-            with self._inside():
+            with netns.inside(self._namespace):
                 self._route = stack.enter_context(IPRoute())
             if self._own is not None:
                 stack.enter_context(self._own.collectors)
@@ -62,7 +56,7 @@ class Reader:
 
     def read(self) -> Reading:
         """All counters now; a source that cannot be read is `Missing` with the reason."""
-        with self._inside():
+        with netns.inside(self._namespace):
             mono_ns, wall_ns = time.monotonic_ns(), time.time_ns()
             links = or_missing(lambda: interfaces(self._route), "interfaces")
             known = () if isinstance(links, Missing) else links

@@ -11,7 +11,6 @@ import errno
 import os
 import socket
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,7 +46,7 @@ def topology(client: str = "") -> Topology:
                 if name == netns.OURS:
                     raise
                 continue  # it was deleted while we looked
-    start = netns.inum(client) if client else here
+    start = netns.inum(client)
     if start not in found:
         raise EnvironmentUnfit(f"namespace {client} changed while we looked at it", "try again")
     return _with_roles(found, start)
@@ -58,7 +57,7 @@ def _look(inum: int, name: str, files: Mapping[int, str]) -> Namespace:
     from pyroute2.netlink.exceptions import NetlinkError
 
     ours = name == netns.OURS
-    with nullcontext() if ours else netns.inside(name), IPRoute() as route:
+    with netns.inside("" if ours else name), IPRoute() as route:
         for _ in range(_ATTEMPTS):
             try:
                 return _namespace(route, inum, socket.gethostname() if ours else name, files)

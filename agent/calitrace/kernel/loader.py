@@ -6,10 +6,13 @@ BCC is imported here and nowhere else, inside the functions: it takes a third of
 from __future__ import annotations
 
 import os
+import shutil
+import stat
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +22,8 @@ from calitrace.kernel import headers, syscall
 if TYPE_CHECKING:
     from calitrace.btf import Btf
 
+_TREE = "calitrace-headers-"
+_ABANDONED_S = 600  # compiling takes seconds
 _REAL_HEADERS = """\
 #include <linux/skbuff.h>
 #include <linux/netdevice.h>
@@ -74,7 +79,8 @@ def compile_bpf(
     types = types or headers.kernel_btf()
     cflags = [f"-D{name}={value}" for name, value in defines.items()]
     cflags += ["-Wno-unused-function", "-Wno-gnu-variable-sized-type-not-at-end"]
-    with tempfile.TemporaryDirectory(prefix="calitrace-") as directory:
+    _remove_abandoned()
+    with tempfile.TemporaryDirectory(prefix=_TREE) as directory:
         if types is not None:
             uname = os.uname()
             headers.write_tree(Path(directory), uname.machine, uname.release)
@@ -89,6 +95,16 @@ def compile_bpf(
             except Exception as failure:  # BCC raises bare Exception; clang's words went to stderr
                 cause = str(failure) or "clang failed"
     raise CompileFailed(f"cannot compile our BPF programs: {cause}", log.text)
+
+
+def _remove_abandoned() -> None:
+    """Remove our header directories that nobody will: who made them was killed while compiling."""
+    oldest = time.time() - _ABANDONED_S
+    for each in Path(tempfile.gettempdir()).glob(f"{_TREE}*"):
+        with suppress(OSError):  # another run of ours removes it too
+            about = each.lstat()
+            if stat.S_ISDIR(about.st_mode) and about.st_uid == os.geteuid() and about.st_mtime < oldest:
+                shutil.rmtree(each)
 
 
 def require_privilege() -> None:

@@ -11,7 +11,7 @@ import errno
 import os
 import socket
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,9 +57,10 @@ class Found:
         return self.pin.rpartition("/")[0]
 
 
-def root(bpffs: Path | None, namespace: str | None, pid: int | None) -> Path:
-    """The bpffs that the options ask for. Raises UsageError for a process or namespace that is not there.
+def root(bpffs: Path | None, namespace: str, pid: int | None = None) -> Path:
+    """The bpffs that the options ask for. *namespace*: "" for ours.
 
+    Raises UsageError for a process or namespace that is not there.
     A namespace has no mounts of its own: of its processes' views and ours the first with pins of Calico is taken. What
     `ip netns exec` starts has a /sys of its own, without a bpffs.
     """
@@ -68,7 +69,7 @@ def root(bpffs: Path | None, namespace: str | None, pid: int | None) -> Path:
         if not Path(f"/proc/{pid}/root").exists():
             raise UsageError(f"no process {pid}", "name one of the node's own processes, such as calico-node's")
         return _seen_by(pid, where)
-    if namespace is None:
+    if not namespace:
         return where
     views = [*(_seen_by(each, where) for each in _processes_in(namespace)), where]
     return next((each for each in views if _has_pins(each)), views[0])
@@ -99,19 +100,15 @@ def _processes_in(namespace: str) -> list[int]:
     return list(found.values())
 
 
-def interfaces(namespace: str | None, pid: int | None) -> dict[int, str]:
-    """ifindex to name in the namespace that the options ask for. Raises UsageError, EnvironmentUnfit."""
-    where = namespace if namespace is not None else pid
-    if where is None:
-        return dict(socket.if_nameindex())
-    with netns.inside(str(where)):
+def interfaces(namespace: str) -> dict[int, str]:
+    """ifindex to name in a namespace, "" for ours. Raises UsageError, EnvironmentUnfit."""
+    with netns.inside(namespace):
         return dict(socket.if_nameindex())
 
 
-def sysctls(names: Iterable[str], namespace: str | None, pid: int | None) -> dict[str, int]:
+def sysctls(names: Iterable[str], namespace: str) -> dict[str, int]:
     """Numbers below /proc/sys/net/netfilter, without those that are not there. Raises as :func:`interfaces`."""
-    where = namespace if namespace is not None else pid
-    with netns.inside(str(where)) if where is not None else nullcontext():
+    with netns.inside(namespace):
         found = {name: _NETFILTER / name for name in names}
         return {name: int(path.read_text()) for name, path in found.items() if path.exists()}
 
@@ -311,8 +308,13 @@ def read(found: Found) -> RawMap:
     info = found.info
     cpus = syscall.possible_cpus() if info.type in _PER_CPU else 1
     return RawMap(
-        found.name, found.pin, info.type, info.key_size, info.value_size, info.max_entries, cpus, Entries(found, cpus)
+        found.name, found.pin, info.type, info.key_size, info.value_size, info.max_entries, cpus, Entries(found)
     )
+
+
+def _value_bytes(info: syscall.MapInfo) -> int:
+    """Size of a value as the kernel hands it out: of a per-CPU map those of all CPUs, each padded to 8 bytes."""
+    return syscall.possible_cpus() * (-(-info.value_size // 8) * 8) if info.type in _PER_CPU else info.value_size
 
 
 class Entries:
@@ -321,10 +323,9 @@ class Entries:
     *notes*: what befell the last reading: keys that came twice, an end forced because keys vanish faster than we read.
     """
 
-    def __init__(self, found: Found, cpus: int) -> None:
+    def __init__(self, found: Found) -> None:
         self._found = found
-        info = found.info
-        self._value_size = cpus * (-(-info.value_size // 8) * 8) if info.type in _PER_CPU else info.value_size
+        self._value_size = _value_bytes(found.info)
         self.notes: list[str] = []
         self.complete = True
 
@@ -447,8 +448,7 @@ def delete(found: Found, keys: list[bytes]) -> int:
 
 def clear(found: Found, keys: list[bytes]) -> None:
     """Set the values of these keys to zeros, on all CPUs. Raises EnvironmentUnfit."""
-    info = found.info
-    size = syscall.possible_cpus() * (-(-info.value_size // 8) * 8) if info.type in _PER_CPU else info.value_size
+    size = _value_bytes(found.info)
     descriptor = open_map(found)
     try:
         for key in keys:

@@ -16,16 +16,19 @@ from calitrace.errors import EnvironmentUnfit, UsageError
 RUN_NETNS = Path("/run/netns")
 OURS = "(host)"  # our own, where it has no name
 _MOUNTS, _PROC = Path("/proc/self/mountinfo"), Path("/proc")
+_OWN = Path("/proc/thread-self/ns/net")
 _CLONE_NEWNET = 0x40000000
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def path(name: str | Path) -> Path:
-    """The file that holds a namespace: a name below /run/netns, a path, or a process id.
+    """The file that holds a namespace: a name below /run/netns, a path, or a process id; this thread's own for "".
 
     Raises UsageError when there is no such namespace.
     """
     text = str(name)
+    if not text:
+        return _OWN
     found = Path(text) if "/" in text else RUN_NETNS / text
     if not found.exists() and text.isdigit():
         found = Path(f"/proc/{text}/ns/net")
@@ -44,18 +47,21 @@ def inum(name: str | Path) -> int:
 
 def own_inum() -> int:
     """The inode number of this thread's namespace."""
-    return Path("/proc/thread-self/ns/net").stat().st_ino
+    return inum("")
 
 
 @contextmanager
 def inside(name: str | Path) -> Iterator[None]:
-    """Enter a network namespace for this thread; sockets opened inside stay there.
+    """Enter a network namespace for this thread; sockets opened inside stay there. "": stay in ours.
 
     Raises UsageError for an unknown namespace, EnvironmentUnfit when the kernel refuses.
     """
+    if not str(name):
+        yield  # without setns(2), which takes root
+        return
     target = os.open(path(name), os.O_RDONLY | os.O_CLOEXEC)
     try:
-        home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        home = os.open(_OWN, os.O_RDONLY | os.O_CLOEXEC)
         try:
             _setns(target, str(name))
             try:
@@ -84,7 +90,7 @@ def names() -> dict[int, str]:
     it is mounted, or of a process in it.
     """
     found: dict[int, str] = {}
-    nsfs = Path("/proc/thread-self/ns/net").stat().st_dev
+    nsfs = _OWN.stat().st_dev
     if RUN_NETNS.is_dir():
         for entry in sorted(RUN_NETNS.iterdir()):
             try:

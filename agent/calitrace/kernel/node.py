@@ -76,8 +76,8 @@ def collect(where: Where, interval_s: float, progress: Progress) -> Snapshot:
 
     Raises UsageError for a namespace that is not there.
     """
-    bpffs = maps.root(where.bpffs, where.namespace or None, None)
-    inum = netns.inum(where.namespace) if where.namespace else netns.own_inum()
+    bpffs = maps.root(where.bpffs, where.namespace)
+    inum = netns.inum(where.namespace)
     progress("looking at processes and kernel settings")
     processes = _source(lambda: tuple(iter_processes(inum)), "processes")
     env = _source(lambda: _felix_env(processes), "calico-node's environment")
@@ -89,9 +89,7 @@ def collect(where: Where, interval_s: float, progress: Progress) -> Snapshot:
         lockdown=_source(_lockdown, "lockdown"),
     )
     sysctls = _sysctls()
-    with ExitStack() as stack:
-        if where.namespace:
-            stack.enter_context(netns.inside(where.namespace))
+    with netns.inside(where.namespace):
         progress("looking at interfaces, routes and programs")
         network = _network()
         found = replace(found, **{**network, "sysctls": sysctls | network["sysctls"]})

@@ -17,7 +17,7 @@ from calitrace.errors import EnvironmentUnfit
 
 _NR_BPF = {"x86_64": 321, "aarch64": 280}
 _MAP_CREATE, _OBJ_PIN, _OBJ_GET = 0, 6, 7
-_PROG_GET_NEXT_ID, _MAP_GET_NEXT_ID = 11, 12
+_PROG_GET_NEXT_ID = 11
 _PROG_GET_FD_BY_ID, _MAP_GET_FD_BY_ID = 13, 14
 _OBJ_GET_INFO_BY_FD = 15
 _PROG_LOAD, _RAW_TRACEPOINT_OPEN = 5, 17
@@ -102,7 +102,7 @@ class _BtfInfo(ctypes.Structure):
     _fields_ = (("btf", ctypes.c_uint64), ("btf_size", ctypes.c_uint32), ("id", ctypes.c_uint32))
 
 
-class _Attr(ctypes.Union):
+class Attr(ctypes.Union):
     """The parts of union bpf_attr that we use, as 128 zeroed bytes."""
 
     _fields_ = (("bytes", ctypes.c_uint8 * 128), ("u32", ctypes.c_uint32 * 32), ("u64", ctypes.c_uint64 * 16))
@@ -143,7 +143,8 @@ class MapInfo:
     btf_value_type_id: int = 0
 
 
-def _call(command: int, attr: _Attr) -> int:
+def call(command: int, attr: Attr) -> int:
+    """bpf(2). Raises OSError; EnvironmentUnfit on a machine on which we do not know its number."""
     machine = platform.machine()
     if machine not in _NR_BPF:
         raise EnvironmentUnfit(f"bpf(2) has no known number on {machine}")
@@ -155,25 +156,25 @@ def _call(command: int, attr: _Attr) -> int:
 
 
 def _fd_by_id(command: int, identifier: int) -> int:
-    attr = _Attr()
+    attr = Attr()
     attr.u32[0] = identifier
-    return _call(command, attr)
+    return call(command, attr)
 
 
 def _info(descriptor: int, info: ctypes.Structure) -> None:
-    attr = _Attr()
+    attr = Attr()
     attr.u32[0] = descriptor
     attr.u32[1] = ctypes.sizeof(info)
     attr.u64[1] = ctypes.addressof(info)
-    _call(_OBJ_GET_INFO_BY_FD, attr)
+    call(_OBJ_GET_INFO_BY_FD, attr)
 
 
 def object_get(path: Path) -> int:
     """A file descriptor of a pinned program or map. Raises OSError."""
-    attr = _Attr()
+    attr = Attr()
     name = ctypes.create_string_buffer(os.fsencode(path))
     attr.u64[0] = ctypes.addressof(name)
-    return _call(_OBJ_GET, attr)
+    return call(_OBJ_GET, attr)
 
 
 def program_fd(identifier: int) -> int:
@@ -262,25 +263,25 @@ def btf_bytes(identifier: int) -> bytes:
 
 def map_update(descriptor: int, key: bytes, value: bytes) -> None:
     """Set one entry; *key* and *value* must have the map's sizes. Raises OSError."""
-    attr = _Attr()
+    attr = Attr()
     key_buffer = ctypes.create_string_buffer(key, len(key))
     value_buffer = ctypes.create_string_buffer(value, len(value))
     attr.u32[0] = descriptor
     attr.u64[1] = ctypes.addressof(key_buffer)
     attr.u64[2] = ctypes.addressof(value_buffer)
-    _call(_MAP_UPDATE_ELEM, attr)
+    call(_MAP_UPDATE_ELEM, attr)
 
 
 def map_lookup(descriptor: int, key: bytes, value_size: int) -> bytes | None:
     """One entry's value, or None when there is none. *value_size*: for per-CPU maps all CPUs' together."""
-    attr = _Attr()
+    attr = Attr()
     key_buffer = ctypes.create_string_buffer(key, len(key))
     value_buffer = ctypes.create_string_buffer(value_size)
     attr.u32[0] = descriptor
     attr.u64[1] = ctypes.addressof(key_buffer)
     attr.u64[2] = ctypes.addressof(value_buffer)
     try:
-        _call(_MAP_LOOKUP_ELEM, attr)
+        call(_MAP_LOOKUP_ELEM, attr)
     except OSError as failure:
         if failure.errno == errno.ENOENT:
             return None
@@ -290,12 +291,12 @@ def map_lookup(descriptor: int, key: bytes, value_size: int) -> bytes | None:
 
 def map_delete(descriptor: int, key: bytes) -> bool:
     """Remove one entry; False when there was none. Raises OSError."""
-    attr = _Attr()
+    attr = Attr()
     key_buffer = ctypes.create_string_buffer(key, len(key))
     attr.u32[0] = descriptor
     attr.u64[1] = ctypes.addressof(key_buffer)
     try:
-        _call(_MAP_DELETE_ELEM, attr)
+        call(_MAP_DELETE_ELEM, attr)
     except OSError as failure:
         if failure.errno == errno.ENOENT:
             return False
@@ -308,7 +309,7 @@ def map_next_key(descriptor: int, key: bytes | None, key_size: int) -> bytes | N
 
     The kernel starts again at the first key when *key* has gone: the caller bounds the loop. Raises OSError.
     """
-    attr = _Attr()
+    attr = Attr()
     following = ctypes.create_string_buffer(key_size)
     attr.u32[0] = descriptor
     if key is not None:
@@ -316,7 +317,7 @@ def map_next_key(descriptor: int, key: bytes | None, key_size: int) -> bytes | N
         attr.u64[1] = ctypes.addressof(key_buffer)
     attr.u64[2] = ctypes.addressof(following)
     try:
-        _call(_MAP_GET_NEXT_KEY, attr)
+        call(_MAP_GET_NEXT_KEY, attr)
     except OSError as failure:
         if failure.errno == errno.ENOENT:
             return None
@@ -349,7 +350,7 @@ class Batch:
     def read(self) -> tuple[int, bytes, bytes]:
         """(number of entries, their keys, their values), packed; sets *done* with the last. Raises OSError."""
         while True:
-            attr = _Attr()
+            attr = Attr()
             attr.u64[0] = ctypes.addressof(self._cursors[0]) if self._started else 0
             attr.u64[1] = ctypes.addressof(self._cursors[1])
             attr.u64[2] = ctypes.addressof(self._keys)
@@ -357,7 +358,7 @@ class Batch:
             attr.u32[8] = self._at_once
             attr.u32[9] = self._descriptor
             try:
-                _call(_MAP_LOOKUP_BATCH, attr)
+                call(_MAP_LOOKUP_BATCH, attr)
             except OSError as failure:
                 if failure.errno == errno.ENOSPC:  # one bucket alone holds more than we made room for
                     self.grow(2 * self._at_once)
@@ -381,7 +382,7 @@ def load_tracepoint(instructions: bytes, name: str, *, btf_id: int = 0) -> int:
 
     *btf_id*: of the tracepoint's typedef ``btf_trace_NAME``. Raises OSError; its text ends with the verifier's log.
     """
-    attr = _Attr()
+    attr = Attr()
     code, log = ctypes.create_string_buffer(instructions, len(instructions)), ctypes.create_string_buffer(_LOG_BYTES)
     licence = ctypes.create_string_buffer(b"GPL")
     attr.u32[0:2] = (_PROG_TYPE_TRACING if btf_id else _PROG_TYPE_RAW_TRACEPOINT, len(instructions) // 8)
@@ -392,12 +393,12 @@ def load_tracepoint(instructions: bytes, name: str, *, btf_id: int = 0) -> int:
         attr.u32[17] = _TRACE_RAW_TP
         attr.u32[27] = btf_id
     try:
-        return _call(_PROG_LOAD, attr)
+        return call(_PROG_LOAD, attr)
     except OSError:
         attr.u32[6:8] = (1, len(log))  # once more, to be told why
         attr.u64[4] = ctypes.addressof(log)
         try:
-            return _call(_PROG_LOAD, attr)
+            return call(_PROG_LOAD, attr)
         except OSError as failure:
             raise OSError(failure.errno, f"{failure.strerror}\n{log.value.decode(errors='replace')}") from None
 
@@ -407,43 +408,43 @@ def attach_tracepoint(program: int, name: str = "") -> int:
 
     Raises OSError.
     """
-    attr = _Attr()
+    attr = Attr()
     text = ctypes.create_string_buffer(name.encode())
     attr.u64[0] = ctypes.addressof(text) if name else 0
     attr.u32[2] = program
-    return _call(_RAW_TRACEPOINT_OPEN, attr)
+    return call(_RAW_TRACEPOINT_OPEN, attr)
 
 
 def map_create(
     map_type: int, key_size: int, value_size: int, max_entries: int, *, name: str = "", flags: int = 0, inner: int = 0
 ) -> int:
     """A file descriptor of a new map without BTF. *inner*: of a map like those in a map of maps. Raises OSError."""
-    attr = _Attr()
+    attr = Attr()
     attr.u32[0:6] = (map_type, key_size, value_size, max_entries, flags, inner)
     for index, byte in enumerate(name.encode()[:15]):
         attr.bytes[28 + index] = byte
-    return _call(_MAP_CREATE, attr)
+    return call(_MAP_CREATE, attr)
 
 
 def object_pin(descriptor: int, path: Path) -> None:
     """Pin a map or program on a bpffs. Raises OSError."""
-    attr = _Attr()
+    attr = Attr()
     name = ctypes.create_string_buffer(os.fsencode(path))
     attr.u64[0] = ctypes.addressof(name)
     attr.u32[2] = descriptor
-    _call(_OBJ_PIN, attr)
+    call(_OBJ_PIN, attr)
 
 
 def map_update_batch(descriptor: int, count: int, keys: bytes, values: bytes) -> None:
     """Set *count* entries from packed *keys* and *values* (Linux 5.6). Raises OSError."""
-    attr = _Attr()
+    attr = Attr()
     key_buffer = ctypes.create_string_buffer(keys, len(keys))
     value_buffer = ctypes.create_string_buffer(values, len(values))
     attr.u64[2] = ctypes.addressof(key_buffer)
     attr.u64[3] = ctypes.addressof(value_buffer)
     attr.u32[8] = count
     attr.u32[9] = descriptor
-    _call(_MAP_UPDATE_BATCH, attr)
+    call(_MAP_UPDATE_BATCH, attr)
 
 
 def attached_programs(ifindex: int, hook: str) -> list[int]:
@@ -451,13 +452,13 @@ def attached_programs(ifindex: int, hook: str) -> list[int]:
 
     Raises OSError; EINVAL before Linux 6.6.
     """
-    attr = _Attr()
+    attr = Attr()
     ids = (ctypes.c_uint32 * _MOST_PROGRAMS)()
     attr.u32[0] = ifindex
     attr.u32[1] = _TCX[hook]
     attr.u64[2] = ctypes.addressof(ids)
     attr.u32[6] = len(ids)
-    _call(_PROG_QUERY, attr)
+    call(_PROG_QUERY, attr)
     return list(ids[: attr.u32[6]])
 
 
@@ -476,26 +477,17 @@ def possible_cpus() -> int:
 
 def enable_stats() -> int:
     """Switch run-time statistics on for as long as the returned descriptor is open. Raises OSError."""
-    return _call(_ENABLE_STATS, _Attr())
+    return call(_ENABLE_STATS, Attr())
 
 
 def program_ids() -> list[int]:
     """Ids of all loaded programs. Raises OSError."""
-    return _ids(_PROG_GET_NEXT_ID)
-
-
-def map_ids() -> list[int]:
-    """Ids of all maps. Raises OSError."""
-    return _ids(_MAP_GET_NEXT_ID)
-
-
-def _ids(command: int) -> list[int]:
     found: list[int] = []
     while True:
-        attr = _Attr()
+        attr = Attr()
         attr.u32[0] = found[-1] if found else 0
         try:
-            _call(command, attr)
+            call(_PROG_GET_NEXT_ID, attr)
         except OSError as failure:
             if failure.errno == errno.ENOENT:
                 return found

@@ -63,7 +63,7 @@ def program_ids(route: Any, index: int, at: Iterable[str] = HOOKS) -> dict[str, 
 
 
 def tcx_programs(index: int, hook: str) -> list[int]:
-    """Ids of the tcx programs of an interface of this thread's namespace; none before Linux 6.6.
+    """Ids of the tcx programs of an interface of this thread's namespace; none before Linux 6.6, or when it has gone.
 
     Raises PermissionError.
     """

@@ -20,7 +20,6 @@ import socket
 import struct
 import time
 from array import array
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -33,7 +32,6 @@ from calitrace.probes.template import Flow, Template
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from contextlib import AbstractContextManager
 
     from calitrace.packet import Layer, Packet
 
@@ -99,10 +97,8 @@ class ProbeRun:
             self._next = _address(node)
 
     def __enter__(self) -> ProbeRun:
-        place = self.settings.namespace
-        inside: AbstractContextManager[None] = netns.inside(place) if place else nullcontext()
         try:
-            with inside:
+            with netns.inside(self.settings.namespace):
                 self._prepare()
         except PermissionError:
             self.__exit__()

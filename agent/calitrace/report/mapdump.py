@@ -15,13 +15,13 @@ from calitrace.calico import maptables, reasons
 from calitrace.calico.maps import MOST_BACKENDS, identify
 from calitrace.calico.maptables import Layout, Table
 from calitrace.calico.timeouts import Timeouts
+from calitrace.packet import PROTOCOLS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from calitrace.calico.maps import RawMap
 
-PROTOCOLS = {1: "icmp", 6: "tcp", 17: "udp", 58: "icmp6"}
 NORMAL, NAT_FWD, NAT_REV = 0, 1, 2
 _TYPES = {NORMAL: "normal", NAT_FWD: "nat-fwd", NAT_REV: "nat-rev"}
 # felix/bpf-gpl/conntrack_types.h; 0x40 since v3.19, up to 0x200 since v3.24, to 0x2000 v3.26, the last ones v3.32.
