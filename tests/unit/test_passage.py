@@ -736,6 +736,24 @@ def test_a_denial_that_ends_with_the_state_of_the_packet() -> None:
     assert done[0].facts.policy == "deny"
 
 
+@pytest.mark.parametrize(
+    ("said", "verdict"),
+    [
+        ("IPv6 on host interface: allow", "ALLOW"),
+        ("Unknown ethertype on host interface (88cc), allow", "ALLOW"),
+        ("IPv6 from workload: drop", "DENY"),
+    ],
+)
+def test_a_line_that_is_all_that_the_first_releases_print(said: str, verdict: str) -> None:
+    parsed = [f"eth0-----I: {each}" for each in ("TCP; ports: s=1 d=2", "CT-6 lookup from a000001:1", END)]
+    line = f"eth0-----I: {said}"
+    done, _, _ = assembled(printed(line, line, *parsed))
+    assert [(p.verdict, len(p.lines), p.marks) for p in done] == [(verdict, 1, [])] * 2 + [("ALLOW", 3, [])]
+    later = [f"eth0-----I: {each}" for each in (START, said, "Traffic is towards the host namespace", END)]
+    done, _, _ = assembled(printed(line, *later[2:], *later))
+    assert [(len(p.lines), p.marks) for p in done] == [(3, []), (4, [])]
+
+
 def test_the_first_line_without_an_interface() -> None:
     lines = [f"eth0-----I: {each}" for each in ("New packet; mark=0", "Packet approved for forward.")]
     done, cut, _ = assembled(printed(*lines, *lines))

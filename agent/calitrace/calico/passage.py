@@ -51,6 +51,9 @@ _DROPS = (
 _LAST = (_RESULT_LINE, *_DROPS)
 _AFTER_POLICY = ("Entering ", "Tail call to ", _RESULT_LINE)
 _OLD_POLICY = "About to jump to policy program; lack of further"  # ... logs means policy dropped the packet
+_PASSES = ("IPv6 on host interface", "Unknown ethertype on host interface")
+_ALONE = (*_PASSES, "IPv6 from workload")  # up to v3.16: all that the program prints
+_AFTER_ALONE = ("Drop malformed", "Traffic is towards", _RESULT_LINE)
 _INFO = (_RESULT_LINE, "Workload RPF fail", "Source collision unresolved")  # at level Info there is nothing before
 _DEBUG_ONLY = "Final result=ALLOW rc "  # since v3.30, whose Info prints nothing
 _BEFORE = ("No metadata is shared by XDP", "Received metadata from XDP")  # without a tag, before the first line
@@ -740,8 +743,11 @@ def _is_over(passage: Passage, text: str) -> bool:
     if passage.tag.direction == "X":
         step = _parsing(text)
         return step is not None and step <= max(_reached(line) for line in passage.lines)
+    last = passage.lines[-1].text
+    if last.startswith(_ALONE):
+        return len(passage.lines) == 1 and not text.startswith(_AFTER_ALONE)
     # Policy has denied in silence, as up to v3.17.
-    return passage.lines[-1].text.startswith(_OLD_POLICY) and not text.startswith(_AFTER_POLICY)
+    return last.startswith(_OLD_POLICY) and not text.startswith(_AFTER_POLICY)
 
 
 def _parsing(text: str) -> int | None:
@@ -793,6 +799,8 @@ def _cut(passage: Passage, whole: bool = True) -> Passage:
     """End what has no last line. *whole*: nothing that it printed was lost."""
     if passage.lines[-1].text.startswith(_SILENT) or _is_stated(passage) or (whole and _prints_no_more(passage)):
         passage.verdict = "DENY" if _denies(passage) else ""
+    if whole and len(passage.lines) == 1 and passage.lines[-1].text.startswith(_PASSES):
+        passage.verdict = "ALLOW"
     if passage.direction == "X" and not passage.verdict:
         passage.verdict = _xdp_verdict(passage.texts)
     if not passage.verdict:
