@@ -226,6 +226,13 @@ def test_a_packet_to_text_and_back(
         ("VXLAN with our VNI from unexpected source.", "tunnel"),
         ("L4 checksum update (csum is at 50) src IP from a0a0001 to a0a0002", "rewrite"),
         ("TCP reset v4 reply: set tcp csum failed -1", "icmp"),
+        ("Entering calico_tc_maglev", "maglev"),
+        ("NAT Lookup determined packet to be Maglev-related", "maglev"),
+        ("CT-TCP delete to   a0a0001:80", "conntrack"),
+        ("CT-6 RPF expected 3 to equal 4", "conntrack"),
+        ("FIB not approved - connection to unready 0x1 ep cali1234 (5) not confirmed.", "fib"),
+        ("Final result=DENY (23). Dropped due to packet rate QoS.", "end"),
+        ("revnat miss for [fd00:0000:0000:0000:0000:0000:0000:0001]:80", "connect-time"),
     ],
 )
 def test_wordings_of_programs_that_no_trace_of_ours_shows(text: str, stage: str) -> None:

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calitrace.calico.log import Form, Reader
+from calitrace.calico.messages import CHAIN, NO_ROOM
 from calitrace.calico.passage import Assembler, Flow, Mark, Passage
 from calitrace.model import LogLine
 from calitrace.packet import dissect
@@ -451,13 +452,21 @@ IPV6_PARSED = (
     "TCP; ports: s=5 d=80",
 )
 
+IPV6_BARE = (
+    "ip->nexthdr 0 IPv6 options!",
+    "loading extension at offset 54",
+    "ext nexthdr 6 hdrlen 0",
+    "IP ihl=48 bytes ip nexthdr 6",
+    "TCP; ports: s=5 d=80",
+)
+
 
 def xdp(*messages: str) -> list[str]:
     """The lines of eth0's XDP program."""
     return [f"eth0------------X: {message}" for message in messages]
 
 
-@pytest.mark.parametrize("parsed", [PARSED, OLD_PARSED, IPV6_PARSED])
+@pytest.mark.parametrize("parsed", [PARSED, OLD_PARSED, IPV6_PARSED, IPV6_BARE])
 @pytest.mark.parametrize(
     ("messages", "verdict", "cause", "marks"),
     [
@@ -481,7 +490,7 @@ def test_xdp_prints_no_result(
     assert [(p.tag.hook, len(p.lines)) for p in done[2:]] == [("ingress", 2)]
 
 
-@pytest.mark.parametrize("parsed", [PARSED[:3], IPV6_PARSED[:3], ()])
+@pytest.mark.parametrize("parsed", [PARSED[:3], IPV6_PARSED[:3], IPV6_BARE[:3], ()])
 def test_xdp_drops_what_it_cannot_parse(parsed: tuple[str, ...]) -> None:
     lines = xdp(*parsed, "Too short")
     done, _, _ = assembled(printed(*lines, *lines, *eth(START, END)))
@@ -560,13 +569,15 @@ def test_reverse_path_check_of_the_first_releases_that_have_it(said: list[str], 
     ("parsed", "code", "name"),
     [
         ("10.0.0.1", "13", "BLACK_HOLE"), ("10.0.0.1", "16", "CT_CREATE_FAILED"), ("10.0.0.1", "20", "FRAG_WAIT"),
-        ("10.0.0.1", "28", "reason 28"), ("a000001", "d", "BLACK_HOLE"), ("a000001", "e", "WEP_NOT_READY"),
+        ("10.0.0.1", "28", "reason 28"), ("[fd00::1]", "16", "CT_CREATE_FAILED"),
+        ("a000001", "d", "BLACK_HOLE"), ("a000001", "e", "WEP_NOT_READY"),
         ("a000001", "10", "NATIFACE"), ("a000001", "f", "reason 15"), ("10.0.0.1", "11", "UNAUTH_SOURCE"),
     ],
 )  # fmt: skip
 def test_reasons_by_the_base_in_which_they_are_printed(parsed: str, code: str, name: str) -> None:
-    (passage,), _, _ = assembled(printed(*eth(START, f"IP s={parsed} d={parsed}", f"Final result=DENY ({code}).")))
-    assert passage.calico_reason == name
+    for said in (f"IP s={parsed} d={parsed}", f"CT: lookup from {parsed}:0"):  # IPv6 has the second alone
+        (passage,), _, _ = assembled(printed(*eth(START, said, f"Final result=DENY ({code}).")))
+        assert passage.calico_reason == name
 
 
 @pytest.mark.parametrize(
@@ -588,7 +599,13 @@ def test_reasons_by_the_base_in_which_they_are_printed(parsed: str, code: str, n
         (["WEP with no policy, deny."], {"policy": "no policy, deny"}),
         (["NAT: no backend"], {"no_backend": True}),
         (["FIB lookup failed (bad input): -22."], {"forwarding": "FIB -22"}),
-        (["Redirect directly to interface (7) succeeded."], {"forwarding": "to ifindex 7"}),
+        (["Redirect directly to interface (7) failed."], {"forwarding": ""}),
+        (["BPF CT Miss for mid-flow TCP", "BPF CT Miss but have Linux CT entry: established"],
+         {"conntrack": "established, by Linux"}),
+        (["CT mid-flow miss and not a Maglev failover. Fall through to iptables"], {"conntrack": "mid-flow miss"}),
+        (["Maglev: HEP with no policy, allow.", "pol_rc=1"], {"policy": "no policy, allow"}),
+        (["pol_rc=2", "Allowing WG 10.0.0.1 <-> 10.0.0.2 despite blocked by policy - known hosts.", "pol_rc=1"],
+         {"policy": "deny, overridden for WireGuard"}),
         (["IP s=10.0.0.1 d=10.0.0.2", "vxlan decap", "ICMP; type=0 code=0"],
          {"flows": [Flow(0, "10.0.0.1", 0, "10.0.0.2", 0), Flow(1)], "tunnel_from": "10.0.0.1"}),
         (["hello"], {"flows": []}),
@@ -608,6 +625,141 @@ def test_reasons_by_the_base_in_which_they_are_printed(parsed: str, code: str, n
 def test_facts(messages: list[str], facts: dict[str, object]) -> None:
     (passage,), _, _ = assembled(printed(*eth(START, *messages, END)))
     assert {name: getattr(passage.facts, name) for name in facts} == facts
+
+
+@pytest.mark.parametrize(
+    ("messages", "forwarding"),
+    [
+        (["Redirect directly to interface (7) succeeded.", "Final result=ALLOW rc 7."], "to ifindex 7"),
+        (["Redirect to workload dev 7 without fib lookup", "Final result=ALLOW (7)."], "to ifindex 7"),
+        (["Redirect directly to interface (7) failed.", "Got Linux FIB hit, redirecting to iface 8.",
+          "Final result=ALLOW rc 7."], "to ifindex 8"),
+        (["Got Linux FIB hit, redirecting to iface 8.", "To host marked with FLAG_EXT_LOCAL", END], ""),
+        (["FIB lookup failed (FIB problem): 7.", "No FIB or failed, redirect to NATIF.",
+          "Redirect directly to interface bpfnatin succeeded.", "Final result=ALLOW rc 7."], "to bpfin.cali"),
+        (["No FIB or failed, redirect to NATIF.", "Redirect directly to bpfnatin failed.",
+          "Final result=DENY (29)."], ""),
+        (["FIB lookup failed (FIB problem): 4.", END], "FIB NOT_FWDED"),
+    ],
+)  # fmt: skip
+def test_the_way_out(messages: list[str], forwarding: str) -> None:
+    (passage,), _, _ = assembled(printed(*eth(START, *messages)))
+    assert passage.facts.forwarding == forwarding
+
+
+LOOKED_UP = ("CT: lookup from 10.0.0.1:5", "CT: lookup to   10.0.0.9:80")
+IN_ERROR = ("ICMP; type=3 code=1", "CT: lookup from 10.0.0.7:0", "CT: lookup to   10.0.0.9:0", "CT: result: related")
+
+
+@pytest.mark.parametrize(
+    ("messages", "after_nat", "decisions"),
+    [
+        # A connection of the host clashes with one through bpfout.cali: the second look has no source port.
+        ((*LOOKED_UP, "Host source SNAT conflict", "CT: lookup from 10.0.0.1:0", "CT: lookup to   10.0.0.9:80",
+          "CT: DNAT to 10.0.0.9:80", "Fixing TCP source port from 5 to 60001"),
+         Flow(0, "10.0.0.1", 60001, "10.0.0.9", 80), ["DNAT to 10.0.0.9:80"]),
+        ((*LOOKED_UP, "CT: SNAT from 10.0.0.8:30080", "Fixing UDP dest port from 80 to 6"),
+         Flow(0, "10.0.0.8", 30080, "10.0.0.9", 6), ["SNAT from 10.0.0.8:30080"]),
+        ((*LOOKED_UP, "remote wl 10.0.1.1 tunneled via 10.0.1.0", "CT: DNAT to 10.0.1.1:8080"),
+         Flow(0, "10.0.1.0", 5, "10.0.1.1", 8080), ["DNAT to 10.0.1.1:8080"]),
+        # An ICMP error: its own address changes, and those of the packet that it quotes.
+        ((*IN_ERROR, "ICMP related: outer IP SNAT to 10.0.0.8", "Entering calico_tc_skb_icmp_inner_nat",
+          "CT: DNAT to 10.0.0.8:80", "Fixing TCP source port from 5 to 6"),
+         Flow(1, "10.0.0.8", 0, "10.0.0.9", 0), ["SNAT to 10.0.0.8", "in the ICMP error: DNAT to 10.0.0.8:80"]),
+        ((*IN_ERROR[:3], "ct_related=1", "ICMP related: outer IP DNAT to 10.0.0.5", "CT: SNAT from 10.0.0.5:80"),
+         Flow(1, "10.0.0.7", 0, "10.0.0.5", 0), ["DNAT to 10.0.0.5", "in the ICMP error: SNAT from 10.0.0.5:80"]),
+        ((*LOOKED_UP, "NAT: backend miss", "Entering calico_tc_skb_send_icmp_replies", "ICMP type 3 and code 3"),
+         None, ["no backend", "ICMP type 3 code 3 to the sender"]),
+        ((*LOOKED_UP, "Fixing something else"), None, []),
+        ((*LOOKED_UP, "Sending TCP RST due to CT state", "Entering calico_tc_skb_send_tcp_rst"),
+         None, ["TCP RST to the sender"]),
+    ],
+)  # fmt: skip
+def test_what_was_done_to_the_packet(messages: tuple[str, ...], after_nat: Flow | None, decisions: list[str]) -> None:
+    (passage,), _, _ = assembled(printed(*eth(START, *messages, END)))
+    assert (passage.facts.after_nat, passage.decisions()) == (after_nat, decisions)
+    assert passage.facts.flows[-1].sport == (5 if messages[0].startswith("CT") else 0)
+
+
+@pytest.mark.parametrize(
+    ("messages", "cause"),
+    [
+        (("Source collision unresolved 10.0.0.1:5", "calico_ct_v4_create_tracking err -17",
+          "Creating NAT conntrack failed with -17"), "no free source port to resolve a collision"),
+        (("CT-ALL nat tunnel IP not a host 10.0.0.1", "calico_ct_v4_create_tracking err -1",
+          "Creating NAT conntrack failed with -1"), "the tunnel's other end is no known node"),
+        (("CT: Packet not allowed by ingress/egress approval flags (TH).", "NEW src_to_dst->ifindex 0",
+          "calico_ct_v4_create_tracking err -7", "Creating normal conntrack failed"), NO_ROOM),
+        (("hello", "Creating normal conntrack failed"), NO_ROOM),
+        (("CT: Miss.", "CT: result: INVALID.", "ip->ttl 64"), "an ICMP error about no known flow"),
+        (("NAT: no backend",), CHAIN),
+        (("Sending TCP RST due to CT state",), CHAIN),
+        (("ip->ttl 1",), "the time to live is over"),
+        (("ip->hop_limit 0",), "the time to live is over"),
+        (("ip->ttl 128",), ""),
+        (("Unknown protocol (132), unable to extract ports",),
+         "a protocol that Calico does not know, from or to a pod"),
+        (("Not a tunnel route for 10.0.0.1 at tunnel device",), "no route for the destination at the tunnel device"),
+        ((), ""),
+    ],
+)  # fmt: skip
+def test_causes_that_more_than_the_last_line_tells(messages: tuple[str, ...], cause: str) -> None:
+    (denied,), _, _ = assembled(printed(*eth(START, *messages, "Final result=DENY (0).")))
+    assert denied.cause() == cause
+    (alone,), _, _ = assembled(printed(*eth("Final result=DENY (0).")))
+    assert alone.cause() == ""
+
+
+def test_a_denial_of_the_pods_bucket() -> None:
+    (passage,), _, _ = assembled(printed(*cali(START, "Final result=DENY (23). Dropped due to packet rate QoS.")))
+    assert (passage.verdict, passage.code, passage.cause()) == ("DENY", None, "QoS limit of the pod")
+
+
+def test_the_log_action_has_no_version_in_its_tag() -> None:
+    lines = [f"IPv6 {each}" for each in eth(START, "Entering calico_tc_skb_accepted_entrypoint", END)]
+    (passage,), _, _ = assembled(
+        printed(*lines[:2], *eth("policy ALLOWED proto 6 src [fd00::1]:5 dest [fd00::2]:80"), lines[2])
+    )
+    assert (len(passage.lines), passage.verdict, passage.marks) == (4, "ALLOW", [])
+    assert passage.facts.policy == "allow"
+
+
+def test_a_denial_that_ends_with_the_state_of_the_packet() -> None:
+    said = ("Entering calico_tc_skb_drop - DENY", "proto=6", "src=a000001 dst=a000002", "pol_rc=2", "ct_rc=0")
+    denied = [f"eth0-----I: {each}" for each in (START, *said)]
+    other = [f"cali1----E: {each}" for each in (START, END)]
+    done, cut, _ = assembled(printed(*denied, *other, *denied, *denied))
+    assert [(p.interface, p.verdict, p.cause(), p.marks) for p in done + cut] == [
+        ("eth0", "DENY", "denied by policy", []), ("cali1", "ALLOW", "", []),
+        ("eth0", "DENY", "denied by policy", []), ("eth0", "DENY", "denied by policy", []),
+    ]  # fmt: skip
+    assert done[0].facts.policy == "deny"
+
+
+@pytest.mark.parametrize(
+    ("said", "verdict"),
+    [
+        ("IPv6 on host interface: allow", "ALLOW"),
+        ("Unknown ethertype on host interface (88cc), allow", "ALLOW"),
+        ("IPv6 from workload: drop", "DENY"),
+    ],
+)
+def test_a_line_that_is_all_that_the_first_releases_print(said: str, verdict: str) -> None:
+    parsed = [f"eth0-----I: {each}" for each in ("TCP; ports: s=1 d=2", "CT-6 lookup from a000001:1", END)]
+    line = f"eth0-----I: {said}"
+    done, _, _ = assembled(printed(line, line, *parsed))
+    assert [(p.verdict, len(p.lines), p.marks) for p in done] == [(verdict, 1, [])] * 2 + [("ALLOW", 3, [])]
+    later = [f"eth0-----I: {each}" for each in (START, said, "Traffic is towards the host namespace", END)]
+    done, _, _ = assembled(printed(line, *later[2:], *later))
+    assert [(len(p.lines), p.marks) for p in done] == [(3, []), (4, [])]
+
+
+def test_the_first_line_without_an_interface() -> None:
+    lines = [f"eth0-----I: {each}" for each in ("New packet; mark=0", "Packet approved for forward.")]
+    done, cut, _ = assembled(printed(*lines, *lines))
+    assert [(p.texts, p.marks) for p in done + cut] == [
+        (["New packet; mark=0", "Packet approved for forward."], [Mark.END_LOST])
+    ] * 2
 
 
 def test_a_short_ipv6_address_stays_as_printed() -> None:

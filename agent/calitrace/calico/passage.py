@@ -24,9 +24,9 @@ import struct
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from calitrace.calico import reasons, trace
+from calitrace.calico import messages, reasons, trace
 from calitrace.calico.log import Form, Line, Tag
 from calitrace.packet import ICMP, ICMP6, PROTOCOLS, TCP, UDP
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from calitrace.packet import Layer
 
 POLICY_DENY = "DENY due to policy"
-_START = "New packet at ifindex="
+_START = "New packet"
 _FIRST = (_START, "IP id=", "CT-6 lookup from", "CT-17 lookup from", "CT-1 lookup from")
 _RESULT_LINE = "Final result="
 # Last lines of programs that drop without a Final result, and are the last wherever they stand.
@@ -51,6 +51,9 @@ _DROPS = (
 _LAST = (_RESULT_LINE, *_DROPS)
 _AFTER_POLICY = ("Entering ", "Tail call to ", _RESULT_LINE)
 _OLD_POLICY = "About to jump to policy program; lack of further"  # ... logs means policy dropped the packet
+_PASSES = ("IPv6 on host interface", "Unknown ethertype on host interface")
+_ALONE = (*_PASSES, "IPv6 from workload")  # up to v3.16: all that the program prints
+_AFTER_ALONE = ("Drop malformed", "Traffic is towards", _RESULT_LINE)
 _INFO = (_RESULT_LINE, "Workload RPF fail", "Source collision unresolved")  # at level Info there is nothing before
 _DEBUG_ONLY = "Final result=ALLOW rc "  # since v3.30, whose Info prints nothing
 _BEFORE = ("No metadata is shared by XDP", "Received metadata from XDP")  # without a tag, before the first line
@@ -70,13 +73,26 @@ _XDP_DROPS = "Entering calico_xdp_drop"
 _PARSING = (
     ("IP id=", "ARP: ", "IPv6 ", "IPv4 ", "Unknown ethertype", "State map", "No counters", "Counters map", _START),
     ("IP s=",),
+    ("ip->nexthdr",),
     ("IP ihl=",),
     ("TCP; ", "UDP; ", "ICMP", "Unknown protocol", "Too short", "Drop malformed"),
 )
 _PREAMBLE = re.compile(
     r"(?P<kind>tc|xdp)_preamble iface (?P<padded>\S+)(?P<more> (?:failed to call (?P<called>main|debug main))?)?"
 )
-_LOG_ACTION = ("policy ALLOWED", "policy DENIED")
+_LOG_ACTION = ("policy ALLOWED", "policy DENIED")  # whose tag has no "IPv6 "
+_DROP_PROGRAM = "Entering calico_tc_skb_drop - DENY"  # v3.23 and v3.24: the state of the packet is its last word
+_STATE_ENDS = "ct_rc="
+# What denies without a word: known by the line before the result.
+_UNSAID = (
+    (
+        ("NAT: no backend", "NAT: backend miss", "Request packet with DNF", "Return ICMP mtu", "Sending TCP RST"),
+        messages.CHAIN,  # the programs that answer
+    ),
+    (("Unknown protocol (",), "a protocol that Calico does not know, from or to a pod"),
+    (("Not a tunnel route for",), "no route for the destination at the tunnel device"),
+)
+_TTL_ENDS = re.compile(r"ip->(?:ttl|hop_limit) [01]")
 _ENTRY_PARSE = re.compile(r"IP (?:id=\d+ )?s=(?P<src>\S+) d=(?P<dst>\S+)")
 _PORTS = re.compile(r"(?P<proto>TCP|UDP); ports: s=(?P<sport>\d+) d=(?P<dport>\d+)")
 _LOOKUP = re.compile(r"CT(?:-(?P<proto>\d+)|:) lookup (?P<side>from|to) +(?P<address>\S+):(?P<port>\d+)")
@@ -97,9 +113,22 @@ _STATE_PORT = re.compile(r"(?:(?P<source>sport=)|dport=|pre_nat=\S+:)(?P<port>\d
 _CT_RESULT = re.compile(r"CT(?:-\d+|:) result: (?:(?P<word>NEW|INVALID)|(?P<hex>0x[0-9a-f]+)|(?P<number>\d+))")
 _POLICY_RC = re.compile(r"pol_rc=(?P<rc>-?\d+)")
 _NAT_TO = re.compile(r"CT: (?P<kind>DNAT to|SNAT from) (?P<address>\S+):(?P<port>\d+)")
+_PORT_TO = re.compile(r"Fixing \w+ (?P<end>source|dest) port from \d+ to (?P<port>\d+)")
+_SOURCE_TO = re.compile(r"remote wl \S+ tunneled via (?P<address>\S+)")
+_ERROR_TO = re.compile(r"ICMP related: outer IP (?P<kind>[SD]NAT to) (?P<address>\S+)")
+# How the lines begin that tell what was done.
+_TELLING = ("CT", "ct_related", "ICMP ", "vxlan ", "NAT: ", "DSR ", "Entering calico_tc_skb_send", "Final ")
+_CHANGES = ("Fixing ", "remote wl ", "ICMP related: outer")
+_ANSWER = re.compile(r"ICMP type (?P<type>\d+) and code (?P<code>\d+)")
+_RESET = "Entering calico_tc_skb_send_tcp_rst"
+_RELATED = ("result: related", "ct_related=1")  # from here on NAT is of the packet that an ICMP error quotes
 _ENCAP = re.compile(r"vxlan encap (?P<src>\S+) : (?P<dst>\S+)")
 _DECAP = re.compile(r"vxlan decap origin (?P<src>\S+)")
-_REDIRECT = re.compile(r"(?:Got Linux FIB hit, redirecting to iface|Redirect\w* .*?)[ (](?P<ifindex>\d+)\)?")
+_REDIRECT = re.compile(
+    r"(?:Got Linux FIB hit, redirecting to iface|Redirect\w* .*?)[ (](?:(?P<ifindex>\d+)\)?|(?P<bpfin>bpfnatin))"
+)
+_TO_STACK = "Final result=ALLOW rc -1"
+_WIREGUARD = "Allowing WG "
 _FIB_FAILED = re.compile(r"FIB lookup failed \((?:FIB problem|bad input)\): (?P<rc>-?\d+)")
 _DSR = "DSR enabled, skipping SNAT"  # after the line that says SNAT
 _NO_COUNTERS = re.compile(r"no counters for (?P<ifindex>\d+): DROP")
@@ -278,9 +307,9 @@ class Passage:
         """16 or 10 by what else shows the release; 0 when nothing does."""
         if not self.printed_code.isdecimal() or self.tag.old:
             return 16
-        parsed = next((found["dst"] for text in self.texts if (found := _ENTRY_PARSE.match(text))), "")
-        if parsed:
-            return 16 if _HEX.fullmatch(parsed) else 10
+        for text in self.texts:
+            if found := _ENTRY_PARSE.match(text) or _LOOKUP.match(text):
+                return 16 if _HEX.fullmatch(found["dst"] if found.re is _ENTRY_PARSE else found["address"]) else 10
         if self._own_newline:
             return 16
         return 10 if self.lines[-1].ktime_ns else 0
@@ -328,12 +357,24 @@ class Passage:
         """
         if self.verdict and self.lines[-1].text.startswith(_OLD_POLICY):
             return "denied by policy"
+        general = ""  # that there is no entry: a line before it may say why
         for line in reversed(self.lines if self.verdict else self.lines[-1:]):
+            if general and not (line.message and line.message.stage == "entry"):
+                break
             if (found := _RPF.match(line.text)) and found["result"] == "0":
                 return f"the reverse path check of the source failed ({self._way_back(found['rc'])})"
-            if line.message and line.message.cause:
-                return line.message.cause
-        return ""
+            said = line.message.cause if line.message else ""
+            if said and said != messages.NO_ROOM:
+                return said
+            general = general or said
+        return general or (self._unsaid() if self.verdict == "DENY" else "")
+
+    def _unsaid(self) -> str:
+        """Why it was dropped, from the line before the result, where no line says so."""
+        text = self.texts[-2] if len(self.lines) > 1 else ""
+        if _TTL_ENDS.fullmatch(text):
+            return "the time to live is over"
+        return next((cause for texts, cause in _UNSAID if text.startswith(texts)), "")
 
     def _way_back(self, rc: str | None) -> str:
         """What the kernel's routing said of it. *rc*: where the line has it; up to v3.24 another line does."""
@@ -348,18 +389,29 @@ class Passage:
         return self.cause() or reasons.MEANING.get(self.calico_reason, self.calico_reason)
 
     def decisions(self) -> list[str]:
-        """What it did to the packet: NAT, tunnel, bypass; in the order of the lines."""
+        """What it did to the packet: NAT, tunnel, bypass, an answer to the sender; in the order of the lines."""
         found = []
+        where = ""
         for text in self.texts:
+            if not text.startswith(_TELLING):
+                continue
             if nat := _NAT_TO.match(text):
-                found.append(f"{nat['kind']} {address(nat['address'], self.tag)}:{nat['port']}")
+                found.append(f"{where}{nat['kind']} {address(nat['address'], self.tag)}:{nat['port']}")
+            elif text.endswith(_RELATED):
+                where = "in the ICMP error: "
+            elif nat := _ERROR_TO.match(text):
+                found.append(f"{nat['kind']} {address(nat['address'], self.tag)}")
+            elif answer := _ANSWER.match(text):
+                found.append(f"ICMP type {answer['type']} code {answer['code']} to the sender")
+            elif text.startswith(_RESET):
+                found.append("TCP RST to the sender")
             elif encap := _ENCAP.match(text):
                 found.append(f"VXLAN encap to {address(encap['dst'], self.tag)}")
             elif text == "vxlan decap":
                 found.append(f"VXLAN decap from {self.facts.tunnel_from}")
             elif text.startswith(_DSR):
                 found = [each for each in found if not each.startswith("SNAT")] + ["DSR: SNAT is left to the uplink"]
-            elif text.startswith("NAT: no backend"):
+            elif text.startswith(NO_BACKEND):
                 found.append("no backend")
             elif text.startswith(_RESULT_LINE) and " Bypass" in text:
                 found.append("bypass")
@@ -394,8 +446,8 @@ def _read(texts: list[str], tag: Tag) -> Facts:
     facts = Facts()
     outer, inner, state = Flow(), Flow(), Flow()
     decapsulated = False
-    dnat: tuple[str, int] | None = None
-    snat: tuple[str, int] | None = None
+    related = False
+    changes: dict[str, Any] = {}  # of the innermost flow
     for text in texts:
         if (found := _ENTRY_PARSE.match(text)) and not outer.src:
             outer = replace(outer, src=address(found["src"], tag), dst=address(found["dst"], tag))
@@ -412,13 +464,6 @@ def _read(texts: list[str], tag: Tag) -> Facts:
         elif found := _ICMP.match(text):
             flow = replace(inner if decapsulated else outer, proto=ICMP6 if found["v6"] else ICMP)
             outer, inner = (outer, flow) if decapsulated else (flow, inner)
-        elif found := _LOOKUP.match(text):
-            end, port = address(found["address"], tag), int(found["port"])
-            inner = replace(inner, proto=inner.proto or int(found["proto"] or outer.proto))
-            if found["side"] == "from":
-                inner = replace(inner, src=end, sport=port)
-            else:
-                inner = replace(inner, dst=end, dport=port)
         elif found := _ACTION.match(text):
             flow = Flow(
                 int(found["proto"]),
@@ -430,22 +475,37 @@ def _read(texts: list[str], tag: Tag) -> Facts:
             outer, inner = (outer, flow) if outer.src else (flow, inner)
             facts.ports.add((flow.sport, flow.dport))
             facts.policy = "allow" if found["verdict"] == "ALLOWED" else "deny"
-        elif found := _CT_RESULT.match(text):
-            facts.conntrack = _conntrack(found, facts.conntrack)
-        elif text.startswith("CT"):
-            facts.conntrack = _hit(text) or facts.conntrack
-            if found := _NAT_TO.match(text):
-                new = address(found["address"], tag), int(found["port"])
-                dnat, snat = (new, snat) if found["kind"] == "DNAT to" else (dnat, new)
+        elif text.startswith(("CT", "BPF CT")):
+            if found := _LOOKUP.match(text):
+                end, port = address(found["address"], tag), int(found["port"])
+                inner = replace(inner, proto=inner.proto or int(found["proto"] or outer.proto))
+                if found["side"] == "from":  # a look for a clash of source ports is without one
+                    inner = replace(inner, src=end, sport=port or inner.sport)
+                else:
+                    inner = replace(inner, dst=end, dport=port)
+            elif found := _CT_RESULT.match(text):
+                facts.conntrack = _conntrack(found, facts.conntrack)
+            elif (found := _NAT_TO.match(text)) and not related:
+                which = ("dst", "dport") if found["kind"] == "DNAT to" else ("src", "sport")
+                changes.update(zip(which, (address(found["address"], tag), int(found["port"])), strict=True))
+            else:
+                related = related or text.endswith(_RELATED)
+                facts.conntrack = _hit(text) or facts.conntrack
+        elif text.endswith(_RELATED):
+            related = True
+        elif text.startswith(_CHANGES):
+            changes.update(_change(text, tag, related))
         elif text.startswith(_DSR):
-            snat = None
+            changes = {}
+        elif text.startswith(_WIREGUARD):
+            facts.policy = "deny, overridden for WireGuard"
         elif found := _POLICY_RC.match(text):
             facts.policy = facts.policy or _POLICY_RESULTS.get(int(found["rc"]), found["rc"])
         elif text.startswith((POLICY_DENY, _XDP_DROPS)):
             facts.policy = "deny"
         elif text.startswith(_XDP_ACCEPTS[0]):
             facts.policy = "allow"
-        elif text == "HEP with no policy, allow.":
+        elif text.endswith("HEP with no policy, allow."):
             facts.policy = "no policy, allow"
         elif text == "WEP with no policy, deny.":
             facts.policy = "no policy, deny"
@@ -468,7 +528,10 @@ def _read(texts: list[str], tag: Tag) -> Facts:
         elif found := _FIB_FAILED.match(text):
             facts.forwarding = f"FIB {FIB_RESULTS.get(int(found['rc']), found['rc'])}"
         elif found := _REDIRECT.match(text):
-            facts.forwarding = f"to ifindex {found['ifindex']}"
+            facts.forwarding = "to bpfin.cali" if found["bpfin"] else f"to ifindex {found['ifindex']}"
+            facts.forwarding *= "failed" not in text
+        elif text.startswith(_TO_STACK) and facts.forwarding.startswith("to "):
+            facts.forwarding = ""
     if not (outer.src or inner.src):  # the lines of parsing were lost: what the program knows later is all there is
         outer = state if state.src else outer
     elif not outer.proto:
@@ -477,11 +540,20 @@ def _read(texts: list[str], tag: Tag) -> Facts:
     if inner != Flow() and inner != outer:
         facts.flows.append(inner)
     if facts.flows:
-        after = facts.flows[-1]
-        after = replace(after, dst=dnat[0], dport=dnat[1]) if dnat else after
-        after = replace(after, src=snat[0], sport=snat[1]) if snat else after
+        after = replace(facts.flows[-1], **changes)
         facts.after_nat = after if after != facts.flows[-1] else None
     return facts
+
+
+def _change(text: str, tag: Tag, related: bool) -> dict[str, str | int]:
+    """What else than the lines of DNAT and SNAT say of NAT. *related*: ports are those of the quoted packet."""
+    if found := _PORT_TO.match(text):
+        return {} if related else {"sport" if found["end"] == "source" else "dport": int(found["port"])}
+    if found := _SOURCE_TO.match(text):
+        return {"src": address(found["address"], tag)}
+    if found := _ERROR_TO.match(text):
+        return {"src" if found["kind"] == "SNAT to" else "dst": address(found["address"], tag)}
+    return {}
 
 
 def _conntrack(found: re.Match[str], before: str) -> str:
@@ -496,6 +568,7 @@ def _conntrack(found: re.Match[str], before: str) -> str:
 
 
 _HITS = (
+    ("have Linux CT entry", "established, by Linux"),
     ("NEW flow", "new"),
     ("short-circuiting lookup", "new"),
     ("mid-flow", "mid-flow miss"),
@@ -536,6 +609,8 @@ class Assembler:
             passage = stack[-1]
             last = passage.lines[-1].context
             same = passage.tag is tag or passage.tag == tag
+            if not same and text.startswith(_LOG_ACTION):
+                same = passage.tag == replace(tag, ipv6=True)
             if same and not passage.suspended and (last is context or last.pid == context.pid):
                 if not text.startswith(_START) and not _is_over(passage, text):
                     passage.lines.append(line)
@@ -668,8 +743,11 @@ def _is_over(passage: Passage, text: str) -> bool:
     if passage.tag.direction == "X":
         step = _parsing(text)
         return step is not None and step <= max(_reached(line) for line in passage.lines)
+    last = passage.lines[-1].text
+    if last.startswith(_ALONE):
+        return len(passage.lines) == 1 and not text.startswith(_AFTER_ALONE)
     # Policy has denied in silence, as up to v3.17.
-    return passage.lines[-1].text.startswith(_OLD_POLICY) and not text.startswith(_AFTER_POLICY)
+    return last.startswith(_OLD_POLICY) and not text.startswith(_AFTER_POLICY)
 
 
 def _parsing(text: str) -> int | None:
@@ -687,8 +765,18 @@ def _reached(line: Line) -> int:
 
 def _prints_no_more(passage: Passage) -> bool:
     """Whether its last line can be the last of its program, though it is no result."""
+    return passage.direction == "X" or _denies(passage)
+
+
+def _denies(passage: Passage) -> bool:
+    """Whether its last line can be that of a denial without a result."""
     last = passage.lines[-1]
-    return passage.direction == "X" or last.text.startswith(_OLD_POLICY) or bool(last.message and last.message.cause)
+    return bool(last.message and last.message.cause) or last.text.startswith(_OLD_POLICY) or _is_stated(passage)
+
+
+def _is_stated(passage: Passage) -> bool:
+    """Whether it is the state of a packet that policy denied, up to its last line."""
+    return passage.lines[-1].text.startswith(_STATE_ENDS) and _DROP_PROGRAM in passage.texts
 
 
 def _failed(lines: list[Line]) -> str:
@@ -709,10 +797,10 @@ def _dropped(lines: list[Line]) -> Passage:
 
 def _cut(passage: Passage, whole: bool = True) -> Passage:
     """End what has no last line. *whole*: nothing that it printed was lost."""
-    last = passage.lines[-1]
-    if last.text.startswith(_SILENT) or (whole and _prints_no_more(passage)):
-        silent = bool(last.message and last.message.cause) or last.text.startswith(_OLD_POLICY)
-        passage.verdict = "DENY" if silent else ""
+    if passage.lines[-1].text.startswith(_SILENT) or _is_stated(passage) or (whole and _prints_no_more(passage)):
+        passage.verdict = "DENY" if _denies(passage) else ""
+    if whole and len(passage.lines) == 1 and passage.lines[-1].text.startswith(_PASSES):
+        passage.verdict = "ALLOW"
     if passage.direction == "X" and not passage.verdict:
         passage.verdict = _xdp_verdict(passage.texts)
     if not passage.verdict:
