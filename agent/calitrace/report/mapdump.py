@@ -507,8 +507,8 @@ def _raw_conntrack(entry: dict[str, Any]) -> str:
     if kind == NAT_FWD:
         reverse = {name.removeprefix("rev_"): value for name, value in entry.items() if name.startswith("rev_")}
         return f"{line}REVKey: {_raw_key(proto, reverse)} NATSPort: {entry['nat_sport']}}}{age}{_ago(entry)}"
-    bits = _RAW_BITS[:-1] if old else _RAW_BITS
-    legs = " ".join(f"{name}:{{{_raw_leg(leg, bits)}}}" for name, leg in (("A2B", entry["ab"]), ("B2A", entry["ba"])))
+    seen = _RAW_BITS[:-1] if old else _RAW_BITS
+    legs = " ".join(f"{name}:{{{_raw_leg(leg, seen)}}}" for name, leg in (("A2B", entry["ab"]), ("B2A", entry["ba"])))
     rest = " ".join(f"{label}:{entry[name]}" for label, name in _RAW_MEMBERS if name in entry)
     return f"{line}Data: {{{legs} {rest}}}}}{age}{_ago(entry)} {entry['state']}".rstrip()
 
