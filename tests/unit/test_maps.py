@@ -220,7 +220,7 @@ def test_forward_and_reverse_of_one_block_and_expiry() -> None:
     assert "A2B:{Bytes:0 Packets:0 Seqno:0 SynSeen:false" in mapdump.text("ct", reverse, raw=True)
     assert mapdump.text("ct", reverse) == (
         "TCP 10.0.0.2:4000 -> 10.9.0.1:443 -> 10.0.0.1:80 external client, service forwarded to/from 10.9.9.9 "
-        " source port changed from 55  Active ago 16m40s SYN-SENT  expired: Felix removes it at its next sweep"
+        "source port changed from 55  Active ago 16m40s SYN-SENT  expired: Felix removes it at its next sweep"
     )
     lines = b"".join(conntrack_json.iter_blocks(raw, mapdump.Context())).splitlines()
     assert [json.loads(line)["age_ns"] for line in lines] == [None, None]
@@ -1023,8 +1023,9 @@ def test_tracked_requests_and_expiry() -> None:
     inside = walk.Packet("10.10.0.100", 4000, "10.65.0.2", 8080, "tcp")
     opened_by_a = entry("normal", "10.65.0.2", **{"from": "a"})
     assert verdict(inside, tables(conntrack=[opened_by_a])) == "delivered to 10.65.0.2:8080 by cali1"
-    masked = [{**entry("nat-fwd", "10.10.0.1"), "rev_port_a": 30000, "rev_addr_b": "10.65.0.2", "rev_port_b": 8080},
-              entry("nat-rev", "10.10.0.1", **{"from": "a"}, port_a=30000, addr_b="10.65.0.2", port_b=8080)]  # fmt: skip
+    ends = {"port_a": 30000, "addr_b": "10.65.0.2", "port_b": 8080}
+    masked = [{**entry("nat-fwd", "10.10.0.1"), **{f"rev_{name}": value for name, value in ends.items()}},
+              entry("nat-rev", "10.10.0.1", **{"from": "a", **ends})]  # fmt: skip
     assert verdict(PACKET, tables(conntrack=masked)) == "delivered to 10.65.0.2:8080 by cali1"
     resets = [entry("nat-fwd", "10.65.0.7"), entry("nat-rev", "10.65.0.7", flags=["send-rst"])]
     assert verdict(PACKET, tables(conntrack=resets)) == "answered with a TCP RST (stale conntrack)"

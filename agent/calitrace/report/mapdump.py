@@ -374,7 +374,7 @@ def _conntrack_line(entry: dict[str, Any]) -> str:
         line += f"external client, service forwarded to/from {entry['tun_ip']} "
     sport = int(source.rpartition(":")[2])
     if entry.get("orig_sport") and entry["orig_sport"] != sport:
-        line += f" source port changed from {entry['orig_sport']} "
+        line += f"source port changed from {entry['orig_sport']} "
     line = f"{line}{_ago(entry)}".rstrip() + (f" {entry['state']}" if entry["state"] else "")
     expiry = _expiry(entry)
     return f"{line}  {expiry}" if expiry else line
