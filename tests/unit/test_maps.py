@@ -946,6 +946,12 @@ def test_policy_programs() -> None:
     netkit = {"cali_jump_ing": {5: 77}, "cali_jump_egr": {}, "cali_j_nk_egr": {6: 79}}
     other = walk.Tables(**{**vars(changed("interfaces", 1, **wanted)), "programs": netkit})
     assert found_by("policy", other)[1] == ("policy", "program 79 at 6 of cali_j_nk_egr decides")
+    empty = {**vars(changed("interfaces", 1, egress_v4=7)), "programs": {"cali_jump": {}}}
+    steps = walk.walk(walk.Packet("10.10.0.1", 0, "10.65.0.2", 8080, "tcp"), walk.Tables(**empty))
+    assert [step.found for step in steps if step.lookup == "policy"] == [
+        "not asked: pods are always open to their own host"
+    ]
+    assert kinds(steps) == []
     out = walk.Packet("10.65.0.2", 4000, "10.10.0.1", 30080, "tcp", "cali1")
     unset = walk.Tables(**{**vars(changed("interfaces", 1, ingress_v4=4)), "programs": at})
     assert kinds(walk.walk(out, unset)) == [walk.NO_POLICY]

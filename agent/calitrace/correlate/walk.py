@@ -197,7 +197,12 @@ class _Walk:
         suffers = f"dropped until Felix has attached its programs to {name}"
         if row is None:
             suffers = f"dropped: {name} is unknown to Calico"
-        return self._ready(name, row, suffers) and self._policy(name, row, _EGRESS)
+        if not self._ready(name, row, suffers):
+            return False
+        if self.host:
+            self._ok("policy", f"{name}, tc {_EGRESS}", "not asked: pods are always open to their own host")
+            return True
+        return self._policy(name, row, _EGRESS)
 
     def _ready(self, name: str, row: dict[str, Any] | None, suffers: str) -> bool:
         if self.tables.interfaces is None:
