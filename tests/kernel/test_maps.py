@@ -374,9 +374,9 @@ def test_known_bytes_of_every_version_in_pinned_maps(bpffs: Path, name: tuple[st
 
 
 def test_walk_over_ipv6_maps(bpffs: Path) -> None:
-    """A NodePort of any node, its remote and its local backend, a connection, and each of its breakages."""
+    """A NodePort, its remote and its local backend, a connection, and each of its breakages."""
     node, pod, remote, client = (IPv6Address(each).packed for each in ("fd00::1", "fd65::2", "fd65:1::2", "fd99::9"))
-    front = struct.pack("<I16sHB17x", 152, b"\xff" * 16, 30080, 6)
+    front = struct.pack("<I16sHB17x", 152, node, 30080, 6)
     write(pin(bpffs, "cali_v6_nat_fe3", LPM_TRIE, (40, 20), 10), {front: struct.pack("<5I", 1, 2, 1, 0, 0)})
     backends = pin(bpffs, "cali_v6_nat_be", HASH, (8, 20), 10)
     write(backends, {struct.pack("<II", 1, n): struct.pack("<16sHxx", a, 8080) for n, a in enumerate((pod, remote))})

@@ -229,12 +229,35 @@ def test_a_policy_in_calico_s_lines() -> None:
     }).encode()  # fmt: skip
     found = policy.read(raw)
     head = ["IfaceName: cali1", "Hook: tc egress", "Error:", "Policy Info:"]
+    shown = "bf16000000000000 Mov64 dst=R6 src=R1 off=0 imm=0x00000000/0"
     rules = ["// Start of rule x", "// count = 42", "// count = 0"]
     assert list(found.iter_lines({7: 42}, instructions=False)) == head + rules
     assert list(found.iter_lines({7: 42}, instructions=True)) == [
-        *(*head, "start:", "      bf16000000000000", "// Load packet metadata", "      bf16000000000000 goto exit"),
+        *(*head, "start:", f"      {shown}", "// Load packet metadata", f"      {shown:<97}goto exit"),
         *(*rules, ""),
     ]
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("18010000ffffffff", "LoadImm64 dst=R1 src=R0 off=0 imm=0xffffffff/-1"),
+        ("0000000001000000", "LoadImm64Pt2 dst=R0 src=R0 off=0 imm=0x00000001/1"),
+        ("71a2f8ff00000000", "LoadReg8 dst=R2 src=R10 off=-8 imm=0x00000000/0"),
+        ("7b1ac0ff00000000", "StoreReg64 dst=R10 src=R1 off=-64 imm=0x00000000/0"),
+        ("0501000000000000", "JumpA dst=R1 src=R0 off=0 imm=0x00000000/0"),
+        ("1503020006000000", "JumpEqImm64 dst=R3 src=R0 off=2 imm=0x00000006/6"),
+        ("de21000000000000", "JumpSLE32 dst=R1 src=R2 off=0 imm=0x00000000/0"),
+        ("5401000000ffffff", "AndImm32 dst=R1 src=R0 off=0 imm=0xffffff00/-256"),
+        ("dc01000010000000", "Endian32 dst=R1 src=R0 off=0 imm=0x00000010/16"),
+        ("8500000001000000", "Call dst=R0 src=R0 off=0 imm=0x00000001/1"),
+        ("95fc000000000000", "Exit dst=Reg(12) src=Reg(15) off=0 imm=0x00000000/0"),
+        ("0100000000000000", "OpCode(1) dst=R0 src=R0 off=0 imm=0x00000000/0"),
+        ("f700000000000000", "OpCode(247) dst=R0 src=R0 off=0 imm=0x00000000/0"),
+    ],
+)
+def test_instructions_in_calico_s_words(code: str, words: str) -> None:
+    assert policy.Instruction(bytes.fromhex(code), (), (), "").line() == f"      {code} {words}"
 
 
 @pytest.mark.parametrize("raw", [b"", b"[]", b"3", b"\xff", b"{", b"[" * 100_000], ids=len)

@@ -214,8 +214,11 @@ def _layouts() -> Iterator[Layout]:
                 f"4 {rev} rev_addr_a;{4 + wide} {rev} rev_addr_b;{4 + 2 * wide} u16 rev_port_a;"
                 f"{6 + 2 * wide} u16 rev_port_b;{at} u64 last_seen_ns;{at + 8} u64 rev_last_seen_ns"))  # fmt: skip
     qos = (8, "0 u32 ifindex;4 u16 ingress;6 u16 family")
-    for version in (1, 2):
-        yield layout("cali_qos", version, qos, (24, "4 s16 rate;6 s16 burst;8 s16 tokens;16 u64 last_update_ns"))
+    rates = "4 s16 rate;6 s16 burst;8 s16 tokens;16 u64 last_update_ns"
+    yield layout("cali_qos", 1, (8, "0 u32 ifindex;4 u32 ingress"), (24, rates))
+    yield layout("cali_qos", 2, qos, (24, rates))
+    # Of master before cali_qos_conn took the connections over.
+    yield layout("cali_qos", 2, qos, (32, rates + ";24 u32 most;28 u32 current"))
     yield layout("cali_qos_conn", 1, qos, (12, "4 u32 most;8 u32 current"))
     yield layout("cali_v4_sprefix", 1, (12, "0 u32 prefixlen;4 u32 ifindex;8 ip4 addr"), one)
     yield layout("cali_v6_sprefix", 1, (24, "0 u32 prefixlen;4 u32 ifindex;8 ip6 addr"), one)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,8 +22,17 @@ if TYPE_CHECKING:
 _MATCH_ID = re.compile(r"Rule MatchID:\s*(0x[0-9a-fA-F]+|\d+)")
 _START = re.compile(r"Start of (?P<kind>\S+)\s*(?P<rest>.*)", re.DOTALL)
 _END_OF_RULE = "End of rule"
-_CONCISE = ("Start of ", "End of ", "IPSets ")
+_CONCISE = ("Start of ", "End of ", "IPSets ", "Match: ")
+_SIZE, _LAST_REGISTER = 8, 10
 _ACTION = re.compile(r'action:\s*"(?P<action>\w+)"', re.IGNORECASE)
+
+
+# Calico's names of the instructions. Source: calico felix/bpf/asm/{asm,opcode_string}.go.
+_ALU = ("Add", "Sub", "Mul", "Div", "Or", "And", "ShiftL", "ShiftR", "Negate", "Mod", "XOR", "Mov", "AShiftR", "Endian")
+_JUMP = ("A", "Eq", "GT", "GE", "Set", "NE", "SGT", "SGE", "Call", "Exit", "LT", "LE", "SLT", "SLE")
+_ALONE = {0x00: "LoadImm64Pt2", 0x05: "JumpA", 0x18: "LoadImm64", 0x85: "Call", 0x95: "Exit"}
+_MEMORY = {0x61: "LoadReg", 0x63: "StoreReg"}
+_WIDTHS = {0x00: "32", 0x08: "16", 0x10: "8", 0x18: "64"}
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,28 @@ class Instruction:
     labels: Iterable[str]
     comments: Iterable[str]
     annotation: str
+
+    def line(self) -> str:
+        """As Calico shows it: bytes, the instruction in words, and the annotation. Bytes alone when they are no 8."""
+        if len(self.code) != _SIZE:
+            return f"      {self.code.hex()} {self.annotation}".rstrip()
+        code, registers, offset, value = struct.unpack("<BBhi", self.code)
+        target, source = (f"R{n}" if n <= _LAST_REGISTER else f"Reg({n})" for n in (registers & 0xF, registers >> 4))
+        words = f"{_operation(code)} dst={target} src={source} off={offset} imm={value & 0xFFFFFFFF:#010x}/{value}"
+        return f"      {self.code.hex()} {words:<80}{self.annotation}".rstrip()
+
+
+def _operation(code: int) -> str:
+    if code in _ALONE:
+        return _ALONE[code]
+    if code & 0xE7 in _MEMORY:
+        return _MEMORY[code & 0xE7] + _WIDTHS[code & 0x18]
+    kind, number = code & 7, code >> 4
+    names = _ALU if kind in (4, 7) else _JUMP if kind in (5, 6) else ()
+    if number >= len(names):
+        return f"OpCode({code})"
+    name = names[number] + ("" if code & 8 else "Imm") + ("32" if kind in (4, 6) else "64")
+    return f"Jump{name}" if names is _JUMP else name
 
 
 @dataclass(frozen=True)
@@ -68,7 +100,7 @@ class DebugFile:
     def iter_lines(self, hits: Mapping[int, int], *, instructions: bool) -> Iterator[str]:
         """As ``calico-node -bpf policy dump`` up to v3.32: rules with their hits, with *instructions* everything.
 
-        *hits*: by rule id. Instructions are shown as bytes, not disassembled.
+        *hits*: by rule id.
         """
         yield f"IfaceName: {self.interface}"
         yield f"Hook: {self.hook}"
@@ -82,7 +114,7 @@ class DebugFile:
                     yield f"// {comment}"
             if instructions:
                 yield from (f"{label}:" for label in each.labels)
-                yield f"      {each.code.hex()} {each.annotation}".rstrip()
+                yield each.line()
 
 
 def read(raw: bytes) -> DebugFile:

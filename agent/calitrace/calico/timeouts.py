@@ -2,7 +2,8 @@
 
 Every 10 s Felix sweeps over the map and removes what has expired; a NAT forward entry goes with its reverse entry, or
 when that is missing. Source: calico felix/bpf/conntrack/cleanup.go and timeouts.go (timeouts/timeouts.go from v3.31),
-v3.13 to master; bpfConntrackTimeouts is there since v3.30.
+v3.13 to master; bpfConntrackTimeouts is there since v3.30. The BPF program of v3.30 (conntrack_cleanup.c) judges a
+little otherwise; with the LRU map of v3.31 Felix went back to its own judgement.
 """
 
 from __future__ import annotations

@@ -468,7 +468,7 @@ def _subject(name: str) -> click.Group:
     if name == "conntrack":
         extra = (
             _FELIX_CONFIG,
-            click.option("--ver", "version", type=int, help="The map of this version."),
+            click.option("-v", "--ver", "version", type=int, help="The map of this version."),
             click.option("--raw", is_flag=True, help="All members, NAT forward entries too."),
         )
     if name == "counters":
@@ -741,13 +741,13 @@ def _add(path: str, function: Callable[..., int], *options: Callable[[Any], Any]
 _policy_group = command.commands["policy"]
 assert isinstance(_policy_group, click.Group)
 _policy_words = click.argument("words", nargs=-1, metavar="[IFACE HOOK]")
-_asm = click.option("-a", "--asm", is_flag=True, help="The program's instructions too, as bytes.")
+_asm = click.option("-a", "--asm", is_flag=True, help="The program's instructions too.")
 _policy_group.add_command(click.command("dump")(_with((_policy_words, _asm, *_READ), _policy)))
 _kept = click.option(
     "-w", "--write", "kept", type=click.Path(path_type=Path), help="Keep what goes in this journal, for -r."
 )
 _family = click.option("-6", "--ipv6", is_flag=True, help="The IPv6 map.")
-_version = click.option("--ver", "version", type=int, help="Only the map of this version.")
+_version = click.option("-v", "--ver", "version", type=int, help="Only the map of this version.")
 _add("arp clean", map_changes.clean_arp, _family, _kept)
 _add("conntrack clean", map_changes.clean_conntrack, _family, _version, _kept)
 _add(

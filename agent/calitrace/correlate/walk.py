@@ -1,8 +1,9 @@
 """Calico's own lookups for one packet, in their order, over maps that were read: where the chain breaks.
 
-Order of calico felix/bpf-gpl/tc.c and nat_lookup.h: the interface's state; failsafe ports; conntrack; NAT frontend, for
-the packet's source and then, when the destination is a host, for any node; reverse path; policy program; affinity,
-Maglev or backend; route; the backend's interface and its policy program.
+Order of calico felix/bpf-gpl/tc.c, nat_lookup.h and fib_common.h, v3.24 to master: conntrack; NAT frontend, for the
+packet's source and then, when that may be a node's, for any node; affinity, Maglev or backend; reverse path; blackhole
+routes; failsafe ports, which are of the host itself; policy program; route; the backend's interface and its policy
+program. A connection that is tracked has none of these but its entry.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ STALE, DISAGREE, BAD_SOURCE, BLACKHOLE = (
 SPOOFED, NO_POLICY = "not an address of this pod", "no policy program"
 _BLACKHOLES = {"blackhole-drop", "blackhole-reject"}
 _INGRESS, _EGRESS = "ingress", "egress"
+# Interfaces at which Calico neither makes nor opens NodePort tunnels.
+_TUNNELS = {"vxlan", "ipip", "wg", "l3"}
 # Up to v3.31 one jump map serves both hooks; netkit devices have theirs, whose hooks are seen from the pod.
 _NETKIT = ("cali_j_nk_ing", "cali_j_nk_egr")
 JUMPS = {_INGRESS: ("cali_jump_ing", "cali_jump", *_NETKIT), _EGRESS: ("cali_jump_egr", "cali_jump", *_NETKIT)}
@@ -110,10 +113,18 @@ class _Walk:
         self.steps: list[Step] = []
         self.ends: list[str] = []
         self.source = self._route(packet.src)
-        self.ingress = packet.ingress
-        if not self.ingress and self.source is not None and "ifindex" in self.source:
-            self.ingress = self._name(self.source)  # a pod of this node sends it
+        owner = self._name(self.source) if self.source is not None and "ifindex" in self.source else ""
+        self.ingress = packet.ingress or owner  # without one a pod of this node sends it
         self.entry = next((i for i in tables.interfaces or () if i["name"] == self.ingress), None)
+        flags = set(self.entry["flags"]) if self.entry is not None else set()
+        self.workload = "workload" in flags or (self.entry is None and self.ingress == owner != "")
+        self.host = not self.ingress and _is(self.source, "local", "host")
+        # Calico tells whether a packet came in by a host interface, and puts it into its own tunnel only then.
+        self.outside = not self.workload and not self.host
+        self.encaps = self.outside and not flags & _TUNNELS
+        target = self._route(packet.dst)
+        # Another node's address reaches this one in a NodePort tunnel, in which that node has put it.
+        self.tunnelled = self.encaps and _is(target, "host") and not _is(target, "local")
 
     # --- What is said ---
 
@@ -137,24 +148,30 @@ class _Walk:
     def run(self) -> None:
         """Do the lookups up to the first that ends the packet."""
         packet = self.packet
-        if self.ingress and not self._interface(self.ingress, self.entry, _INGRESS, policy=False):
+        if self.ingress and not self._arrives():
             return
-        self._failsafe()
         tracked = self._tracked()
-        front = self._frontend() if tracked is None else self._lookup()[1]
         if tracked is not None:
-            self._established(tracked, front)
+            self._established(tracked, self._lookup()[1])
             return
-        if not self._reverse_path():
+        front = self._frontend()
+        if front is not None and front["drop"]:
             return
-        if self.ingress and not self._policy(self.ingress, self.entry, _INGRESS):
+        excluded = front is not None and "nat-exclude" in front["flags"]
+        targets = [(packet.dst, packet.dport)] if front is None or excluded else self._backends(front)
+        if not targets or not self._reverse_path(len(targets)):
             return
-        if front is None:
+        if not excluded:
+            targets = [each for each in targets if not self._blackholed(each[0], backend=front is not None)]
+        if not targets or not self._allowed([] if excluded else targets, len(targets)):
+            return
+        if excluded:
+            self.ends.append(f"not translated, and left to the host, for {_end(packet.dst, packet.dport)}")
+        elif front is None:
             self._without_frontend()
-        elif "nat-exclude" in front["flags"]:
-            self._forward(packet.dst, packet.dport, backend=False)
         else:
-            self._backends(front)
+            for address, port in targets:
+                self._forward(address, port, backend=True)
 
     def _name(self, route: dict[str, Any]) -> str:
         """The interface of a local pod's route, by the name that ifstate has."""
@@ -164,22 +181,40 @@ class _Walk:
     def _row(self, route: dict[str, Any]) -> dict[str, Any] | None:
         return next((i for i in self.tables.interfaces or () if i["ifindex"] == route["ifindex"]), None)
 
-    def _interface(self, name: str, row: dict[str, Any] | None, hook: str, *, policy: bool = True) -> bool:
-        """Whether an interface of Calico's lets packets through."""
+    def _arrives(self) -> bool:
+        """Whether Calico has its programs at the interface by which the packet comes in."""
+        name = self.ingress
+        return self._ready(
+            name,
+            self.entry,
+            f"dropped until Felix has attached its programs to {name}"
+            if self.workload
+            else f"not translated: Calico has no programs at {name}, the host routes it",
+        )
+
+    def _delivers(self, name: str, row: dict[str, Any] | None) -> bool:
+        """Whether a pod's interface lets packets through to it."""
+        suffers = f"dropped until Felix has attached its programs to {name}"
+        if row is None:
+            suffers = f"dropped: {name} is unknown to Calico"
+        if not self._ready(name, row, suffers):
+            return False
+        if self.host:
+            self._ok("policy", f"{name}, tc {_EGRESS}", "not asked: pods are always open to their own host")
+            return True
+        return self._policy(name, row, _EGRESS)
+
+    def _ready(self, name: str, row: dict[str, Any] | None, suffers: str) -> bool:
         if self.tables.interfaces is None:
             return True
-        if row is None:
-            self._break("ifstate", name, "none", NO_INTERFACE, f"dropped: {name} is unknown to Calico")
-            return False
-        shown = " ".join(row["flags"]) or "no flags"
-        if not {"ready", f"v{self.packet.version}Ready"} & set(row["flags"]):
-            self._break("ifstate", name, f"{shown}: not ready", NO_INTERFACE,
-                        f"dropped until Felix has attached its programs to {name}")  # fmt: skip
-            return False
-        self._ok("ifstate", name, shown)
-        return not policy or self._policy(name, row, hook)
+        shown = "none" if row is None else " ".join(row["flags"]) or "no flags"
+        if row is not None and {"ready", f"v{self.packet.version}Ready"} & set(row["flags"]):
+            self._ok("ifstate", name, shown)
+            return True
+        self._break("ifstate", name, shown if row is None else f"{shown}: not ready", NO_INTERFACE, suffers)
+        return False
 
-    def _policy(self, name: str, row: dict[str, Any] | None, hook: str) -> bool:
+    def _policy(self, name: str, row: dict[str, Any] | None, hook: str, ways: int = 1) -> bool:
         """Whether there is a policy program where one is needed; what it decides is not looked at."""
         index = None if row is None else row.get(f"{hook}_v{self.packet.version}")
         bases = [each for each in JUMPS[hook] if each in self.tables.programs]
@@ -195,24 +230,38 @@ class _Walk:
             self._ok("policy", key, "not known: ifstate names none")
         elif "workload" in row["flags"]:
             where = f"{base} is empty at {index}"
-            self._break("policy", key, where, NO_POLICY, "dropped, as with any pod without one")
+            self._break("policy", key, where, NO_POLICY, "dropped, as with any pod without one", ways)
             return False
         else:
             self._ok("policy", key, "none: everything is allowed")
         return True
 
-    def _failsafe(self) -> None:
-        packet = self.packet
-        key = f"{packet.proto} {packet.dport} from {packet.src}"
+    def _allowed(self, targets: list[tuple[str, int]], ways: int) -> bool:
+        """Whether failsafe ports or a policy program let it in, or out of the host itself."""
+        if targets and all(self._failsafe(address, port) for address, port in targets):
+            return True
+        return not self.ingress or self._policy(self.ingress, self.entry, _INGRESS, ways)
+
+    def _failsafe(self, address: str, port: int) -> bool:
+        """Whether it is the host's own port that no policy closes; asked of what has been translated already."""
+        route, packet = self._route(address), self.packet
+        own = _is(route, "local", "host")
+        if self.outside and own:
+            direction, other, key = "inbound", packet.src, f"{packet.proto} {port} from {packet.src}"
+        elif self.host and not own and not _is(route, "local", "workload"):
+            direction, other, key = "outbound", address, f"{packet.proto} {port} to {address}"
+        else:
+            return False
         if self.tables.failsafes is None:
             self._ok("failsafe", key, "their map is not here")
-            return
+            return False
         for row in self.tables.failsafes:
-            wanted = (packet.proto, packet.dport, "inbound")
-            if (row["proto"], row["port"], row["direction"]) == wanted and _inside(packet.src, row.get("cidr")):
+            wanted = (packet.proto, port, direction)
+            if (row["proto"], row["port"], row["direction"]) == wanted and _inside(other, row.get("cidr")):
                 self._ok("failsafe", key, "it is one: no host policy applies")
-                return
+                return True
         self._ok("failsafe", key, "none")
+        return False
 
     def _tracked(self) -> dict[str, Any] | None:
         """The entry with these ends; none for a packet without a source port, which stands for a new connection."""
@@ -242,26 +291,34 @@ class _Walk:
              and [(e["addr_a"], e["port_a"]), (e["addr_b"], e["port_b"])] == ends),
             None,
         )  # fmt: skip
-        addr, port = next((end for end in ends if end[0] != packet.src), ends[0])
+        # Of a reverse entry the end that did not open it: the client's address may have been translated too.
+        addr, port = (
+            ends[reverse["from"] == "a"]
+            if reverse is not None
+            else next((end for end in ends if end[0] != packet.src), ends[0])
+        )
         found = f"nat-fwd to {_end(addr, port)}"
         if reverse is None:
             self._break("conntrack", self._flow(), f"{found} without its reverse entry", STALE,
-                        "a SYN starts anew, any other TCP packet is dropped")  # fmt: skip
+                        "a SYN starts anew, any other TCP packet is dropped" if packet.proto == "tcp" else
+                        "starts anew")  # fmt: skip
             return
         found = f"{found}, {reverse['state'] or reverse['type']}{self._expired(reverse)}"
         valid = {(b["addr"], b["port"]) for b in self.tables.backends}
         own = {(b["addr"], b["port"]) for b in self.tables.backends
                if front is not None and b["id"] == front["id"] and b["ordinal"] < front["count"]}  # fmt: skip
         if (addr, port) not in valid:
-            self._break("conntrack", self._flow(), f"{found}: no service has that backend any more", STALE,
-                        f"sent to {_end(addr, port)}, which is dead, until Felix's next sweep")  # fmt: skip
+            suffers = f"sent to {_end(addr, port)}, which is dead, until Felix's next sweep"
+            if "send-rst" in reverse["flags"]:
+                suffers = "answered with a TCP RST"
+            self._break("conntrack", self._flow(), f"{found}: no service has that backend any more", STALE, suffers)
         elif (addr, port) not in own:
             other = "no frontend" if front is None else f"service {front['id']} has other backends"
             self._break("conntrack", self._flow(), f"{found}, but {_end(packet.dst, packet.dport)}: {other}", DISAGREE,
                         f"sent to {_end(addr, port)}, where new connections do not go")  # fmt: skip
         else:
             self._ok("conntrack", self._flow(), found)
-            self._forward(addr, port, backend=True, tunnel=reverse.get("tun_ip"))
+            self._forward(addr, port, backend=True, tracked=reverse)
 
     def _answer(self, entry: dict[str, Any], front: dict[str, Any] | None) -> None:
         """A flow without NAT, or the reply of one with it."""
@@ -277,13 +334,13 @@ class _Walk:
         if entry["type"] == "nat-rev" and opener != (packet.src, packet.sport):
             back = f"source becomes {_end(entry['orig_dst'], entry['orig_dport'])}"
             tunnel = entry["tun_ip"]
-            if not ip_address(tunnel).is_unspecified and "np-fwd" not in entry["flags"]:
+            if _specified(tunnel) and "np-fwd" not in entry["flags"]:
                 straight = f"with DSR sent straight to {_end(packet.dst, packet.dport)}"
                 self.ends.append(f"{back}, tunnelled back to node {tunnel}, {straight}")
             else:
                 self.ends.append(f"{back}, sent to {_end(packet.dst, packet.dport)}")
             return
-        self._forward(packet.dst, packet.dport, backend=False)
+        self._forward(packet.dst, packet.dport, backend=False, tracked=entry)
 
     def _expired(self, entry: dict[str, Any]) -> str:
         late = entry.get("age_ns") is not None and entry["age_ns"] / 1e9 > entry["timeout_s"]
@@ -303,6 +360,7 @@ class _Walk:
                 break
             flags = f", {' '.join(front['flags'])}" if front["flags"] else ""
             counts = f"count {front['count']}, local {front['local']}"
+            flags += ", in a NodePort tunnel" if self.tunnelled else ""
             self._ok("NAT frontend", key, f"service {front['id']}{ranged}: {counts}{flags}")
             break
         return front
@@ -312,7 +370,8 @@ class _Walk:
         packet = self.packet
         places = [packet.dst]
         route = self._route(packet.dst)
-        if route is not None and "host" in route["flags"]:
+        # Its own addresses have frontends of their own: only what the node sends may find another node's.
+        if _is(route, "host") and (self.tunnelled or not self.outside):
             places.append(_ANY_NODE[packet.version])
         for place in places:
             found = [
@@ -325,12 +384,10 @@ class _Walk:
                 return places, max(found, key=lambda f: _length(f["source"]) if f["source"] else -1)
         return places, None
 
-    def _reverse_path(self) -> bool:
+    def _reverse_path(self, ways: int) -> bool:
         """Whether the source belongs to the workload that sends; of host interfaces the kernel's routes decide."""
         row, packet = self.entry, self.packet
-        if self.ends:
-            return False
-        if row is None:
+        if row is None or self.tunnelled:
             return True
         key = f"{packet.src} at {self.ingress}"
         if "workload" not in row["flags"]:
@@ -342,7 +399,7 @@ class _Walk:
             self._ok("RPF", key, "allowed to send from it" if allowed else "its own address")
             return True
         found = "no route" if self.source is None else f"{self.source['cidr']} is elsewhere"
-        self._break("RPF", key, found, SPOOFED, "dropped, and no counter tells it")
+        self._break("RPF", key, found, SPOOFED, "dropped, and no counter tells it", ways)
         return False
 
     def _without_frontend(self) -> None:
@@ -356,58 +413,73 @@ class _Walk:
         if "host" in flags:
             local = "local" in flags
             where = "the host itself answers, and refuses when nothing listens" if local else "goes to another node"
-            if local and self.entry is not None and "workload" in self.entry["flags"]:
+            if local and self.workload:
                 where = "dropped when defaultEndpointToHostAction is Drop, its default; else the host itself answers"
-        if _BLACKHOLES & flags:
-            where = "dropped, BLACK_HOLE: a service address without a service"
         self._break("route", packet.dst, _shown(route), NO_FRONTEND, where)
 
-    def _backends(self, front: dict[str, Any]) -> None:
+    def _blackholed(self, address: str, *, backend: bool) -> bool:
+        """Whether a route of Calico's refuses it: of service addresses that no service uses (serviceLoopPrevention)."""
+        route = self._route(address)
+        found = _BLACKHOLES & set(route["flags"]) if route is not None else set()
+        if not found:
+            return False
+        suffers = "dropped, BLACK_HOLE" if "blackhole-drop" in found else "refused with an ICMP error, BLACK_HOLE"
+        if backend:
+            self._break("route", address, _shown(route), BLACKHOLE, suffers)
+        else:
+            self._break("route", address, _shown(route), NO_FRONTEND,
+                        f"{suffers}: a service address without a service")  # fmt: skip
+        return True
+
+    def _backends(self, front: dict[str, Any]) -> list[tuple[str, int]]:
+        """The backends that a new connection may get; none when it is refused."""
         key = f"service {front['id']}"
-        only = self._local_only()
-        count = front["local"] if only in front["flags"] else front["count"]
+        # Maglev is for clients outside of the cluster, whatever the traffic policy.
+        maglev = "maglev" in front["flags"] and self.outside and not self.tunnelled
+        only = "in a NodePort tunnel" if self.tunnelled else self._local_only()
+        count = front["local"] if not maglev and (self.tunnelled or only in front["flags"]) else front["count"]
         if not count:
             limited = f" on this node ({only})" if front["count"] else ""
             self._break("NAT backend", key, f"none{limited}", NO_BACKEND, "refused with an ICMP error")
-            return
+            return []
         chosen = self._sticky(front)
         if chosen is not None:
-            self._forward(*chosen, backend=True)
-            return
-        table = [m for m in self.tables.maglev if m["id"] == front["id"]] if "maglev" in front["flags"] else []
-        if "maglev" in front["flags"]:
+            return [chosen]
+        if maglev:
+            table = [m for m in self.tables.maglev if m["id"] == front["id"]]
             if not table:
                 self._break("maglev", key, "no rows", NO_BACKEND, "dropped, MAGLEV_NO_BACKEND")
-                return
+                return []
             self._ok("maglev", key, f"{len(table)} rows")
-            for addr, port in sorted({(m["addr"], m["port"]) for m in table}):
-                self._forward(addr, port, backend=True)
-            return
+            return sorted({(m["addr"], m["port"]) for m in table})
         known = {(b["id"], b["ordinal"]): (b["addr"], b["port"]) for b in self.tables.backends}
-        missing = []
+        missing, found = [], []
         for ordinal in range(min(count, MOST_BACKENDS)):
             backend = known.get((front["id"], ordinal))
             if backend is None:
                 missing.append(ordinal)
                 continue
             self._ok("NAT backend", f"{front['id']}:{ordinal}", _end(*backend))
-            self._forward(*backend, backend=True)
+            found.append(backend)
         if missing:
             key = f"{front['id']}:{missing[0]}" + (f" and {len(missing) - 1} others" if len(missing) > 1 else "")
             self._break("NAT backend", key, "missing", NO_BACKEND, "refused with an ICMP error", len(missing))
+        return found
 
     def _local_only(self) -> str:
-        """The flag that keeps this packet to local backends; sources that are hosts or pods have one of their own."""
-        inside = self.source is not None and bool({"host", "workload"} & set(self.source["flags"]))
+        """The flag that keeps this packet to local backends; what hosts and pods send has one of its own."""
+        inside = not self.outside or _is(self.source, "host") or _is(self.source, "workload")
         return "internal-local" if inside else "external-local"
 
     def _sticky(self, front: dict[str, Any]) -> tuple[str, int] | None:
         if not front["affinity_s"]:
             return None
-        key = f"{self.packet.src} at {_end(front['addr'], front['port'])}"
+        packet = self.packet
+        key = f"{packet.src} at {_end(packet.dst, packet.dport)}"
         for row in self.tables.affinity:
+            # By the packet's own destination, though the frontend may be that of any node.
             ends = (row["addr"], row["port"], row["proto"], row["client"])
-            if ends != (front["addr"], front["port"], front["proto"], self.packet.src):
+            if ends != (packet.dst, packet.dport, packet.proto, packet.src):
                 continue
             backend = (row["backend"], row["backend_port"])
             if self.tables.now_ns and self.tables.now_ns - row["ts_ns"] > front["affinity_s"] * 1_000_000_000:
@@ -422,33 +494,45 @@ class _Walk:
         found = [r for r in self.tables.routes if _inside(address, r["cidr"])]
         return max(found, key=lambda r: _length(r["cidr"]), default=None)
 
-    def _forward(self, address: str, port: int, *, backend: bool, tunnel: str | None = None) -> None:
+    def _forward(self, address: str, port: int, *, backend: bool, tracked: dict[str, Any] | None = None) -> None:
         """The way to an address: its route, and for a local pod its interface.
 
-        *backend*: it was chosen by NAT, which needs a route of Calico's; any other address the host may route.
+        *backend*: it was chosen by NAT. *tracked*: the entry of a connection that is not new: nothing is asked again.
         """
         route = self._route(address)
         target = _end(address, port)
-        if route is None and backend:
+        encaps = backend and self.encaps and tracked is None
+        if route is None and encaps:
             self._break("route", address, "none", NO_ROUTE, "dropped, RT_UNKNOWN")
             return
-        if route is not None and _BLACKHOLES & set(route["flags"]):
-            self._break("route", address, _shown(route), BLACKHOLE, "dropped, BLACK_HOLE")
+        if tracked is not None and self._blackholed(address, backend=True):
             return
         self._ok("route", address, _shown(route))
         if route is None:
             self.ends.append(f"routed to {target} by the host")
         elif "ifindex" in route:
             name = self._name(route)
-            if self._interface(name, self._row(route), _EGRESS):
+            if tracked is not None or self._delivers(name, self._row(route)):
                 self.ends.append(f"delivered to {target} by {name}")
         elif not {"local", "host"} - set(route["flags"]):
             self.ends.append(f"delivered to this host, {target}")
         else:
-            node = tunnel if tunnel and not ip_address(tunnel).is_unspecified else route["next_hop"]
-            outside = backend and self._local_only() == "external-local"
-            by = f"in Calico's VXLAN to node {node}" if outside else "by the host's routes"
+            node = _specified(route["next_hop"]) or address
+            if tracked is not None:
+                node = _specified(tracked.get("tun_ip", "")) if backend else ""
+                encaps = node != ""
+            by = f"in Calico's VXLAN to node {node}" if encaps else "by the host's routes"
             self.ends.append(f"forwarded {by}, for {target}")
+
+
+def _is(route: dict[str, Any] | None, *flags: str) -> bool:
+    """Whether a route has all of these flags."""
+    return route is not None and set(flags) <= set(route["flags"])
+
+
+def _specified(address: str) -> str:
+    """An address; "" for none, or for one of zeros."""
+    return "" if not address or ip_address(address).is_unspecified else address
 
 
 def _translated(front: dict[str, Any] | None) -> TypeGuard[dict[str, Any]]:
@@ -460,8 +544,8 @@ def _shown(route: dict[str, Any] | None) -> str:
     if route is None:
         return "none"
     where = f", {route['interface']}" if "ifindex" in route else ""
-    hop = route.get("next_hop", "")
-    if hop and not ip_address(hop).is_unspecified:
+    hop = _specified(route.get("next_hop", ""))
+    if hop:
         where = f", next hop {hop}"
     return f"{route['cidr']} {' '.join(route['flags'])}{where}"
 

@@ -288,9 +288,8 @@ def text(kind: str, entry: dict[str, Any], *, raw: bool = False) -> str:
             for name, key in (("IngressFilter", "filter_in"), ("EgressFilter", "filter_eg"))
             if key in entry
         )
-        return (
-            f"{entry['ifindex']:5d} : {{flags: {','.join(entry['flags'])}, {policies}{filters}name: {entry['name']}}}"
-        )
+        flags = ",".join(entry["flags"]) or "host"  # which has a flag of its own since v3.30
+        return f"{entry['ifindex']:5d} : {{flags: {flags}, {policies}{filters}name: {entry['name']}}}"
     if kind == "nat_aff":
         return (
             f"client {entry['client']} svc proto {number(entry['proto'])} {_end(entry['addr'], entry['port'])} -> "
@@ -375,7 +374,7 @@ def _conntrack_line(entry: dict[str, Any]) -> str:
         line += f"external client, service forwarded to/from {entry['tun_ip']} "
     sport = int(source.rpartition(":")[2])
     if entry.get("orig_sport") and entry["orig_sport"] != sport:
-        line += f" source port changed from {entry['orig_sport']} "
+        line += f"source port changed from {entry['orig_sport']} "
     line = f"{line}{_ago(entry)}".rstrip() + (f" {entry['state']}" if entry["state"] else "")
     expiry = _expiry(entry)
     return f"{line}  {expiry}" if expiry else line
@@ -508,7 +507,8 @@ def _raw_conntrack(entry: dict[str, Any]) -> str:
     if kind == NAT_FWD:
         reverse = {name.removeprefix("rev_"): value for name, value in entry.items() if name.startswith("rev_")}
         return f"{line}REVKey: {_raw_key(proto, reverse)} NATSPort: {entry['nat_sport']}}}{age}{_ago(entry)}"
-    legs = " ".join(f"{name}:{{{_raw_leg(leg)}}}" for name, leg in (("A2B", entry["ab"]), ("B2A", entry["ba"])))
+    seen = _RAW_BITS[:-1] if old else _RAW_BITS
+    legs = " ".join(f"{name}:{{{_raw_leg(leg, seen)}}}" for name, leg in (("A2B", entry["ab"]), ("B2A", entry["ba"])))
     rest = " ".join(f"{label}:{entry[name]}" for label, name in _RAW_MEMBERS if name in entry)
     return f"{line}Data: {{{legs} {rest}}}}}{age}{_ago(entry)} {entry['state']}".rstrip()
 
@@ -517,11 +517,11 @@ def _raw_key(proto: str, ends: dict[str, Any]) -> str:
     return f"ConntrackKey{{proto={proto} {ends['addr_a']}:{ends['port_a']} <-> {ends['addr_b']}:{ends['port_b']}}}"
 
 
-def _raw_leg(leg: dict[str, Any]) -> str:
+def _raw_leg(leg: dict[str, Any], bits: Sequence[tuple[str, str]]) -> str:
     """What a leg of that version has; before v3 its approval was called another name."""
     approved = "Approved" if "bytes" in leg else "Whitelisted"
     cells = [f"{label}:{leg[name]}" for label, name in _RAW_COUNTS if name in leg]
-    cells += [f"{label or approved}:{str(flag in leg['flags']).lower()}" for label, flag in _RAW_BITS]
+    cells += [f"{label or approved}:{str(flag in leg['flags']).lower()}" for label, flag in bits]
     return " ".join([*cells, *([f"Ifindex:{leg['ifindex']}"] if "ifindex" in leg else [])])
 
 
@@ -531,9 +531,10 @@ _RAW_MEMBERS = (
     ("OrigDst", "orig_dst"), ("OrigSrc", "orig_src"), ("OrigPort", "orig_dport"), ("OrigSPort", "orig_sport"),
     ("TunIP", "tun_ip"),
 )  # fmt: skip
+# The last one since v3.30, which no longer has the time of creation.
 _RAW_BITS = (
     ("SynSeen", "syn"), ("AckSeen", "ack"), ("FinSeen", "fin"), ("RstSeen", "rst"), ("", "approved"),
-    ("Opener", "opener"),
+    ("Opener", "opener"), ("Workload", "workload"),
 )  # fmt: skip
 
 
