@@ -127,7 +127,8 @@ MEANING = {
     "DROPPED_BY_QOS": "QoS limit of the pod",
     "MAGLEV_NO_BACKEND": "Maglev found no backend",
     "NO_HOST_IP": "the node's own address is unknown to Felix",
-    "WEP_NOT_READY": "the pod's programs are not attached yet",
+    "WEP_NOT_READY": "the interface that it should leave by is not in Calico's ifstate map, or is a pod's that has no "
+    "programs yet",
     "NATIFACE": "the path through bpfin.cali is broken",
 }
 
