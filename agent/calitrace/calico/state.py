@@ -114,6 +114,7 @@ _MAGLEV = 0x10000  # of the flags in ct_result, v3.32 and later
 _NO_MATCH, _ALLOW, _DENY, _TAIL_CALL_FAILED = 0, 1, 2, 10
 _RES_DENY = 2  # TC_ACT_SHOT; of XDP the same number passes
 _BLACK_HOLE = 13  # not a drop where serviceLoopPrevention is Reject: then the packet becomes an ICMP error
+_FRAGMENTS = (20, 21, 22)  # of the reasons
 _WITH_PORTS = (6, 17)
 _ICMP = (1, 58)
 _NO_POLICY = "no policy program is loaded for the workload"
@@ -168,12 +169,13 @@ class CalicoState:
         """Whether it is about this packet, before or after NAT: otherwise it is stale and must not be believed.
 
         Of ICMP the addresses are compared: Calico keeps type and code where ports are, in some of the places. So they
-        are of what ended before its ports were read, or is a fragment.
+        are of what ended before its ports were read, and of fragments, in which it takes for ports what is there.
         """
         if self.proto != proto:
             return False
         sources, targets = self._ends()
-        if proto in _ICMP or (self.calico_reason and not self.sport and not self.dport):
+        reason = self.calico_reason
+        if proto in _ICMP or reason in _FRAGMENTS or (reason and not self.sport and not self.dport):
             return any(src == each for each, _ in sources) and any(dst == each for each, _ in targets)
         return (src, sport) in sources and (dst, dport) in targets
 

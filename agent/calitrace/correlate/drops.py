@@ -134,7 +134,7 @@ _SIDES = {
 _NO_REVERSE_PATH = ("lo", "bpfout.cali", "bpfnatout")  # Calico checks it at all other host interfaces
 _OF_PODS = (state.Side.FROM_WEP, state.Side.TO_WEP)
 _DROPPED_BY_POLICY = 4
-_TCP = 6
+_IPIP, _TCP = 4, 6
 
 
 def place_of(event: PacketEvent, topology: Topology, hook: str = "") -> Place:
@@ -202,7 +202,7 @@ def explain(drop: Drop, passages: Sequence[Passage], copy: StateCopy | None, top
     calico_reason = reasons.name(code, numbering) if code else ""
     if not numbering and passage is not None and code and code == passage.code:
         calico_reason = passage.calico_reason  # before v3.24 there are no counters, but the line shows its age
-    detail = (passage.cause() if passage else "") or _meaning(calico_reason, drop.packet, held)
+    detail = (passage.cause() if passage else "") or _meaning(calico_reason, drop.packet, held, side)
     detail = detail or (held.problem(side) if held is not None and not held.unread else "")
     recorded = bool(detail or rules)
     inferred = ""
@@ -332,15 +332,17 @@ def _reason(passage: Passage | None, held: state.CalicoState | None) -> tuple[in
     return code, ()
 
 
-def _meaning(calico_reason: str, packet: Packet, held: state.CalicoState | None) -> str:
+def _meaning(calico_reason: str, packet: Packet, held: state.CalicoState | None, side: state.Side | None) -> str:
     """A reason in words. What Calico refuses as a tunnel is the packet outside: not TCP, nor what comes in a tunnel."""
-    inner = packet.inner
-    if (
-        calico_reason == "UNAUTH_SOURCE"
-        and (held is not None and inner is not None and held.holds(*_flow(inner)))
-        and (packet.tunnel or inner.proto == _TCP)
-    ):
-        return reasons.NOT_IN_SOURCE_RANGES
+    inner, tunnel = packet.inner, packet.tunnel
+    if calico_reason == "UNAUTH_SOURCE" and held is not None:
+        if held.proto == _IPIP:
+            of_pod = side is state.Side.FROM_WEP
+            return reasons.IPIP_OF_A_POD if of_pod else f"{reasons.IPIP_OF_NO_NODE}, or inside a tunnel"
+        if tunnel is not None and held.holds(*_flow(tunnel)):
+            return reasons.VXLAN_OF_NO_NODE
+        if inner is not None and held.holds(*_flow(inner)) and (tunnel or inner.proto == _TCP):
+            return reasons.NOT_IN_SOURCE_RANGES
     return reasons.MEANING.get(calico_reason, calico_reason)
 
 
