@@ -128,6 +128,21 @@ def test_a_reason_of_a_release_without_counters_has_its_name() -> None:
     assert (cause.calico_reason, cause.sources) == ("UNAUTH_SOURCE", ("log",))
 
 
+def test_the_log_of_a_pod_s_interface_of_another_name() -> None:
+    """Calico prints I for what goes to a pod: which interfaces are pods' decides the hook."""
+    found = topology()
+    node = found.namespaces[B_NS]
+    found.namespaces[B_NS] = replace(node, links={CALI: replace(node.links[CALI], name="eni1")})
+    recorder, joiner = Recorder(), Joiner()
+    joiner.know(found)
+    recorder.log(*(line.replace("cali1-----------E", "eni1------------I") for line in DENIED_LOG))
+    recorder.drop(B_NS, CALI, SYN, TC_EGRESS)
+    drops = [each for raw in recorder.records for each in joiner.feed(decode(raw), raw)]
+    (dropped,) = drops + list(joiner.flush(everything=True))
+    cause = explain(dropped.event, dropped.passages, None, found, Names(REASONS))
+    assert (cause.calico_reason, cause.sources) == ("UNAUTH_SOURCE", ("log",))
+
+
 def test_only_the_last_passage_can_have_led_to_the_drop() -> None:
     recorder = Recorder()
     recorder.log(*DENIED_LOG)
