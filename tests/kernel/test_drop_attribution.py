@@ -230,6 +230,31 @@ def test_generic_xdp_is_calicos_when_its_program_is_there(pair: Pair) -> None:
     assert any(each.startswith("at this hook: xdp cali_xdp_preamb id ") for each in cause.evidence)
 
 
+def test_a_redirect_to_an_interface_that_is_gone(pair: Pair) -> None:
+    """Calico let it pass, and its program stands at the hook alone: the kernel could not do what it said."""
+    table = LAYOUTS[0]
+    bpf = calico(table, "bpf_redirect(0x7ffffff, 0)")
+    write_state(bpf, table, state_of(table, (pair.left_ip, PORT, pair.right_ip, 9), UDP, pol_rc=1, result=-1))
+    pair.attach(bpf, "cali_tc_preamble", pair.left, "left0", "egress")
+    (cause,), _ = causes_of(pair, pair.left_ip, pair.right_ip)
+    assert cause.text.startswith("dropped by the kernel, which could not redirect it as a BPF program told it to: ")
+    assert (cause.by_calico, cause.place.hook) == (False, "")
+
+
+@pytest.mark.parametrize(("reason", "result"), [(25, -1), (28, -1), (16, 2)])
+def test_a_drop_that_the_result_does_not_tell(pair: Pair, reason: int, result: int) -> None:
+    """Beside another program, which would be blamed for what Calico let pass."""
+    table = LAYOUTS[0]
+    bpf = calico(table)
+    flow = (pair.left_ip, PORT, pair.right_ip, 9)
+    write_state(bpf, table, state_of(table, flow, UDP, pol_rc=1, reason=reason, result=result))
+    pair.attach(bpf, "cali_tc_preamble", pair.left, "left0", "egress")
+    with netns.inside(pair.left):
+        subprocess.run(["tc", "filter", "add", "dev", "left0", "egress", "pref", "50000", *CLASSIC], check=True)
+    (cause,), _ = causes_of(pair, pair.left_ip, pair.right_ip)
+    assert (cause.by_calico, cause.confidence, cause.sources) == (True, Confidence.PROVEN, ("state",))
+
+
 def test_a_node_in_a_namespace_without_a_name(pair: Pair) -> None:
     """The right end moves into the namespace of a process."""
     ready, done = os.pipe(), os.pipe()
