@@ -338,3 +338,51 @@ def test_an_empty_slot_in_the_chain_of_programs(pair: Pair, empty: bool) -> None
         assert (first["confidence"], first["sources"]) == ("likely", ["counters"])
     else:
         assert first["cause"] == "dropped by Calico: cause not recorded"
+
+
+WITH_XDP = """
+BPF_PERCPU_ARRAY(cali_state6, struct { u8 bytes[512]; }, 2);
+struct hook_key { u32 ifindex, hook; };
+struct hook_counters { u64 of[27]; };
+BPF_TABLE("percpu_hash", struct hook_key, struct hook_counters, cali_counters6, 64);
+static void count(u32 ifindex, u32 hook, u32 reason) {
+    struct hook_key key = {.ifindex = ifindex, .hook = hook};
+    struct hook_counters *counters = cali_counters6.lookup(&key);
+    if (counters) {
+        counters->of[0]++;
+        if (reason == 4)
+            counters->of[4]++;
+    }
+}
+int cali_tc_preamble(struct __sk_buff *skb) {
+    u32 zero = 0;
+    if (cali_state6.lookup(&zero))
+        count(skb->ifindex, 0, 0);
+    return -1;
+}
+int cali_xdp_preamble(struct xdp_md *ctx) {
+    count(ctx->ingress_ifindex, 2, 4);
+    return 1;
+}
+"""
+
+
+def test_xdp_has_rows_of_its_own_in_the_counters(pair: Pair) -> None:
+    bpf = compile_tc(WITH_XDP)
+    program = bpf.load_func(b"cali_xdp_preamble", bpf.XDP)
+    pair.attach(bpf, "cali_tc_preamble", pair.right, "right0", "ingress")
+    with netns.inside(pair.right):
+        index = socket.if_nametoindex("right0")
+        row = bytes(216) * syscall.possible_cpus()
+        for hook in (0, 2):
+            syscall.map_update(bpf[b"cali_counters6"].map_fd, struct.pack("<II", index, hook), row)
+        bpf.attach_xdp(b"right0", program, _SKB_MODE)
+    try:
+        with listening("drops", "-o", "json", "--netns", pair.right, "--calico-only") as process:
+            send(pair.left, pair.left_ip, pair.right_ip, COUNT)
+            drops, _ = finished(process, PORT)
+    finally:
+        with netns.inside(pair.right):
+            bpf.remove_xdp(b"right0", _SKB_MODE)
+    first = next(each for each in drops if each["sport"] == PORT)
+    assert (first["hook"], first["calico_reason"], first["sources"]) == ("XDP", "DROPPED_BY_POLICY", ["counters"])

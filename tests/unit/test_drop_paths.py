@@ -19,6 +19,7 @@ from tests.unit.test_verdict import B_NS, CALI, REASONS, TC_EGRESS, TC_INGRESS, 
 from calitrace.calico import reasons
 from calitrace.calico.state import LAYOUTS, Layout, Side
 from calitrace.correlate.drops import Cause, Confidence, Names, explain
+from calitrace.report import drops as report
 
 SHOT, UNSPEC, REDIR_BACK = 2, -1, 108
 DENY, ALLOW, TAIL_CALL_FAILED = 2, 1, 10
@@ -281,7 +282,9 @@ def test_a_netkit_device_drops_as_its_program_does() -> None:
     recorder.drop(B_NS, CALI, SYN, 2, location=5)
     recorder.drop(B_NS, CALI, SYN, 2, location=5)
     recorder.state(B_NS, state_of(LAYOUTS[0], TO_POD, 6, pol_rc=DENY, result=UNSPEC))
-    unseen, calicos = (explain(each.event, [], each.state, topology(), names) for each in joined(recorder))
+    drops = joined(recorder)
+    unseen, calicos = (explain(each.event, [], each.state, topology(), names) for each in drops)
+    assert " cali1 nk " in report.table_lines(drops[0], unseen, "12:00:00.123", names)[0]
     assert unseen.detail == "netkit device: by its program, which we do not see, or because its peer is down"
     assert (unseen.by_calico, unseen.confidence, unseen.place.hook) == (False, Confidence.NONE, "netkit")
     assert (calicos.by_calico, calicos.detail) == (True, "denied by policy")

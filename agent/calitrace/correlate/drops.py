@@ -42,7 +42,7 @@ class Confidence(str, Enum):
 
 @dataclass(frozen=True)
 class Place:
-    """Where. *hook*: ``tc ingress``, ``tc egress``, ``XDP``, or empty when no hook took part."""
+    """Where. *hook*: ``tc ingress``, ``tc egress``, ``XDP``, ``netkit``, or empty when no hook took part."""
 
     namespace: str
     interface: str = ""
