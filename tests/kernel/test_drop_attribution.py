@@ -230,6 +230,31 @@ def test_generic_xdp_is_calicos_when_its_program_is_there(pair: Pair) -> None:
     assert any(each.startswith("at this hook: xdp cali_xdp_preamb id ") for each in cause.evidence)
 
 
+def test_a_redirect_to_an_interface_that_is_gone(pair: Pair) -> None:
+    """Calico let it pass, and its program stands at the hook alone: the kernel could not do what it said."""
+    table = LAYOUTS[0]
+    bpf = calico(table, "bpf_redirect(0x7ffffff, 0)")
+    write_state(bpf, table, state_of(table, (pair.left_ip, PORT, pair.right_ip, 9), UDP, pol_rc=1, result=-1))
+    pair.attach(bpf, "cali_tc_preamble", pair.left, "left0", "egress")
+    (cause,), _ = causes_of(pair, pair.left_ip, pair.right_ip)
+    assert cause.text.startswith("dropped by the kernel, which could not redirect it as a BPF program told it to: ")
+    assert (cause.by_calico, cause.place.hook) == (False, "")
+
+
+@pytest.mark.parametrize(("reason", "result"), [(25, -1), (28, -1), (16, 2)])
+def test_a_drop_that_the_result_does_not_tell(pair: Pair, reason: int, result: int) -> None:
+    """Beside another program, which would be blamed for what Calico let pass."""
+    table = LAYOUTS[0]
+    bpf = calico(table)
+    flow = (pair.left_ip, PORT, pair.right_ip, 9)
+    write_state(bpf, table, state_of(table, flow, UDP, pol_rc=1, reason=reason, result=result))
+    pair.attach(bpf, "cali_tc_preamble", pair.left, "left0", "egress")
+    with netns.inside(pair.left):
+        subprocess.run(["tc", "filter", "add", "dev", "left0", "egress", "pref", "50000", *CLASSIC], check=True)
+    (cause,), _ = causes_of(pair, pair.left_ip, pair.right_ip)
+    assert (cause.by_calico, cause.confidence, cause.sources) == (True, Confidence.PROVEN, ("state",))
+
+
 def test_a_node_in_a_namespace_without_a_name(pair: Pair) -> None:
     """The right end moves into the namespace of a process."""
     ready, done = os.pipe(), os.pipe()
@@ -313,3 +338,51 @@ def test_an_empty_slot_in_the_chain_of_programs(pair: Pair, empty: bool) -> None
         assert (first["confidence"], first["sources"]) == ("likely", ["counters"])
     else:
         assert first["cause"] == "dropped by Calico: cause not recorded"
+
+
+WITH_XDP = """
+BPF_PERCPU_ARRAY(cali_state6, struct { u8 bytes[512]; }, 2);
+struct hook_key { u32 ifindex, hook; };
+struct hook_counters { u64 of[27]; };
+BPF_TABLE("percpu_hash", struct hook_key, struct hook_counters, cali_counters6, 64);
+static void count(u32 ifindex, u32 hook, u32 reason) {
+    struct hook_key key = {.ifindex = ifindex, .hook = hook};
+    struct hook_counters *counters = cali_counters6.lookup(&key);
+    if (counters) {
+        counters->of[0]++;
+        if (reason == 4)
+            counters->of[4]++;
+    }
+}
+int cali_tc_preamble(struct __sk_buff *skb) {
+    u32 zero = 0;
+    if (cali_state6.lookup(&zero))
+        count(skb->ifindex, 0, 0);
+    return -1;
+}
+int cali_xdp_preamble(struct xdp_md *ctx) {
+    count(ctx->ingress_ifindex, 2, 4);
+    return 1;
+}
+"""
+
+
+def test_xdp_has_rows_of_its_own_in_the_counters(pair: Pair) -> None:
+    bpf = compile_tc(WITH_XDP)
+    program = bpf.load_func(b"cali_xdp_preamble", bpf.XDP)
+    pair.attach(bpf, "cali_tc_preamble", pair.right, "right0", "ingress")
+    with netns.inside(pair.right):
+        index = socket.if_nametoindex("right0")
+        row = bytes(216) * syscall.possible_cpus()
+        for hook in (0, 2):
+            syscall.map_update(bpf[b"cali_counters6"].map_fd, struct.pack("<II", index, hook), row)
+        bpf.attach_xdp(b"right0", program, _SKB_MODE)
+    try:
+        with listening("drops", "-o", "json", "--netns", pair.right, "--calico-only") as process:
+            send(pair.left, pair.left_ip, pair.right_ip, COUNT)
+            drops, _ = finished(process, PORT)
+    finally:
+        with netns.inside(pair.right):
+            bpf.remove_xdp(b"right0", _SKB_MODE)
+    first = next(each for each in drops if each["sport"] == PORT)
+    assert (first["hook"], first["calico_reason"], first["sources"]) == ("XDP", "DROPPED_BY_POLICY", ["counters"])

@@ -342,7 +342,7 @@ def _state(node: Node, dport: int) -> calico_state.CalicoState:
     assert raw is not None
     table = calico_state.layout("cali_state6", 512)
     found = [calico_state.decode(raw[at : at + 512], table) for at in range(0, len(raw), 512)]
-    return next(each for each in found if each.denied and each.dport == dport)
+    return next(each for each in found if each.denied() and each.dport == dport)
 
 
 def test_what_does_not_fit_the_tunnel_is_told_to_its_sender(lab: Lab) -> None:

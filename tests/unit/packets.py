@@ -110,14 +110,20 @@ def _packet(raw: bytes) -> dict[str, int | bytes]:
 
 def state_of(
     table: Layout, flow: tuple[str, int, str, int], proto: int, *, nat: tuple[str, int] | None = None, pol_rc: int = 0,
-    rules: tuple[int, ...] = (), ct_rc: int = 0, flags: int = 0, reason: int = 0, result: int = 2,
+    rules: tuple[int, ...] = (), ct_rc: int = 0, flags: int = 0, reason: int = 0, result: int = 2, ct_flags: int = 0,
+    pre_nat: tuple[str, int] | None = None, ct_nat: tuple[str, int, str, int] | None = None, tunnel: str = "",
+    masq: str = "",
 ) -> bytes:  # fmt: skip
-    """The state of a packet with this *flow* (source, port, destination, port) in any release that has what is said."""
+    """The state of a packet with this *flow* (source, port, destination, port) in any release that has what is said.
+
+    *nat*, *pre_nat*: where NAT sends it, and where it was sent. *ct_nat*: nat_ip, nat_port, nat_sip and nat_sport.
+    """
     src, sport, dst, dport = flow
     after, after_port = nat or (dst, dport)
+    before, before_port = pre_nat or (dst, dport)
     six = ":" in src
     raw = bytearray(table.size)
-    addresses, ports = [src, dst, dst, after], [sport, dport, dport, after_port]
+    addresses, ports = [src, dst, before, after, *([tunnel] if tunnel else [])], [sport, dport, before_port, after_port]
     if not table.has_pre_nat:
         del addresses[1], ports[1]
     for number, address in enumerate(addresses):
@@ -132,6 +138,14 @@ def state_of(
         struct.pack_into(f"<I{len(rules)}Q", raw, table.rules_hit, len(rules), *rules)
     if table.fwd is not None:
         struct.pack_into("<iII", raw, table.fwd[six], result, 0, reason)
+        struct.pack_into("<I", raw, table.ct_rc + 4, ct_flags)
+    if ct_nat is not None and table.nat is not None:
+        nat_ip, nat_port, nat_sip, nat_sport = ct_nat
+        packed = ip_address(nat_ip).packed + ip_address(nat_sip).packed + struct.pack("<HH", nat_port, nat_sport)
+        raw[table.nat : table.nat + len(packed)] = packed
+    if masq and table.masq is not None:
+        packed = ip_address(masq).packed
+        raw[table.masq[six] : table.masq[six] + len(packed)] = packed
     return bytes(raw)
 
 

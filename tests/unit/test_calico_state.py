@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.unit.packets import state_of
 
 from calitrace.calico import policy, reasons, state
-from calitrace.calico.state import LAYOUTS, Layout
+from calitrace.calico.state import LAYOUTS, Layout, Side
 from calitrace.errors import LayoutMismatch, Malformed
 
 
@@ -50,8 +50,8 @@ def test_each_layout(table: Layout) -> None:
     assert (held.proto, held.pol_rc, held.flags, held.ct_rc) == (6, 2, 4, 1)
     assert held.rule_ids == ((6, 7) if table.rules_hit is not None else ())
     assert (held.result, held.calico_reason) == ((2, 11) if table.fwd is not None else (None, None))
-    assert held.denied
-    assert not held.passed
+    assert held.denied()
+    assert not held.passed(None)
     assert not held.unread
 
 
@@ -124,24 +124,48 @@ def test_flags_in_words() -> None:
     assert state.decode(state_of(table, V4, 6), table).flag_names == ()
 
 
+TO_HOST = "from a pod to its own host, which defaultEndpointToHostAction forbids"
+NO_POLICY = "no policy program is loaded for the workload"
+SPOOFED = f"the source is not this pod's (reverse path), or {NO_POLICY}"
+BACK = "reverse path: its source may not come in by this interface (bpfEnforceRPF)"
+
+
 @pytest.mark.parametrize(
-    ("table", "pol_rc", "ct_rc", "flags", "pod", "found"),
+    ("table", "pol_rc", "ct_rc", "flags", "side", "found"),
     [
-        (LAYOUTS[0], 1, 0, 4, "from", "from a pod to its own host, which defaultEndpointToHostAction forbids"),
-        (LAYOUTS[0], 1, 0, 4, "to", ""),
-        (LAYOUTS[0], 1, 0, 0x10, "", "mid-flow packet without conntrack entry, to an interface that has policy"),
-        (LAYOUTS[0], 1, 0, 0, "from", ""),
-        (LAYOUTS[0], 1, 2, 4, "from", ""),
-        (LAYOUTS[0], 0, 0, 4, "from", ""),
-        (LAYOUTS[0], 0, 0, 0, "to", "no policy program is loaded for the workload"),
-        (LAYOUTS[0], 0, 0, 0, "", ""),
-        (LAYOUTS[0], 0, 2, 0, "to", ""),
-        (LAYOUTS[1], 0, 0, 0, "to", ""),  # it does not keep its result: the state may be of a program that ended well
+        (LAYOUTS[0], 1, 0, 4, "from-wep", TO_HOST),
+        (LAYOUTS[1], 1, 0, 4, "from-wep", TO_HOST),
+        (LAYOUTS[0], 1, 0, 4, "to-wep", ""),
+        (LAYOUTS[0], 1, 0, 0, "from-wep", ""),
+        (LAYOUTS[0], 1, 2, 4, "from-wep", ""),
+        (LAYOUTS[0], 0, 0, 4, "from-wep", NO_POLICY),  # its source was looked at before
+        (LAYOUTS[0], 0, 0, 0x10, "from-wep", SPOOFED),
+        (LAYOUTS[0], 0, 0x1003, 1, "from-wep", SPOOFED),  # the flag is the entry's
+        (LAYOUTS[0], 0, 0, 0, "to-wep", NO_POLICY),
+        (LAYOUTS[0], 0, 0x1003, 0, "to-wep", NO_POLICY),  # any SYN is asked about
+        (LAYOUTS[0], 0, 2, 0, "to-wep", ""),
+        (LAYOUTS[0], 0, 0, 0, "from-hep", BACK),
+        (LAYOUTS[0], 0, 0, 0, "to-hep", ""),
+        (LAYOUTS[0], 0, 0, 0, "xdp", ""),
+        (
+            LAYOUTS[1],
+            0,
+            0,
+            0,
+            "to-wep",
+            "",
+        ),  # it does not keep its result: the state may be of a program that ended well
     ],
 )
-def test_what_a_silent_drop_leaves(table: Layout, pol_rc: int, ct_rc: int, flags: int, pod: str, found: str) -> None:
+def test_what_a_silent_drop_leaves(table: Layout, pol_rc: int, ct_rc: int, flags: int, side: str, found: str) -> None:
     held = state.decode(state_of(table, V4, 6, pol_rc=pol_rc, ct_rc=ct_rc, flags=flags), table)
-    assert held.silent(from_pod=pod == "from", to_pod=pod == "to") == found
+    assert held.silent(Side(side)) == found
+    assert held.silent(None) == ""
+
+
+def test_the_reverse_path_of_what_came_in_a_tunnel_is_not_asked() -> None:
+    held = state.decode(state_of(LAYOUTS[0], V4, 6, tunnel="10.0.0.9"), LAYOUTS[0])
+    assert held.silent(Side.FROM_HEP) == ""
 
 
 def test_a_size_of_no_release_is_refused() -> None:

@@ -96,6 +96,9 @@ def image(tag: str) -> dict[str, Any]:
     return {"spec": {"template": {"spec": {"containers": [{"name": "calico-node", "image": f"calico/node:{tag}"}]}}}}
 
 
+COLLIDED = (*NO_DROPS[:14], 4, 4, 4, *NO_DROPS[17:25])  # SOURCE_COLLISION, SOURCE_COLLISION_FAILED, CT_CREATE_FAILED
+
+
 def counted(code: int, before: int, after: int, count: int = 25) -> Counters:
     first, last = list(NO_DROPS[:count]), list(NO_DROPS[:count])
     first[code], last[code] = before, after
@@ -397,6 +400,16 @@ FIRES: list[tuple[str, dict[str, Any], str]] = [
         "drops.silent",
         {"drops": Drops(1.0, Missing("no counters map"), (QdiscDrops("eth0", 10, 15),))},
         "Calico's counters: no counters map",
+    ),
+    (
+        "drops.silent",  # what XDP drops never comes to the tc programs
+        {"drops": Drops(1.0, (replace(counted(4, 0, 9), hook=2),), (QdiscDrops("eth0", 10, 15),))},
+        "counted by Calico's reasons in that time: 0",
+    ),
+    (
+        "drops.silent",  # a collision is counted as two
+        {"drops": Drops(1.0, (replace(counted(15, 0, 4), after=COLLIDED),), (QdiscDrops("eth0", 10, 15),))},
+        "counted by Calico's reasons in that time: 4",
     ),
     ("drops.since-boot", {"drops": Drops(1.0, (counted(16, 4, 4),))}, "CT_CREATE_FAILED at eth0 tc ingress: 4"),
     ("drops.since-boot", {"drops": Drops(1.0, (counted(12, 4, 4),))}, "RT_UNKNOWN at eth0 tc ingress: 4"),

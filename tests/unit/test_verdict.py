@@ -315,6 +315,49 @@ def test_another_error_in_place_is_not_for_want_of_endpoints() -> None:
     assert verdict.cause == "the node itself (node-a) refused: ICMP type 11 code 0 from 10.10.0.1"
 
 
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("Ingress connection limit exceeded, rejecting with TCP RST", "the pod's limit of connections"),
+        ("Sending TCP RST due to CT state", "its backend is gone"),
+        ("", "a pod's limit of connections, or a backend that is gone"),
+    ],
+)
+def test_refused_by_calico_itself(line: str, why: str) -> None:
+    recorder = Recorder()
+    to_pod(recorder)
+    del recorder.records[-1]  # it did not get that far
+    if line:
+        recorder.log(
+            "cali1-----------I: New packet at ifindex=3; mark=0",
+            f"cali1-----------I: TCP; ports: s={SPORT} d={TARGET_PORT}",
+            f"cali1-----------I: {line}",
+            "cali1-----------I: Final result=ALLOW rc 7. Program execution time: 37786ns",
+        )
+    rst = packets.tcp(POD, TARGET_PORT, CLIENT, SPORT, 0x14, 0, identity.tcp_sequence(RUN_ID, 0) + 1)
+    recorder.hop(RECEIVE, B_NS, CALI, rst)
+    verdict = judged(recorder, Outcome.REFUSED, detail="TCP RST")
+    assert (verdict.kind, verdict.by_calico) == (Kind.REFUSED, True)
+    assert verdict.cause == f"Calico at node-b answered with a TCP RST: {why}"
+    assert verdict.confidence is (Confidence.PROVEN if line else Confidence.LIKELY)
+
+
+def test_a_service_address_without_service_is_not_one_without_endpoints() -> None:
+    recorder = Recorder()
+    recorder.hop(RECEIVE, A_NS, UPLINK, packets.syn())
+    recorder.log(
+        "ens192----------I: New packet at ifindex=2; mark=0",
+        f"ens192----------I: IP s={CLIENT} d={NODE_A}",
+        f"ens192----------I: TCP; ports: s={SPORT} d={NODEPORT}",
+        "ens192----------I: Packet hit a black hole route: REJECT",
+        "ens192----------I: Final result=ALLOW rc -1. Program execution time: 37786ns",
+    )
+    recorder.hop(QUEUE, A_NS, UPLINK, packets.icmp_error(NODE_A, CLIENT, packets.syn()))
+    verdict = judged(recorder, Outcome.REFUSED, detail="ICMP port unreachable from 10.10.0.1")
+    assert (verdict.kind, verdict.by_calico, verdict.calico_reason) == (Kind.REFUSED, True, "BLACK_HOLE")
+    assert verdict.cause == ("no service uses 10.10.0.1:30080: Calico at node-a refuses it (serviceLoopPrevention)")
+
+
 def test_refused_by_the_pod() -> None:
     recorder = Recorder()
     to_pod(recorder)

@@ -53,6 +53,11 @@ def test_one_counter_that_rose_is_a_likely_cause() -> None:
     assert found.evidence[-1] == "Calico's counters of this hook rose within 2.0 s: IP_OPTIONS +2"
 
 
+def test_a_collision_is_counted_as_two() -> None:
+    said = Statement({"SOURCE_COLLISION": 1, "SOURCE_COLLISION_FAILED": 1, "CT_CREATE_FAILED": 1}, 2.0)
+    assert weigh(hook_only(), said).calico_reason == "SOURCE_COLLISION_FAILED"
+
+
 @pytest.mark.parametrize("counters", [{"SHORT": 1, "IP_OPTIONS": 1}, {"TOTAL_PACKETS": 5}, {"SHORT": -3}])
 def test_several_counters_or_none_name_nothing(counters: dict[str, int]) -> None:
     found = weigh(hook_only(), Statement(counters, 2.0))

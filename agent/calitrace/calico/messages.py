@@ -14,7 +14,7 @@ from functools import cache
 from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
-from calitrace.calico.reasons import NOT_IN_SOURCE_RANGES
+from calitrace.calico.reasons import IPIP_OF_A_POD, IPIP_OF_NO_NODE, NOT_IN_SOURCE_RANGES, VXLAN_OF_NO_NODE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -76,7 +76,6 @@ NO_ROOM = "the conntrack entry could not be made: the table is full or clashes"
 CHAIN = "a program of Calico's tail-call chain is missing"
 _RPF = "the source is not this workload's (reverse path)"
 _PREAMBLE = "Calico's preamble cannot enter its programs: all packets of the interface are dropped"
-_NO_NODE = "VXLAN from a source that is no known node, or with a checksum"
 
 MESSAGES = (
     # start
@@ -163,9 +162,9 @@ MESSAGES = (
     Message("tunnel", "vxlan decap origin {ip:ip}", "the node that sent it"),
     Message("tunnel", "VXLAN packet to known Calico host, allow.", "VXLAN between nodes passes policy", "v3.20"),
     Message("tunnel", "VXLAN packet from known Calico host, allow.", "VXLAN between nodes passes policy", "v3.20"),
-    Message("tunnel", "VXLAN with our VNI ({vni:w}) from unexpected source.", "a NodePort's tunnel from no known node", cause=_NO_NODE),
-    Message("tunnel", "VXLAN with our VNI from unexpected source.", "a NodePort's tunnel from no known node", until="v3.27", cause=_NO_NODE),
-    Message("tunnel", "VXLAN with our VNI but incorrect checksum.", "the outer UDP checksum must be 0", cause=_NO_NODE),
+    Message("tunnel", "VXLAN with our VNI ({vni:w}) from unexpected source.", "a NodePort's tunnel from no known node", cause=VXLAN_OF_NO_NODE),
+    Message("tunnel", "VXLAN with our VNI from unexpected source.", "a NodePort's tunnel from no known node", until="v3.27", cause=VXLAN_OF_NO_NODE),
+    Message("tunnel", "VXLAN with our VNI but incorrect checksum.", "the outer UDP checksum must be 0", cause=VXLAN_OF_NO_NODE),
     Message("tunnel", "VXLAN with our VNI ({vni:w}) from non-calico source.", "overlay VXLAN from no known node: policy decides"),
     Message("tunnel", "VXLAN: Not our VNI {vni:w}", "somebody else's VXLAN on our port: policy decides"),
     Message("tunnel", "VXLAN: Not our VNI", "somebody else's VXLAN on our port: policy decides", "v3.26"),
@@ -174,10 +173,10 @@ MESSAGES = (
     Message("tunnel", "VXLAN: Invalid VNI", "a VXLAN header without VNI: policy decides"),
     Message("tunnel", "IPIP packet from known Calico host, allow.", "IPIP between nodes passes policy"),
     Message("tunnel", "IPIP packet to known Calico host, allow.", "IPIP between nodes passes policy"),
-    Message("tunnel", "IPIP packet from unknown source, drop.", "IPIP from no known node", cause="IPIP from or to a host that is no known node"),
-    Message("tunnel", "IPIP packet to unknown dest, drop.", "IPIP to no known node", cause="IPIP from or to a host that is no known node"),
+    Message("tunnel", "IPIP packet from unknown source, drop.", "IPIP from no known node", cause=IPIP_OF_NO_NODE),
+    Message("tunnel", "IPIP packet to unknown dest, drop.", "IPIP to no known node", cause=IPIP_OF_NO_NODE),
     Message("tunnel", "IPIP traffic to/from tunnel: drop", "IPIP inside a tunnel", cause="IPIP inside a tunnel"),
-    Message("tunnel", "IPIP traffic from workload: drop", "a pod sends IPIP", cause="a pod sends IPIP"),
+    Message("tunnel", "IPIP traffic from workload: drop", "a pod sends IPIP", cause=IPIP_OF_A_POD),
     Message("tunnel", "dropping tunnel pkt with changed source node", "the same flow through another node", "v3.13", "v3.31", "the flow now comes through another node"),
     Message("tunnel", "dropping non-maglev tunnel pkt with changed source node", "the same flow through another node", "v3.32", cause="the flow now comes through another node"),
     # conntrack

@@ -106,7 +106,11 @@ CAPTIONS = {
     "NO_HOST_IP": ("Dropped", "VXLAN encap when host IP unknown"),
 }
 DROPS = frozenset(name for name, (category, _) in CAPTIONS.items() if category == "Dropped")
+# What UNAUTH_SOURCE means, where more than the reason is known.
 NOT_IN_SOURCE_RANGES = "the source is not in the service's source ranges"
+VXLAN_OF_NO_NODE = "VXLAN from a source that is no known node, or with a checksum"
+IPIP_OF_NO_NODE = "IPIP from or to a host that is no known node"
+IPIP_OF_A_POD = "a pod sends IPIP"
 # In words that a user understands.
 MEANING = {
     "DROPPED_BY_POLICY": "denied by policy",
@@ -127,7 +131,8 @@ MEANING = {
     "DROPPED_BY_QOS": "QoS limit of the pod",
     "MAGLEV_NO_BACKEND": "Maglev found no backend",
     "NO_HOST_IP": "the node's own address is unknown to Felix",
-    "WEP_NOT_READY": "the pod's programs are not attached yet",
+    "WEP_NOT_READY": "the interface that it should leave by is not in Calico's ifstate map, or is a pod's that has no "
+    "programs yet",
     "NATIFACE": "the path through bpfin.cali is broken",
 }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from enum import Enum
 from ipaddress import IPv4Address, IPv6Address
 
 from calitrace.errors import LayoutMismatch
@@ -31,7 +32,7 @@ class Layout:
     """Byte offsets in one release's struct; None for what it does not have.
 
     *flags*, *fwd*: in the programs for IPv4, then in those for IPv6, whose longer addresses move them. *ct_results*:
-    the names of its conntrack results, by number.
+    the names of its conntrack results, by number. *nat*: the addresses and ports of ct_result. *masq*: ip_src_masq.
     """
 
     releases: str
@@ -48,16 +49,30 @@ class Layout:
     flags_format: str
     ct_rc: int
     fwd: tuple[int, int] | None  # res s32, mark u32, reason u32
+    nat: int | None = None  # nat_ip, nat_sip, nat_port, nat_sport
+    masq: tuple[int, int] | None = None
     has_pre_nat: bool = True
     ct_results: tuple[str, ...] = CT_RESULTS
 
 
 LAYOUTS = (
-    Layout("v3.32..master", "cali_state6", 512, 8, 16, 92, 96, 104, 108, 112, (368, 368), "<Q", 376, (444, 492)),
-    Layout("v3.30..v3.31", "cali_state4", 488, 8, 16, 92, 96, 104, 108, 112, (368, 368), "<Q", 376, None),
-    Layout("v3.28..v3.29", "cali_state4", 480, 0, 16, 84, 88, 96, 100, 104, (360, 360), "<Q", 368, None),
-    Layout("v3.27", "cali_state4", 464, 0, 16, 84, 88, 96, 100, 104, (408, 456), "<Q", 360, None),
-    Layout("v3.25..v3.26", "cali_state2", 416, 0, 16, 84, 88, 96, 100, 104, (408, 408), "<Q", 360, None),
+    Layout(
+        *("v3.32..master", "cali_state6", 512, 8, 16, 92, 96, 104, 108, 112, (368, 368), "<Q", 376, (444, 492)),
+        nat=384,
+        masq=(424, 472),
+    ),
+    Layout(
+        *("v3.30..v3.31", "cali_state4", 488, 8, 16, 92, 96, 104, 108, 112, (368, 368), "<Q", 376, None),
+        nat=380,
+        masq=(424, 472),
+    ),
+    Layout(
+        *("v3.28..v3.29", "cali_state4", 480, 0, 16, 84, 88, 96, 100, 104, (360, 360), "<Q", 368, None),
+        nat=372,
+        masq=(416, 464),
+    ),
+    Layout("v3.27", "cali_state4", 464, 0, 16, 84, 88, 96, 100, 104, (408, 456), "<Q", 360, None, nat=364),
+    Layout("v3.25..v3.26", "cali_state2", 416, 0, 16, 84, 88, 96, 100, 104, (408, 408), "<Q", 360, None, nat=364),
     Layout("v3.22..v3.24", "cali_v4_state3", 80, 0, 4, 20, 24, 32, None, None, (33, 33), "<B", 36, None),
     Layout(
         *("v3.13..v3.17", "cali_v4_state", 64, 0, 4, 16, 20, 26, None, None, (27, 27), "<B", 28, None),
@@ -76,12 +91,8 @@ CT_FLAGS = {
     0x2000: "confirmed",
     0x4000: "to workload",
 }
-_CT_PROBLEMS = {
-    "MID_FLOW_MISS": "mid-flow packet without conntrack entry",
-    "INVALID": "invalid in conntrack",
-    "MAGLEV_MID_FLOW_MISS": "mid-flow packet without conntrack entry (Maglev)",
-}
-POLICY_RESULTS = {0: "no match", 1: "allow", 2: "deny"}
+# The last: it allowed, and the program that comes then is not there (felix/bpf/state/map.go).
+POLICY_RESULTS = {0: "no match", 1: "allow", 2: "deny", 10: "allow, tail call failed"}
 # Of enum cali_state_flags: those that mean the same in every release that has them.
 FLAGS = {
     0x01: "NAT outgoing",
@@ -95,25 +106,46 @@ FLAGS = {
     0x100: "NodePort of another node",
     0x200: "excluded from NAT",
 }
-_TO_HOST, _SUPPRESS_CT = 0x04, 0x10
-_NO_MATCH, _ALLOW, _DENY = 0, 1, 2
-_RES_DENY = 2  # TC_ACT_SHOT
+_TO_HOST, _SUPPRESS_CT, _SKIP_POLICY, _HOST_PSNAT = 0x04, 0x10, 0x20, 0x40
+# Set only after the reverse path check of a pod's packet: NAT outgoing, to this host, and two without a name here.
+_AFTER_RPF = 0x1 | _TO_HOST | 0x800 | 0x2000
+_RPF_FAILED, _TUNNEL_CHANGED, _SYN = 0x200, 0x400, 0x1000  # of CT_FLAGS
+_MAGLEV = 0x10000  # of the flags in ct_result, v3.32 and later
+_NO_MATCH, _ALLOW, _DENY, _TAIL_CALL_FAILED = 0, 1, 2, 10
+_RES_DENY = 2  # TC_ACT_SHOT; of XDP the same number passes
+_BLACK_HOLE = 13  # not a drop where serviceLoopPrevention is Reject: then the packet becomes an ICMP error
+_FRAGMENTS = (20, 21, 22)  # of the reasons
 _WITH_PORTS = (6, 17)
 _ICMP = (1, 58)
-_SHORT = 5
+_NO_POLICY = "no policy program is loaded for the workload"
+_CHAIN = "a program of Calico's tail-call chain is missing"
+_MID_FLOW = "mid-flow packet without conntrack entry"
+
+
+class Side(str, Enum):
+    """Where the program stands that wrote a state, in Calico's words: at a pod's (wep) or a host's (hep) interface."""
+
+    FROM_WEP = "from-wep"
+    TO_WEP = "to-wep"
+    FROM_HEP = "from-hep"
+    TO_HEP = "to-hep"
+    XDP = "xdp"
 
 
 @dataclass(frozen=True)
 class CalicoState:
     """*calico_reason*: code of 3.1, None before v3.32. *rule_ids*: those hit, the last one decided.
 
-    *conntrack_result*: what the lookup found, in Calico's word; the bits beside it are in *ct_rc*.
+    *conntrack_result*: what the lookup found, in Calico's word; the bits beside it are in *ct_rc*. *ct_flags*: of the
+    entry, 0 before v3.32. *tunnel*: the node that it came from in VXLAN. *nat_ip*, *nat_sip*: where conntrack puts
+    source and destination. *masq*: the source, while policy takes the pod's own address for it.
     """
 
     src: IPv4Address | IPv6Address
     dst: IPv4Address | IPv6Address
     pre_nat_dst: IPv4Address | IPv6Address
     post_nat_dst: IPv4Address | IPv6Address
+    tunnel: IPv4Address | IPv6Address
     sport: int
     dport: int
     pre_nat_dport: int
@@ -123,37 +155,72 @@ class CalicoState:
     rule_ids: tuple[int, ...]
     flags: int
     ct_rc: int
+    ct_flags: int
     conntrack_result: str
+    nat_ip: IPv4Address | IPv6Address
+    nat_sip: IPv4Address | IPv6Address
+    nat_port: int
+    nat_sport: int
+    masq: IPv4Address | IPv6Address
     result: int | None
     calico_reason: int | None
 
     def holds(self, proto: int, src: str, sport: int, dst: str, dport: int) -> bool:
         """Whether it is about this packet, before or after NAT: otherwise it is stale and must not be believed.
 
-        Of ICMP the addresses are compared: Calico keeps type and code where ports are, in some of the places.
+        Of ICMP the addresses are compared: Calico keeps type and code where ports are, in some of the places. So they
+        are of what ended before its ports were read, and of fragments, in which it takes for ports what is there.
         """
-        targets = (
+        if self.proto != proto:
+            return False
+        sources, targets = self._ends()
+        reason = self.calico_reason
+        if proto in _ICMP or reason in _FRAGMENTS or (reason and not self.sport and not self.dport):
+            return any(src == each for each, _ in sources) and any(dst == each for each, _ in targets)
+        return (src, sport) in sources and (dst, dport) in targets
+
+    def _ends(self) -> tuple[set[tuple[str, int]], set[tuple[str, int]]]:
+        """Sources and destinations that the packet may have by now.
+
+        The program rewrites the packet first and its state afterwards, if nothing fails in between; before it
+        encapsulates, the state has the tunnel's ends already. Source: do_nat in felix/bpf-gpl/tc.c.
+        """
+        sources = {(str(self.src), self.sport)}
+        targets = {
             (str(self.dst), self.dport),
             (str(self.pre_nat_dst), self.pre_nat_dport),
             (str(self.post_nat_dst), self.post_nat_dport),
-        )
-        if self.calico_reason == _SHORT and not self.sport and not self.dport:  # it ended where ports should be
-            sport, dport = 0, 0
-        if self.proto != proto or str(self.src) != src:
-            return False
-        if proto in _ICMP:
-            return any(dst == target for target, _ in targets)
-        return self.sport == sport and (dst, dport) in targets
+        }
+        if self.conntrack_result == "ESTABLISHED_SNAT":
+            sources.add((str(self.nat_ip), self.nat_port))
+            targets.add((str(self.nat_sip), self.nat_sport or self.dport))
+        elif int(self.nat_sip):
+            sources |= {(str(self.nat_sip), port) for port in (self.sport, self.nat_sport)}
+        if self.src == self.dst:
+            sources.add((str(self.masq), self.sport))
+        return sources, targets
 
     @property
     def unread(self) -> bool:
-        """Whether a packet was denied before its addresses were read: all that is known of it is the reason."""
-        return self.denied and bool(self.calico_reason) and not int(self.src) and not int(self.dst)
+        """Whether a packet was denied before its addresses were read: all that is known of it is the reason, if any."""
+        return self.denied() and not int(self.src) and not int(self.dst)
 
-    @property
-    def passed(self) -> bool:
+    def denied(self, side: Side | None = None) -> bool:
+        """Whether Calico dropped it: policy, the program's result, or what no packet that passes has, says so.
+
+        The result does not always: several programs drop without putting it there. *side*: None for any.
+        """
+        reason = self.calico_reason
+        return (
+            self.pol_rc in (_DENY, _TAIL_CALL_FAILED)
+            or (self.result == _RES_DENY and side is not Side.XDP)
+            or (bool(reason) and reason != _BLACK_HOLE)
+            or self._without_result(side) != ""
+        )
+
+    def passed(self, side: Side | None) -> bool:
         """Whether the program that wrote it let the packet pass: then it tells nothing about who dropped it."""
-        return self.result is not None and not self.denied
+        return self.result is not None and side is not Side.XDP and not self.denied(side)
 
     @property
     def conntrack(self) -> str:
@@ -176,38 +243,56 @@ class CalicoState:
         rest = self.flags & ~sum(FLAGS)
         return (*(name for bit, name in FLAGS.items() if self.flags & bit), *([f"{rest:#x}"] if rest else []))
 
-    def silent(self, *, from_pod: bool, to_pod: bool) -> str:
-        """What of Calico's drops without a reason leaves such a state, most likely; empty for none in particular.
-
-        *from_pod*, *to_pod*: whether it was dropped at a pod's interface, on its way from or to the pod. Source:
-        calico_tc_main, calico_tc_skb_new_flow and calico_tc_skb_accepted_entrypoint in felix/bpf-gpl/tc.c, v3.22 to
-        master.
-        """
-        if self.conntrack_result != "NEW":
-            return ""
-        if to_pod and self.pol_rc == _NO_MATCH and self.result == _RES_DENY:  # the policy program would say deny
-            return "no policy program is loaded for the workload"
-        if self.pol_rc != _ALLOW:
-            return ""
-        if from_pod and self.flags & _TO_HOST:
-            return "from a pod to its own host, which defaultEndpointToHostAction forbids"
-        if self.flags & _SUPPRESS_CT:
-            return "mid-flow packet without conntrack entry, to an interface that has policy"
+    def _without_result(self, side: Side | None) -> str:
+        """What of Calico's drops with neither reason nor result leaves such a state; empty for none."""
+        if self.pol_rc == _TAIL_CALL_FAILED:
+            return _CHAIN
+        if side is Side.TO_HEP and self.pol_rc == _ALLOW and self.flags & (_SUPPRESS_CT | _SKIP_POLICY) == _SUPPRESS_CT:
+            return f"{_MID_FLOW}, to an interface that has policy"
+        if side is Side.TO_HEP and self.flags & _HOST_PSNAT and self.conntrack_result in ("INVALID", "MID_FLOW_MISS"):
+            return "unexpected conntrack result"
+        maglev = side is Side.FROM_HEP and self.ct_flags & _MAGLEV and self.pol_rc == _NO_MATCH
+        if maglev and self.result not in (None, _RES_DENY):
+            return "Maglev's backend is not in Calico's routes map"
         return ""
 
-    @property
-    def conntrack_problem(self) -> str:
-        """What conntrack had against the packet, for drops without a reason; empty for nothing."""
-        if self.ct_rc & 0x200:
-            return "reverse path filter: it came in by an interface that conntrack does not expect"
-        if self.ct_rc & 0x400:
-            return "the source of the tunnel changed"
-        return _CT_PROBLEMS.get(self.conntrack_result, "")
+    def problem(self, side: Side | None) -> str:
+        """What a drop without a reason was for, by what only such a drop leaves; empty for nothing.
 
-    @property
-    def denied(self) -> bool:
-        """Whether policy or the program's result says drop."""
-        return self.pol_rc == _DENY or self.result == _RES_DENY
+        Where the program let the packet pass there is none: ask that first. Source: calico_tc_process_ct_lookup and
+        calico_tc_skb_accepted in felix/bpf-gpl/tc.c, calico_ct_lookup in conntrack.h, v3.20 to master.
+        """
+        if self.ct_rc & _RPF_FAILED:
+            return "reverse path filter: it came in by an interface that conntrack does not expect"
+        if self.ct_rc & _TUNNEL_CHANGED and side is Side.FROM_HEP and not self.ct_flags & _MAGLEV:
+            return "the source of the tunnel changed"
+        if self.conntrack_result == "MID_FLOW_MISS":
+            if side is Side.TO_WEP:
+                return _MID_FLOW
+            if side is Side.FROM_HEP and self.result == _RES_DENY:  # all others fall through to Linux
+                return _CHAIN
+        if without := self._without_result(side):
+            return without
+        return "invalid in conntrack" if self.conntrack_result == "INVALID" and side is not Side.FROM_HEP else ""
+
+    def silent(self, side: Side | None) -> str:
+        """What of Calico's drops without a reason leaves such a state, most likely; empty for none in particular.
+
+        Source: calico_tc_process_ct_lookup and calico_tc_skb_new_flow in felix/bpf-gpl/tc.c, v3.22 to master.
+        """
+        fresh = self.conntrack_result == "NEW"
+        if fresh and self.pol_rc == _ALLOW and side is Side.FROM_WEP and self.flags & _TO_HOST:
+            return "from a pod to its own host, which defaultEndpointToHostAction forbids"
+        # The policy program would say deny. It is asked about a new flow, and about any SYN.
+        if self.result != _RES_DENY or self.pol_rc != _NO_MATCH or not (fresh or self.ct_rc & _SYN):
+            return ""
+        if side is Side.TO_WEP or (side is Side.FROM_WEP and fresh and self.flags & _AFTER_RPF):
+            return _NO_POLICY
+        if side is Side.FROM_WEP:
+            return f"the source is not this pod's (reverse path), or {_NO_POLICY}"
+        if side is Side.FROM_HEP and not int(self.tunnel):
+            return "reverse path: its source may not come in by this interface (bpfEnforceRPF)"
+        return ""
 
 
 def layout(map_name: str, size: int) -> Layout:
@@ -224,13 +309,17 @@ def decode(raw: bytes, table: Layout, version: int = 4) -> CalicoState:
     if len(raw) != table.size:
         raise LayoutMismatch(0, f"{table.size} bytes", f"{len(raw)} bytes", table.map_name)
     family, width = (IPv4Address, 4) if version == 4 else (IPv6Address, table.stride)
+
+    def address(at: int) -> IPv4Address | IPv6Address:
+        return family(raw[at : at + width])
+
     begin, step = table.addresses, table.stride
-    addresses = [family(raw[at : at + width]) for at in range(begin, begin + 4 * step, step)]
+    addresses = [address(at) for at in range(begin, begin + (4 + table.has_pre_nat) * step, step)]
     ports = list(struct.unpack_from("<HHHH", raw, table.ports))
     if not table.has_pre_nat:
         addresses.insert(2, addresses[1])
         ports.insert(2, ports[1])
-    src, dst, pre_nat, post_nat = addresses[:4]
+    src, dst, pre_nat, post_nat, tunnel = addresses
     sport, dport, pre_dport, post_dport = ports[:4]
     is_six = version != 4
     rule_ids: tuple[int, ...] = ()
@@ -238,15 +327,25 @@ def decode(raw: bytes, table: Layout, version: int = 4) -> CalicoState:
         (hit,) = struct.unpack_from("<I", raw, table.rules_hit)
         rule_ids = struct.unpack_from(f"<{min(hit, MAX_RULES)}Q", raw, table.rule_ids)
     result = reason = None
+    ct_flags = 0
     if table.fwd is not None:
         result, _mark, reason = struct.unpack_from("<iII", raw, table.fwd[is_six])
+        (ct_flags,) = struct.unpack_from("<I", raw, table.ct_rc + 4)
     (ct_rc,) = struct.unpack_from("<h", raw, table.ct_rc)
+    nat_ip = nat_sip = masq = family(0)
+    nat_port = nat_sport = 0
+    if table.nat is not None:
+        nat_ip, nat_sip = address(table.nat), address(table.nat + width)
+        nat_port, nat_sport = struct.unpack_from("<HH", raw, table.nat + 2 * width)
+    if table.masq is not None:
+        masq = address(table.masq[is_six])
     number = ct_rc & 0xFF
     return CalicoState(
         src,
         dst,
         pre_nat,
         post_nat,
+        tunnel,
         sport,
         dport,
         pre_dport,
@@ -256,7 +355,13 @@ def decode(raw: bytes, table: Layout, version: int = 4) -> CalicoState:
         rule_ids,
         struct.unpack_from(table.flags_format, raw, table.flags[is_six])[0],
         ct_rc,
+        ct_flags,
         table.ct_results[number] if number < len(table.ct_results) else f"result {number}",
+        nat_ip,
+        nat_sip,
+        nat_port,
+        nat_sport,
+        masq,
         result,
         reason,
     )

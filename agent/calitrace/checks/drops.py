@@ -8,8 +8,11 @@ from calitrace.checks.objects import iter_numbered
 from calitrace.checks.snapshot import Counters, Drops, Link, Missing
 
 HOOKS = {0: "tc ingress", 1: "tc egress", 2: "XDP"}
+_TC = (0, 1)
 _SOURCES = {"clsact": "clsact", "tcx": "tcx programs (kfree_skb, TC_INGRESS and TC_EGRESS)"}
 _HELD = ("FRAG_WAIT",)  # taken from the kernel, and sent when the rest of the packet is there: nothing is lost
+_OR_REFUSED = {"BLACK_HOLE": ", or refused where serviceLoopPrevention is Reject"}
+_COLLISION, _NOT_CREATED = "SOURCE_COLLISION_FAILED", "CT_CREATE_FAILED"
 _FIXES = {
     "DROPPED_BY_POLICY": "calitrace probe nodeport HOST:PORT --trace  # names the rule; "
     "calico-node -bpf policy dump IFACE all",
@@ -40,7 +43,7 @@ def calico_reasons(drops: Drops) -> Said:
                     Severity.WARNING,
                     f"{each.interface} {HOOKS.get(each.hook, each.hook)}",
                     (f"{reason}: {before} -> {after} within {drops.seconds:g} s",),
-                    f"packets are dropped: {reasons.MEANING[reason]}",
+                    f"packets are dropped{_OR_REFUSED.get(reason, '')}: {reasons.MEANING[reason]}",
                     _FIXES.get(reason, f"calico-node -bpf counters dump --iface={each.interface}"),
                 )
 
@@ -68,14 +71,9 @@ def silent(drops: Drops, links: tuple[Link, ...] | None = None) -> Said:
     else:
         counters = drops.counters
     for qdisc in drops.qdiscs:
-        counted = 0
-        for each in counters:
-            if each.interface == qdisc.interface:
-                counted += sum(
-                    max(after - before, 0)
-                    for code, (before, after) in enumerate(zip(each.before, each.after, strict=False))
-                    if reasons.name(code, len(each.after)) in reasons.MEANING
-                )
+        # What XDP drops does not come to these programs.
+        here = (each for each in counters if each.interface == qdisc.interface and each.hook in _TC)
+        counted = sum(_drops_counted(each) for each in here)
         dropped = qdisc.after - qdisc.before
         if dropped > counted:
             yield Finding(
@@ -91,6 +89,15 @@ def silent(drops: Drops, links: tuple[Link, ...] | None = None) -> Said:
                 "state, empty program slot (projectcalico/calico#6739), or another program",
                 "calitrace probe nodeport HOST:PORT --trace  # which packets, and why",
             )
+
+
+def _drops_counted(counters: Counters) -> int:
+    """By how much one hook's counters of drops rose; what fails for a collision is counted as both, but once here."""
+    pairs = enumerate(zip(counters.before, counters.after, strict=False))
+    count = len(counters.after)
+    rose = {reasons.name(code, count): max(after - before, 0) for code, (before, after) in pairs}
+    twice = min(rose.get(_COLLISION, 0), rose.get(_NOT_CREATED, 0))
+    return sum(by for name, by in rose.items() if name in reasons.MEANING) - twice
 
 
 def since_boot(drops: Drops) -> Said:

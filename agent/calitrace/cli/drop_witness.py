@@ -25,6 +25,8 @@ _ASK_AGAIN_NS = 10_000_000_000
 _SHARE = 20
 _SLOTS = 400  # of cali_progs_ing2
 _PROTOCOLS = {6: "tcp", 17: "udp"}
+# How the counters' rows call a hook. Calico counts a netkit device's packets at its other end.
+_ROWS = {"tc ingress": "tc ingress", "tc egress": "tc egress", "XDP": "xdp"}
 _Counters = dict[tuple[int, str], dict[str, int]]  # by interface and hook: by name
 
 
@@ -98,8 +100,8 @@ class _Node:
             self._before, self._before_ns, self._last = self._last, self._last_ns, self._counters()
             self._last_ns, self._arrays = now, self._programs()
             self._next_ns = now + max(_COUNTERS_EVERY_NS, _SHARE * (time.monotonic_ns() - now))
-        place = (drop.ifindex, hook)
-        if not self._last or not self._before_ns < drop.ktime_ns <= self._last_ns:
+        place = (drop.ifindex, _ROWS.get(hook, ""))
+        if not place[1] or not self._last or not self._before_ns < drop.ktime_ns <= self._last_ns:
             return None, 0, True
         if place not in self._last:
             return None, 0, place in self._before

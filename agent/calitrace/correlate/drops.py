@@ -4,8 +4,9 @@ Evidence: the kernel's reason and the function that dropped; what Calico logged 
 state at that moment, where it is about this very packet; and the programs on the hook. A drop is Calico's only when
 a Calico program sits at that hook and no foreign one does, or when Calico's own log or state says so.
 
-Many of Calico's drops leave no reason code. Then the conntrack result that its state keeps may tell it: the bits of
-``ct_result.rc`` (felix/bpf-gpl/conntrack_types.h, v3.24 to master). Else the cause is not recorded, and is not guessed.
+Many of Calico's drops leave no reason code. Then what else its state keeps may tell it: the conntrack result, policy's
+result and flags, which mean something else at each side of an interface. Else the cause is not recorded, and is not
+guessed.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Confidence(str, Enum):
 
 @dataclass(frozen=True)
 class Place:
-    """Where. *hook*: ``tc ingress``, ``tc egress``, ``XDP``, or empty when no hook took part."""
+    """Where. *hook*: ``tc ingress``, ``tc egress``, ``XDP``, ``netkit``, or empty when no hook took part."""
 
     namespace: str
     interface: str = ""
@@ -115,9 +116,25 @@ _TC_FUNCTIONS = {
 }
 # Generic XDP, which runs where there is an sk_buff already; it drops without a reason. Source: net/core/dev.c
 _XDP_FUNCTIONS = ("do_xdp_generic", "netif_receive_generic_xdp", "bpf_prog_run_generic_xdp")
-_AT = {"tc ingress": "ingress", "tc egress": "egress", "XDP": "xdp"}  # in Link.calico, .foreign and .chain
+# Where the kernel fails to do what a program's redirect said: the device is gone or down, or no neighbour answers.
+# Source: net/core/filter.c
+_REDIRECTS = ("skb_do_redirect", "__bpf_redirect", "bpf_out_neigh_v")
+# A netkit device frees what its program drops as it does what it cannot deliver. Source: drivers/net/netkit.c
+_NETKIT = "netkit_xmit"
+_NOT_SAID = ("", "NOT_SPECIFIED")
+# In Link.calico, .foreign and .chain, which know no programs of netkit devices; and what stands there.
+_AT = {"tc ingress": "ingress", "tc egress": "egress", "XDP": "xdp", "netkit": ""}
+_KINDS = {"XDP": "an XDP program", "netkit": "a netkit device"}
+_SIDES = {
+    ("ingress", True): state.Side.FROM_WEP,
+    ("egress", True): state.Side.TO_WEP,
+    ("ingress", False): state.Side.FROM_HEP,
+    ("egress", False): state.Side.TO_HEP,
+}
+_NO_REVERSE_PATH = ("lo", "bpfout.cali", "bpfnatout")  # Calico checks it at all other host interfaces
+_OF_PODS = (state.Side.FROM_WEP, state.Side.TO_WEP)
 _DROPPED_BY_POLICY = 4
-_TCP = 6
+_IPIP, _TCP = 4, 6
 
 
 def place_of(event: PacketEvent, topology: Topology, hook: str = "") -> Place:
@@ -134,9 +151,12 @@ def explain(drop: Drop, passages: Sequence[Passage], copy: StateCopy | None, top
     evidence = [f"skb:kfree_skb {reason or 'without reason'} in {symbol}"]
     if not hook:
         said_by_kernel = reason or "no reason given"
+        who, function = "not by Calico", symbol.split("+", 1)[0]
+        if function.startswith(_REDIRECTS):
+            who = "which could not redirect it as a BPF program told it to"
         return Cause(
-            f"dropped by the kernel, not by Calico: {said_by_kernel} in {symbol}",
-            f"{said_by_kernel} in {symbol.split('+', 1)[0]}",
+            f"dropped by the kernel, {who}: {said_by_kernel} in {symbol}",
+            f"{said_by_kernel} in {function}",
             place,
             Confidence.PROVEN,
             skb_drop_reason=reason,
@@ -144,26 +164,33 @@ def explain(drop: Drop, passages: Sequence[Passage], copy: StateCopy | None, top
             evidence=tuple(evidence),
         )
     link, namespace = topology.link(drop.netns, drop.ifindex), topology.namespace(drop.netns)
-    at, kind = _AT[hook], "an XDP program" if hook == "XDP" else "a tc program"
+    at, kind = _AT[hook], _KINDS.get(hook, "a tc program")
+    side = state.Side.XDP if hook == "XDP" else _SIDES.get((at, link.workload)) if link else None
     evidence += [f"at this hook: {each}" for each in (link.chain.get(at, ()) if link else ())]
     passage = _denial(passages, link, drop)
-    held, let_pass = _held(drop, copy, namespace, names, evidence)
+    held, let_pass = _held(drop, copy, namespace, side, names, evidence)
     code, rules = _reason(passage, held)
     ours = link.calico.get(at, ()) if link else ()
     foreign = link.foreign.get(at, ()) if link else ()
-    said = passage is not None or (held is not None and held.denied)
+    said = passage is not None or (held is not None and held.denied(side))
     if passage is not None:
         evidence += [f"{passage.name}: {line}" for line in passage.texts[-6:]]
     if not said and (foreign or not ours):
         if foreign and let_pass:
             ours = ()
-        who = ", ".join((*ours, *foreign)) or "a program that we did not see attached"
+        who = ", ".join((*ours, *foreign))
         which = "; which of them is not known"
         if not ours:
             which = ", which Calico's program let it pass to" if let_pass else "; none of them is Calico's"
+        if not who:
+            who, which = "a program that we did not see attached", ""
+        if hook == "netkit":
+            who = "by its program, which we do not see, or because its peer is down"
         return Cause(
             f"dropped by {kind} at {place}: {who}{which}",
-            f"{kind.split(' ', 1)[1]}: {who}{which}" if ours or foreign else f"{kind} that we did not see attached",
+            f"{kind.split(' ', 1)[1]}: {who}{which}"
+            if ours or foreign or hook == "netkit"
+            else f"{kind} that we did not see attached",
             place,
             Confidence.LIKELY if foreign and not ours else Confidence.NONE,
             skb_drop_reason=reason,
@@ -175,13 +202,14 @@ def explain(drop: Drop, passages: Sequence[Passage], copy: StateCopy | None, top
     calico_reason = reasons.name(code, numbering) if code else ""
     if not numbering and passage is not None and code and code == passage.code:
         calico_reason = passage.calico_reason  # before v3.24 there are no counters, but the line shows its age
-    detail = (passage.cause() if passage else "") or _meaning(calico_reason, drop.packet, held)
-    detail = detail or (held.conntrack_problem if held is not None else "")
+    detail = (passage.cause() if passage else "") or _meaning(calico_reason, drop.packet, held, side)
+    detail = detail or (held.problem(side) if held is not None and not held.unread else "")
     recorded = bool(detail or rules)
     inferred = ""
     if not recorded and held is not None:
-        of_pod = link is not None and link.workload
-        inferred = held.silent(from_pod=of_pod and at == "ingress", to_pod=of_pod and at == "egress")
+        inferred = _not_ip(drop.packet) if held.unread else held.silent(side)
+        if side is state.Side.FROM_HEP and link is not None and link.name in _NO_REVERSE_PATH:
+            inferred = ""
         detail = inferred or f"cause not recorded (policy {_policy(held)}, conntrack {held.conntrack})"
     if passage is not None and held is not None and held.calico_reason not in (None, 0, code):
         evidence.append(f"the log and the state disagree: the state says reason {held.calico_reason}")
@@ -211,8 +239,10 @@ def hook_of(reason: str, symbol: str, names: Names) -> str:
     if reason in _TC_REASONS:
         return _TC_REASONS[reason]
     function = symbol.split("+", 1)[0]
-    if function.startswith(_XDP_FUNCTIONS):
+    if reason == "XDP" or function.startswith(_XDP_FUNCTIONS):
         return "XDP"
+    if reason in _NOT_SAID and function.startswith(_NETKIT):
+        return "netkit"
     if any(each.endswith("TC_INGRESS") for each in names.drop_reasons.values()):
         return ""
     return next((hook for name, hook in _TC_FUNCTIONS.items() if function.startswith(name)), "")
@@ -227,7 +257,12 @@ def _denial(passages: Sequence[Passage], link: Link | None, drop: Drop) -> Passa
 
 
 def _held(
-    drop: Drop, copy: StateCopy | None, namespace: Namespace | None, names: Names, evidence: list[str]
+    drop: Drop,
+    copy: StateCopy | None,
+    namespace: Namespace | None,
+    side: state.Side | None,
+    names: Names,
+    evidence: list[str],
 ) -> tuple[state.CalicoState | None, bool]:
     """Calico's state at the drop, if it is about this packet, and whether it says that Calico let the packet pass.
 
@@ -240,22 +275,32 @@ def _held(
     except LayoutMismatch as unknown:
         evidence.append(str(unknown))
         return None, False
-    held = None
     packet = drop.packet
     # What an ICMP error quotes is another packet, whose state may still be there.
     for layer in (each for each in packet.layers if each is not packet.quoted):
         held = state.decode(copy.raw, table, layer.src.version)
         if held.holds(*_flow(layer)):
             evidence.append(f"Calico's state of this packet: {_shown(held, namespace, names)}")
-            if held.passed and not held.conntrack_problem:
+            if held.passed(side):
                 evidence.append("Calico's program that wrote this state let the packet pass: another one dropped it")
                 return None, True
             return held, False
-    if held is not None and held.unread:
-        evidence.append(f"Calico's state: reason {held.calico_reason}, denied before the packet's addresses were read")
-        return held, False
+    # Where only programs for IPv4 are loaded, they see all the rest too.
+    for version in sorted({4, *(layer.src.version for layer in packet.layers)}, reverse=True):
+        held = state.decode(copy.raw, table, version)
+        if held.unread and (held.calico_reason or (_not_ip(packet) and side in _OF_PODS)):
+            reason = f"reason {held.calico_reason}, denied" if held.calico_reason else "denied without a reason,"
+            evidence.append(f"Calico's state: {reason} before the packet's addresses were read")
+            return held, False
     evidence.append("Calico's state held another packet by then: not used")
     return None, False
+
+
+def _not_ip(packet: Packet) -> str:
+    """Why a program at a pod's interface may deny such a packet as soon as it sees it; empty for IPv4."""
+    if not packet.outer:
+        return "not an IP packet, from or to a pod"
+    return "IPv6 traffic of a pod while IPv6 is off" if packet.outer.src.version == 6 else ""
 
 
 def _policy(held: state.CalicoState) -> str:
@@ -287,15 +332,17 @@ def _reason(passage: Passage | None, held: state.CalicoState | None) -> tuple[in
     return code, ()
 
 
-def _meaning(calico_reason: str, packet: Packet, held: state.CalicoState | None) -> str:
+def _meaning(calico_reason: str, packet: Packet, held: state.CalicoState | None, side: state.Side | None) -> str:
     """A reason in words. What Calico refuses as a tunnel is the packet outside: not TCP, nor what comes in a tunnel."""
-    inner = packet.inner
-    if (
-        calico_reason == "UNAUTH_SOURCE"
-        and (held is not None and inner is not None and held.holds(*_flow(inner)))
-        and (packet.tunnel or inner.proto == _TCP)
-    ):
-        return reasons.NOT_IN_SOURCE_RANGES
+    inner, tunnel = packet.inner, packet.tunnel
+    if calico_reason == "UNAUTH_SOURCE" and held is not None:
+        if held.proto == _IPIP:
+            of_pod = side is state.Side.FROM_WEP
+            return reasons.IPIP_OF_A_POD if of_pod else f"{reasons.IPIP_OF_NO_NODE}, or inside a tunnel"
+        if tunnel is not None and held.holds(*_flow(tunnel)):
+            return reasons.VXLAN_OF_NO_NODE
+        if inner is not None and held.holds(*_flow(inner)) and (tunnel or inner.proto == _TCP):
+            return reasons.NOT_IN_SOURCE_RANGES
     return reasons.MEANING.get(calico_reason, calico_reason)
 
 

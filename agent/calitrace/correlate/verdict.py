@@ -127,6 +127,19 @@ class _Judge:
         became = f"{name}: the probe's own sk_buff became the ICMP error ({error})"
         if error.is_too_big:
             return self._too_big(error, by_calico, last if by_calico else first, became)
+        if by_calico and error.proto == TCP:
+            return self._reset(name, last, became)
+        rejected = self._lines("Packet hit a black hole route: REJECT")
+        if by_calico and rejected:
+            return Verdict(
+                Kind.REFUSED,
+                Confidence.PROVEN,
+                f"no service uses {probe.dst}:{probe.dport}: Calico at {name} refuses it (serviceLoopPrevention)",
+                place=self._place(last, "tc ingress"),
+                by_calico=True,
+                calico_reason="BLACK_HOLE",
+                evidence=(became, *(f"{p.name}: {line}" for p, line in rejected), *self._path()),
+            )
         if (by_calico and error.is_port_unreachable) or (namespace and namespace.role is Role.NODE and said):
             evidence = [became]
             evidence += [f"{p.name}: {line}" for p, line in self._lines("NAT: ")]
@@ -160,6 +173,25 @@ class _Judge:
             place=self._place(first),
             skb_drop_reason=self.names.drop_reason(drops[-1]) if drops else "",
             evidence=self._path(),
+        )
+
+    def _reset(self, name: str, step: Step, became: str) -> Verdict:
+        """Calico made the RST of the probe itself: a host that refuses makes one of its own."""
+        said = [
+            (p, line)
+            for start in ("Egress connection limit", "Ingress connection limit", "Sending TCP RST")
+            for p, line in self._lines(start)
+        ]
+        why = "a pod's limit of connections, or a backend that is gone"
+        if said:
+            why = "its backend is gone" if said[-1][1].startswith("Sending") else "the pod's limit of connections"
+        return Verdict(
+            Kind.REFUSED,
+            Confidence.PROVEN if said else Confidence.LIKELY,
+            f"Calico at {name} answered with a TCP RST: {why}",
+            place=self._place(step),
+            by_calico=True,
+            evidence=(became, *(f"{p.name}: {line}" for p, line in said), *self._path()),
         )
 
     def _too_big(self, error: Layer, by_calico: bool, step: Step, became: str) -> Verdict:

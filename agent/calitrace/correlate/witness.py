@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from calitrace.correlate.drops import Cause
 
 # What Calico drops without a reason and without counting it.
+_COLLISION, _NOT_CREATED = "SOURCE_COLLISION_FAILED", "CT_CREATE_FAILED"
 _SILENT = {walk.SPOOFED, walk.NO_POLICY, walk.NO_INTERFACE}
 
 
@@ -68,8 +69,11 @@ def weigh(cause: Cause, said: Statement) -> Cause:
             why = f"no program is in {', '.join(empty)}" if empty else "its place in the array of programs is empty"
             evidence.append("Calico's count of all packets at this hook did not rise: its main program did not run")
             found = ("counters", "", f"its main program did not run: {why}")
-        elif len(rose) == 1 and not cause.reasonless:
-            (name,) = rose
+        # What fails for a collision is counted as both.
+        elif (
+            len(names := rose.keys() - ({_NOT_CREATED} if _COLLISION in rose else set())) == 1 and not cause.reasonless
+        ):
+            (name,) = names
             found = ("counters", name, reasons.MEANING[name])
     elif not said.has_row:
         evidence.append("Calico's counters have no row for this interface and hook: its programs drop everything here")

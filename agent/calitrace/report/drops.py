@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _WIDE = 110  # columns: on a terminal with fewer the cause has a line of its own
 _FEW = 12  # columns: so does one of which less would be seen
 _BELOW = " " * 13
-_HOOKS = {"tc ingress": "in", "tc egress": "out", "XDP": "xdp", "": ""}
+_HOOKS = {"tc ingress": "in", "tc egress": "out", "XDP": "xdp", "netkit": "nk", "": ""}
 
 
 @dataclass
