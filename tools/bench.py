@@ -326,7 +326,7 @@ feed = Assembler().feed if sys.argv[2] == "assembled" else None
 lines, reader, passages = sources.Lines(), Reader(), 0
 started = time.monotonic()
 with open(sys.argv[1], "rb", buffering=0) as stream:
-    for chunk in iter(lambda: stream.read(1 << 20), b""):
+    for chunk in iter(lambda: stream.read(sources.CHUNK_BYTES), b""):
         for line in reader.read(lines.feed(chunk)):
             if feed and feed(line):
                 passages += 1

@@ -12,6 +12,7 @@ from calitrace.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+CHUNK_BYTES = 1 << 17  # to read at once: its lines still stand in the CPU's cache when they are looked at
 LONGEST_LINE = 1 << 20  # characters; what is longer is given in pieces
 _GZIP = b"\x1f\x8b"
 _JOURNAL = journal.frame(journal.HEADER, {})[:-1]  # up to the map

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from calitrace.calico import passage as passage_module
 from calitrace.calico.log import Form, Reader
 from calitrace.calico.messages import CHAIN, NO_ROOM
 from calitrace.calico.passage import Assembler, Flow, Mark, Passage
@@ -805,3 +806,23 @@ def test_any_lines_are_taken_and_kept(texts: list[tuple[str, int, int]]) -> None
         assert passage.verdict or passage.marks or passage.facts.policy
         assert len({line.context.pid for line in passage.lines}) == 1
         assert isinstance(passage.calico_reason, str)
+
+
+_MESSAGES = sorted(
+    {line.partition("\t")[0] for path in (_DATA / "log").glob("v*.tsv") for line in path.read_text().splitlines()}
+)
+_TAGS = ("eth0------------I", "calif00d-E", "eth0------------X", "IPv6 calif00d0000000-E")
+
+
+@given(st.lists(st.tuples(st.sampled_from(_TAGS), st.sampled_from(_MESSAGES), st.integers(1, 2)), max_size=30))
+def test_the_quick_look_at_a_line_changes_nothing(lines: list[tuple[str, str, int]]) -> None:
+    class Everything:
+        def __contains__(self, _: object) -> bool:
+            return True
+
+    raw = [line for tag, text, pid in lines for line in printed(f"{tag}: {text}", pid=pid)]
+    with pytest.MonkeyPatch.context() as patch:
+        quick = assembled(raw)[:2]
+        patch.setattr(passage_module, "_EDGES", Everything())
+        slow = assembled(raw)[:2]
+    assert [[each.texts for each in part] for part in quick] == [[each.texts for each in part] for part in slow]

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calitrace.calico import trace
+from calitrace.calico import messages, trace
 from calitrace.calico.log import Form, Reader
 from calitrace.calico.trace import UNKNOWN, Context, Lost
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 TEXT = "eth0------------I: New packet at ifindex=2; mark=0"
 KERNEL = "bpf_trace_printk"
@@ -142,19 +147,46 @@ _COMMS = st.text(st.characters(codec="ascii", exclude_categories=["Cc"]), min_si
             st.sampled_from(
                 [TEXT, "CTLB------------: NAT miss.", "hello", "", "eth0------------I: ?", "calif00d-E: x: y"]
             ),
+            st.sampled_from([str, "{}\r".format, lambda line: json.dumps({"log": line + "\n", "stream": "stdout"})]),
         ),
         min_size=1,
     )
 )
-def test_headers_seen_before_give_the_same_lines(parts: list[tuple[str, int, int, str, int, int, str]]) -> None:
+def test_headers_seen_before_give_the_same_lines(
+    parts: list[tuple[str, int, int, str, int, int, str, Callable[[str], str]]],
+) -> None:
     raw = [
-        f"{comm:>16}-{pid:<7} [{cpu:03d}] {flags} {seconds:5d}.{micros:06d}: {KERNEL}: {text}"
-        for comm, pid, cpu, flags, seconds, micros, text in parts
+        kept(f"{comm:>16}-{pid:<7} [{cpu:03d}] {flags} {seconds:5d}.{micros:06d}: {KERNEL}: {text}")
+        for comm, pid, cpu, flags, seconds, micros, text, kept in parts
     ]
     reader = Reader()
     lines = list(reader.read(raw + raw))
     assert lines == [line for each in raw + raw for line in Reader().read([each])]
     assert [line.raw for line in lines] == raw + raw
     assert reader.total == len(lines) == sum(reader.counts[form] for form in Form)
-    for line, (comm, pid, cpu, flags, _, _, _) in zip(lines, parts, strict=False):
+    for line, (comm, pid, cpu, flags, *_) in zip(lines, parts, strict=False):
         assert line.context == Context(comm, pid, cpu, None, flags, KERNEL)
+
+
+def test_any_surrogate_in_a_message_is_only_unknown() -> None:
+    header = f"curl-7 [001] ..s2. 5304.517741: {KERNEL}: "
+    (line,) = Reader().read([json.dumps({"log": f"{header}eth0-I: \ud800\n"})])
+    assert line.form is Form.UNKNOWN
+    assert line.text == "\ud800"
+
+
+def test_a_message_is_classified_alike_whatever_came_before() -> None:
+    kinds = {"d": "7", "x": "a7", "ip": "10.0.0.7", "w": "w7", "t": "t7"}
+    templates = [each.template for each in messages.MESSAGES if each.tagged]
+    texts = [re.sub(r"\{\w+:(\w+)\}", lambda found: kinds[found[1]], each) for each in templates]
+    texts += [text.replace("v4", "v6") for text in texts] + [text.replace("v6", "v4") for text in texts]
+    header = f"curl-7 [001] ..s2. 5304.517741: {KERNEL}: eth0-I: "
+    reader = Reader()
+    for text in texts + texts[::-1]:
+        (line,) = reader.read([header + text])
+        assert (text, line.message) == (text, messages.classify(text))
+
+
+def test_blank_lines() -> None:
+    lines = list(Reader().read(["", "\r", " "]))
+    assert [(line.raw, line.text, line.form) for line in lines] == [(raw, raw, Form.BLANK) for raw in ("", "\r", " ")]

@@ -32,6 +32,7 @@ _TAG = re.compile(
 )
 _PASTED = re.compile(rf"(?:.*?\s)??(?P<tag>{_TAG.pattern}): (?P<text>.*)", re.DOTALL)
 _PRINTK_WIDTH = len(trace.PRINTK)
+_DIGITS_ALIKE = bytes.maketrans(b"123456789", b"000000000")
 _CACHED = 1 << 16  # entries; a cache that is full is begun anew
 
 
@@ -153,6 +154,10 @@ class Line(NamedTuple):
         return found.groupdict() if found else {}
 
 
+# Every other line of programs up to v3.29, whose messages bring a newline of their own.
+_EMPTY = Line("", trace.UNKNOWN, Printed(None, "", None, Form.BLANK))
+
+
 class Reader:
     """Turns text into lines, and counts them by their form. All that it is given comes out again, in order.
 
@@ -164,7 +169,8 @@ class Reader:
         self.counts: Counter[Form] = Counter()
         self.events_lost = 0  # by what the kernel says in the text itself; a place of unknown size counts as one
         self._contexts: dict[str, Context] = {}  # by what stands before the time
-        self._stamp_width = 0  # of the line before
+        self._before, self._behind = slice(0), slice(0, None)  # the time, where it stood in the last line split
+        self._behind_time: dict[str, Printed] = {}
         self._tasks: dict[tuple[str, int, int], Context] = {}
         self._printed: dict[str, Printed] = {}
         self._tags: dict[str, Tag] = {}
@@ -177,18 +183,20 @@ class Reader:
 
     def read(self, raw: Iterable[str]) -> Generator[Line, None, None]:
         """The lines of a trace_pipe, a log file or a paste; each without its newline."""
-        contexts, known, printk, new = self._contexts, self._printed, trace.PRINTK, tuple.__new__
+        contexts, known, new = self._contexts, self._behind_time, tuple.__new__
         calico, known_form = 0, Form.CALICO
+        last, context = "", None  # what stood before the time, and what it says
         try:
             for line in raw:
                 # The common case: the header of a line before, but for its time. All else takes the slow way.
-                at = line.find(printk)
-                context = contexts.get(line[: at - self._stamp_width])
-                if context is not None and at > 0:
-                    text = line[at + _PRINTK_WIDTH :]
-                    result = new(Line, (line, context, known.get(text) or self._print(text), 0))
+                if (before := line[self._before]) != last:
+                    last, context = before, contexts.get(before)
+                rest = line[self._behind]
+                if context is not None and (printed := known.get(rest) or self._print_behind_time(rest)):
+                    result = new(Line, (line, context, printed, 0))
                 else:
                     result = self._slow(line)
+                    last, context = "", None
                 if result[2][3] is known_form:
                     calico += 1
                 else:
@@ -206,7 +214,10 @@ class Reader:
             _remember(self._tasks, who, context)
         raw = event.text
         text = raw.rstrip("\n")  # which programs up to v3.29 print
-        printed = self._printed.get(text) or self._print(text)
+        printed = self._printed.get(text)
+        if printed is None:
+            printed = self._print(text)
+            _remember(self._printed, text, printed)
         self.counts[printed.form] += 1
         return Line(raw, context, printed, event.ktime_ns)
 
@@ -221,7 +232,9 @@ class Reader:
         return Line(raw, trace.UNKNOWN, Printed(None, raw, None, Form.LOST), event.ktime_ns)
 
     def _slow(self, raw: str) -> Line:
-        if not raw or raw.isspace():
+        if not raw:
+            return _EMPTY
+        if raw.isspace():
             return Line(raw, trace.UNKNOWN, Printed(None, raw, None, Form.BLANK))
         if raw.startswith("#"):  # the kernel's own comments, and people's
             return Line(raw, trace.UNKNOWN, Printed(None, raw, None, Form.OTHER))
@@ -229,36 +242,43 @@ class Reader:
             self.events_lost += lost.count or 1
             return Line(raw, trace.UNKNOWN, Printed(None, raw, None, Form.LOST))
         context, stamp, text = trace.split(raw)
-        at = raw.find(f"{stamp}{trace.PRINTK}")
-        if context.cpu >= 0 and at > 0:
-            self._stamp_width = len(stamp)
-            _remember(self._contexts, raw[:at], context)
+        behind = f"{trace.PRINTK}{text}"  # not in a line of Docker's, which goes on behind its text
+        if context.cpu >= 0 and raw.endswith(f"{stamp}{behind}"):
+            at = len(raw) - len(behind)
+            self._before, self._behind = slice(at - len(stamp)), slice(at, None)
+            _remember(self._contexts, raw[self._before], context)
         text = text.rstrip("\r\n")
         printed = self._print(text)
         if printed.form is Form.OTHER and context is trace.UNKNOWN and (pasted := _PASTED.fullmatch(text)):
             printed = self._print(f"{pasted['tag']}: {pasted['text']}")
         return Line(raw, context, printed)
 
-    def _print(self, text: str) -> Printed:
-        before, colon, message_text = text.partition(": ")
-        found = self._tags.get(before) or (tag(before, self._prefixes) if colon else None)
-        if found is None:
-            untagged = messages.classify_untagged(text)
-            printed = Printed(None, text, untagged, Form.CALICO if untagged else Form.OTHER)
-        else:
-            _remember(self._tags, before, found)
-            message = self._message(message_text)
-            printed = Printed(found, message_text, message, Form.CALICO if message else Form.UNKNOWN)
-        _remember(self._printed, text, printed)
+    def _print_behind_time(self, rest: str) -> Printed | None:
+        if not rest.startswith(trace.PRINTK):
+            return None
+        printed = self._print(rest[_PRINTK_WIDTH:].rstrip("\r\n"))
+        _remember(self._behind_time, rest, printed)
         return printed
 
-    def _message(self, text: str) -> Message | None:
-        # What all messages of one template share, but for hexadecimal letters. (str.translate is slow.)
-        shape = text.encode(errors="surrogateescape").translate(None, b"0123456789")
-        message = self._shapes.get(shape) or messages.classify(text)
-        if message is not None:
+    def _print(self, text: str) -> Printed:
+        before, colon, message_text = text.partition(": ")
+        found = self._tags.get(before)
+        if found is None:
+            found = tag(before, self._prefixes) if colon else None
+            if found is None:
+                untagged = messages.classify_untagged(text)
+                return Printed(None, text, untagged, Form.CALICO if untagged else Form.OTHER)
+            _remember(self._tags, before, found)
+        # What messages of one template share, but for hexadecimal letters and the length of numbers. (str.translate,
+        # and bytes.translate that deletes, are slow.) IPv4 and IPv6 are the digits that tell templates apart.
+        shape = message_text.replace("v6", "v?").encode(errors="surrogatepass").translate(_DIGITS_ALIKE)
+        message = self._shapes.get(shape)
+        if message is None:
+            message = messages.classify(message_text)
+            if message is None:
+                return Printed(found, message_text, None, Form.UNKNOWN)
             _remember(self._shapes, shape, message)
-        return message
+        return Printed(found, message_text, message, Form.CALICO)
 
 
 def _remember(cache: dict[K, V], key: K, value: V) -> None:

@@ -56,6 +56,7 @@ _ALONE = (*_PASSES, "IPv6 from workload")  # up to v3.16: all that the program p
 _AFTER_ALONE = ("Drop malformed", "Traffic is towards", _RESULT_LINE)
 _INFO = (_RESULT_LINE, "Workload RPF fail", "Source collision unresolved")  # at level Info there is nothing before
 _DEBUG_ONLY = "Final result=ALLOW rc "  # since v3.30, whose Info prints nothing
+_EDGES = frozenset(text[:4] for text in (_START, *_LAST, _OLD_POLICY, *_ALONE))  # a quick look: others only go on
 _BEFORE = ("No metadata is shared by XDP", "Received metadata from XDP")  # without a tag, before the first line
 _WHOLE = (_RESULT_LINE, "Main program not loaded")  # without a tag: all that its program prints, but for _BEFORE
 # What drops without a Final result, even if it is the last line of all: others could be followed by more.
@@ -607,11 +608,14 @@ class Assembler:
         stack = self._open.setdefault(context.cpu, [])
         if stack:
             passage = stack[-1]
-            last = passage.lines[-1].context
+            _, last, (_, before, _, _), _ = passage.lines[-1]
             same = passage.tag is tag or passage.tag == tag
             if not same and text.startswith(_LOG_ACTION):
                 same = passage.tag == replace(tag, ipv6=True)
             if same and not passage.suspended and (last is context or last.pid == context.pid):
+                if text[:4] not in _EDGES and before[:4] not in _EDGES and tag.direction != "X":
+                    passage.lines.append(line)
+                    return []
                 if not text.startswith(_START) and not _is_over(passage, text):
                     passage.lines.append(line)
                     return self._ended(stack, line) if text.startswith(_LAST) else []

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     Lines: TypeAlias = Generator[Line, None, None]
 
 TICK_MS = 100
-_CHUNK_BYTES = 1 << 20
 _RING_BYTES = 16 * 1024 * 1024
 
 
@@ -45,7 +44,7 @@ def iter_descriptor(descriptor: int, timeout_ms: int) -> Iterator[bytes]:
             yield b""
             continue
         try:
-            chunk = os.read(descriptor, _CHUNK_BYTES)
+            chunk = os.read(descriptor, sources.CHUNK_BYTES)
         except BlockingIOError:
             yield b""
             continue
@@ -66,7 +65,7 @@ def iter_followed(path: Path, wait: Callable[[], None]) -> Iterator[bytes]:
     last = b"\n"
     try:
         while True:
-            chunk = os.read(descriptor, _CHUNK_BYTES)
+            chunk = os.read(descriptor, sources.CHUNK_BYTES)
             if chunk:
                 last = chunk[-1:]
                 yield chunk
