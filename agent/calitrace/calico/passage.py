@@ -33,6 +33,7 @@ from calitrace.packet import ICMP, ICMP6, PROTOCOLS, TCP, UDP
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from calitrace.calico.trace import Context
     from calitrace.packet import Layer
 
 POLICY_DENY = "DENY due to policy"
@@ -595,6 +596,8 @@ class Assembler:
     def __init__(self, unclaimed: Callable[[Line], None] = lambda line: None) -> None:
         self._unclaimed = unclaimed
         self._open: dict[int, list[Passage]] = {}  # the last one is running, or was the last to
+        # The tag and task of the line before, and how to add a line: where nothing ended, most lines only go on.
+        self._running: tuple[Tag, Context, Callable[[Line], None]] | None = None
         self._before: dict[int, list[Line]] = {}  # lines that belong to the program which begins next on that CPU
         self._own_newline = False
         self._old_starts = False
@@ -603,8 +606,13 @@ class Assembler:
     def feed(self, line: Line) -> list[Passage]:
         """Take a line; returns the passages that are now over, in the order in which they ended."""
         _, context, (tag, text, _, _), _ = line
+        running = self._running
+        if running is not None and running[0] is tag and running[1] is context and text[:4] not in _EDGES:
+            running[2](line)
+            return []
         if tag is None or not tag.direction:
             return self._untagged(line)
+        self._running = None
         stack = self._open.setdefault(context.cpu, [])
         if stack:
             passage = stack[-1]
@@ -614,6 +622,7 @@ class Assembler:
                 same = passage.tag == replace(tag, ipv6=True)
             if same and not passage.suspended and (last is context or last.pid == context.pid):
                 if text[:4] not in _EDGES and before[:4] not in _EDGES and tag.direction != "X":
+                    self._running = tag, context, passage.lines.append
                     passage.lines.append(line)
                     return []
                 if not text.startswith(_START) and not _is_over(passage, text):
@@ -712,6 +721,7 @@ class Assembler:
         if line.form is Form.BLANK:  # Calico's messages bring a newline of their own, up to v3.29
             self._own_newline = True
             return []
+        self._running = None
         if lost := trace.lost(line.text) if line.form is Form.LOST else None:
             return self.cut(lost.cpu, whole=False)
         self.attached = False
@@ -733,6 +743,7 @@ class Assembler:
 
     def cut(self, cpu: int, whole: bool = True) -> list[Passage]:
         """What is still open on a CPU, where its programs are known to be over. *whole*: no line of them was lost."""
+        self._running = None
         done = self._given_up(self._before.pop(cpu, []))
         over = self._open.pop(cpu, [])
         return done + [_cut(passage, whole) for passage in over]
