@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -282,6 +283,24 @@ def test_lost_events_are_counted_exactly(pair: Pair) -> None:
     assert stats[Stat.DROP_MATCHED] == 997
     assert 0 < kept < 997
     assert kept + stats[Stat.DROP_LOST] == 997
+
+
+def test_a_ring_that_is_read_while_it_is_written_has_room(pair: Pair) -> None:
+    """Never more than a quarter full, it must not lose an event: the reader moves its position in one piece."""
+    bpf = compile_tc("int cali_shot(struct __sk_buff *skb) { return 2; }")
+    pair.attach(bpf, "cali_shot", pair.right, "right0", "ingress")
+    bursts, burst, ring = 150, 250, 256 * 1024
+    with Collectors(Plan(run_id=RUN_ID, hop=False, log="", ring_bytes=ring)) as collectors:
+        got = 0
+        for number in range(1, bursts + 1):
+            sender = threading.Thread(target=send_udp, args=(pair, burst))
+            sender.start()
+            while sender.is_alive():
+                got += len(collectors.drain())
+            sender.join()
+            got += len(collectors.drain())
+            stats = collectors.stats()
+            assert (got, stats[Stat.DROP_LOST]) == (number * burst, 0)
 
 
 @pytest.mark.usefixtures("arguments")
