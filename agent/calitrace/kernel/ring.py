@@ -26,7 +26,7 @@ class Ring:
         self._page = os.sysconf("SC_PAGE_SIZE")
         self._mask = size - 1
         self._consumer = mmap.mmap(descriptor, self._page)
-        # Stored by one instruction. (struct.pack_into clears the bytes first: a program that sees 0 there finds no room.)
+        # Stored in one piece. (struct.pack_into clears the bytes first, and a program that sees 0 there finds no room.)
         self._position = memoryview(self._consumer).cast("Q")
         self._data = mmap.mmap(descriptor, self._page + 2 * size, prot=mmap.PROT_READ, offset=self._page)
         self._epoll = select.epoll()
