@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from typing import TYPE_CHECKING, Any
 
+import msgpack
 import pytest
 
 from calitrace.events import Stat
@@ -69,14 +71,26 @@ def test_what_is_kept_must_be_whole_and_ours(pair: Pair, compilations: list[str]
         assert hops(pair, RUNS[0], plan)
         assert len(compilations) == before + 1
         assert kept.read_bytes() == whole
-    before = len(compilations)
-    images.CACHE.chmod(0o777)
-    assert hops(pair, RUNS[0], plan)
-    assert len(compilations) == before + 1
-    os.chown(images.CACHE, 65534, 65534)
-    images.CACHE.chmod(0o700)
-    assert hops(pair, RUNS[0], plan)
-    assert len(compilations) == before + 2
+    form = images.Image.unpack(whole)
+    others: tuple[object, ...] = (({"a": (1,)}, {}), ((), ()), 7)
+    for changed in others:
+        body = msgpack.packb(changed)
+        with pytest.raises(ValueError, match="another form"):
+            images.Image.unpack(hashlib.sha256(body).digest() + body)
+    assert form.functions.keys() == {"collect_receive", "collect_queue", "collect_xmit", "collect_consume"}
+
+
+@pytest.mark.parametrize("owner", [(0o777, 0), (0o700, 65534)], ids=["mode", "owner"])
+def test_nothing_is_read_or_written_where_others_may_write(
+    pair: Pair, compilations: list[str], owner: tuple[int, int]
+) -> None:
+    images.CACHE.mkdir()
+    images.CACHE.chmod(owner[0])
+    os.chown(images.CACHE, owner[1], owner[1])
+    for number in (1, 2):
+        assert hops(pair, RUNS[0], Plan(run_id=RUNS[0], log="", drop=False))
+        assert len(compilations) == number
+    assert not list(images.CACHE.iterdir())
 
 
 def test_a_disk_that_takes_nothing_costs_time_only(

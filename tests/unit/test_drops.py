@@ -40,10 +40,9 @@ DENIED_LOG = (
 )
 
 
-def joined(recorder: Recorder, where: Topology | None = None) -> list[Dropped]:
+def joined(recorder: Recorder) -> list[Dropped]:
     """All drops of a recording, in order."""
     joiner = Joiner()
-    joiner.know(where or topology())
     found: list[Dropped] = []
     for raw in recorder.records:
         found += joiner.feed(decode(raw), raw)
@@ -53,7 +52,7 @@ def joined(recorder: Recorder, where: Topology | None = None) -> list[Dropped]:
 def causes(recorder: Recorder, where: Topology | None = None, rules: dict[int, str] | None = None) -> list[Cause]:
     """Their causes."""
     names = Names(REASONS, {0: "some_function+0x1"}, rules or {})
-    return [explain(d.event, d.passages, d.state, where or topology(), names) for d in joined(recorder, where)]
+    return [explain(d.event, d.passages, d.state, where or topology(), names) for d in joined(recorder)]
 
 
 def with_conntrack(rc: int, raw: bytes) -> bytes:
@@ -90,7 +89,8 @@ def test_what_calicos_state_tells(kept: bytes, reason: str, detail: str, confide
     (cause,) = causes(recorder, rules={RULE: "deny-all rule 0"})
     assert (cause.by_calico, cause.calico_reason, cause.detail) == (True, reason, detail)
     assert (cause.confidence.value, cause.skb_drop_reason) == (confidence, "TC_EGRESS")
-    assert cause.text == f"dropped by Calico: {detail}"
+    seems = ", it seems" if cause.evidence[-1].endswith("let the packet pass") else ""
+    assert cause.text == f"dropped by Calico{seems}: {detail}"
 
 
 def test_the_capture_is_what_a_filter_reads() -> None:
@@ -133,17 +133,27 @@ def test_a_reason_of_a_release_without_counters_has_its_name() -> None:
     assert (cause.calico_reason, cause.sources) == ("UNAUTH_SOURCE", ("log",))
 
 
-def test_a_line_s_direction_is_a_pod_s_whatever_cni_named_its_interface() -> None:
+def test_a_state_without_addresses_is_taken_only_where_calico_is_alone() -> None:
+    """It may be of any packet: a left-over one must not blame Calico for another program's drop."""
     recorder = Recorder()
-    recorder.log(*(line.replace("cali1-----------E", "eni1-----------I") for line in DENIED_LOG))
     recorder.drop(B_NS, CALI, SYN, TC_EGRESS)
-    found = topology()
-    node = found.namespaces[B_NS]
-    link = replace(node.links[CALI], name="eni1")
-    for workload, hook in ((True, "egress"), (False, "ingress")):
-        found.namespaces[B_NS] = replace(node, links={CALI: replace(link, workload=workload)})
-        (passage,) = joined(recorder, found)[0].passages
-        assert (passage.tag.interface, passage.tag.hook) == ("eni1", hook)
+    recorder.state(B_NS, state_of(state.LAYOUTS[0], ("0.0.0.0", 0, "0.0.0.0", 0), 0, reason=8, result=2))
+    for where, by_calico in (
+        (topology(), True),
+        (topology(foreign=True), False),
+        (topology(foreign=True, calico=False), False),
+    ):
+        (cause,) = causes(recorder, where)
+        assert (cause.by_calico, cause.calico_reason) == (by_calico, "IP_MALFORMED" if by_calico else "")
+
+
+def test_a_state_that_let_pass_where_only_calico_is() -> None:
+    recorder = Recorder()
+    recorder.drop(B_NS, CALI, SYN, TC_EGRESS)
+    recorder.state(B_NS, calico_state(pol_rc=1, result=0))
+    (cause,) = causes(recorder)
+    assert (cause.text, cause.confidence) == ("dropped by Calico, it seems: cause not recorded", Confidence.LIKELY)
+    assert cause.evidence[-1] == "Calico's program that wrote this state let the packet pass"
 
 
 def test_only_the_last_passage_can_have_led_to_the_drop() -> None:

@@ -813,6 +813,17 @@ _MESSAGES = sorted(
 )
 
 
+def test_a_log_action_of_an_ipv6_packet_takes_no_line_of_the_next_one() -> None:
+    """Its tag is that of IPv4's programs, whose first line may be lost."""
+    ipv6, ipv4 = "IPv6 calif00d0000000-I", "calif00d0000000-I"
+    lines = [f"{ipv6}: {START}", f"{ipv6}: IP id=0", f"{ipv4}: policy ALLOWED proto 6"]
+    lines += [f"{ipv4}: IP id=7", f"{ipv4}: TCP; ports: s=1 d=2", f"{ipv4}: {END}"]
+    done, cut, _ = assembled(printed(*lines))
+    found = {each.tag.ipv6: each for each in (*done, *cut)}
+    assert [len(found[each].lines) for each in (True, False)] == [3, 3]
+    assert found[False].marks == [Mark.BEGINNING_LOST]
+
+
 def test_the_quick_look_at_a_line_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     class Everything:
         def __contains__(self, _: object) -> bool:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Iterable
 
     from calitrace.calico.messages import Message
-    from calitrace.model import LogLine, Topology
+    from calitrace.model import LogLine
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -98,12 +98,6 @@ def tag(text: str, prefixes: tuple[str, ...] = WORKLOAD_PREFIXES) -> Tag | None:
         old,
         workload=padded.startswith(prefixes),
     )
-
-
-def of_topology(topology: Topology) -> tuple[str, ...]:
-    """How the names of pods' interfaces begin on this machine, whatever CNI named them; as far as tags have them."""
-    links = (link for namespace in topology.namespaces.values() for link in namespace.links.values())
-    return (*WORKLOAD_PREFIXES, *sorted({link.name[:_OLD_WIDTH] for link in links if link.workload}))
 
 
 class Printed(NamedTuple):

@@ -617,12 +617,11 @@ class Assembler:
         if stack:
             passage = stack[-1]
             _, last, (_, before, _, _), _ = passage.lines[-1]
-            same = passage.tag is tag or passage.tag == tag
-            if not same and text.startswith(_LOG_ACTION):
-                same = passage.tag == replace(tag, ipv6=True)
+            own = passage.tag is tag or passage.tag == tag
+            same = own or (text.startswith(_LOG_ACTION) and passage.tag == replace(tag, ipv6=True))
             if same and not passage.suspended and (last is context or last.pid == context.pid):
                 if text[:4] not in _EDGES and before[:4] not in _EDGES and tag.direction != "X":
-                    self._running = tag, context, passage.lines.append
+                    self._running = (tag, context, passage.lines.append) if own else None
                     passage.lines.append(line)
                     return []
                 if not text.startswith(_START) and not _is_over(passage, text):

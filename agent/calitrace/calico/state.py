@@ -219,8 +219,11 @@ class CalicoState:
         )
 
     def passed(self, side: Side | None) -> bool:
-        """Whether the program that wrote it let the packet pass: then it tells nothing about who dropped it."""
-        return self.result is not None and side is not Side.XDP and not self.denied(side)
+        """Whether the program that wrote it let the packet pass: then it tells nothing about who dropped it.
+
+        Not known where *side* is not, as a drop leaves there what a packet that passes leaves elsewhere.
+        """
+        return self.result is not None and side not in (None, Side.XDP) and not self.denied(side)
 
     @property
     def conntrack(self) -> str:

@@ -337,7 +337,6 @@ class _Session:
 
     def _settle(self, topology: Topology) -> None:
         self._whole, self._topology = topology, topology.shortened()
-        self._joiner.know(topology)
 
     def _replay(self, path: Path) -> None:
         from calitrace import journal

@@ -18,7 +18,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from calitrace.calico import reasons, state
-from calitrace.calico.log import Reader, of_topology
+from calitrace.calico.log import Reader
 from calitrace.calico.passage import Assembler
 from calitrace.errors import LayoutMismatch
 from calitrace.events import CAPTURE_BYTES, DROP
@@ -168,10 +168,10 @@ def explain(drop: Drop, passages: Sequence[Passage], copy: StateCopy | None, top
     side = state.Side.XDP if hook == "XDP" else _SIDES.get((at, link.workload)) if link else None
     evidence += [f"at this hook: {each}" for each in (link.chain.get(at, ()) if link else ())]
     passage = _denial(passages, link, drop)
-    held, let_pass = _held(drop, copy, namespace, side, names, evidence)
-    code, rules = _reason(passage, held)
     ours = link.calico.get(at, ()) if link else ()
     foreign = link.foreign.get(at, ()) if link else ()
+    held, let_pass = _held(drop, copy, namespace, side, bool(ours and not foreign), names, evidence)
+    code, rules = _reason(passage, held)
     said = passage is not None or (held is not None and held.denied(side))
     if passage is not None:
         evidence += [f"{passage.name}: {line}" for line in passage.texts[-6:]]
@@ -218,7 +218,7 @@ def explain(drop: Drop, passages: Sequence[Passage], copy: StateCopy | None, top
     found = {"log": passage, "state": held}
     sure = said and not inferred and not (passage is None and held and held.unread)
     return Cause(
-        f"dropped by Calico{', it seems' if inferred else ''}: {detail}",
+        f"dropped by Calico{', it seems' if inferred or let_pass else ''}: {detail}",
         detail,
         place,
         Confidence.PROVEN if sure else Confidence.LIKELY,
@@ -261,12 +261,14 @@ def _held(
     copy: StateCopy | None,
     namespace: Namespace | None,
     side: state.Side | None,
+    alone: bool,
     names: Names,
     evidence: list[str],
 ) -> tuple[state.CalicoState | None, bool]:
     """Calico's state at the drop, if it is about this packet, and whether it says that Calico let the packet pass.
 
-    What stands against it goes to *evidence*.
+    *alone*: only Calico's programs are at that hook. A state without addresses may be of any packet, and is taken only
+    then. What stands against it goes to *evidence*.
     """
     if copy is None or namespace is None:
         return None, False
@@ -282,13 +284,13 @@ def _held(
         if held.holds(*_flow(layer)):
             evidence.append(f"Calico's state of this packet: {_shown(held, namespace, names)}")
             if held.passed(side):
-                evidence.append("Calico's program that wrote this state let the packet pass: another one dropped it")
+                evidence.append("Calico's program that wrote this state let the packet pass")
                 return None, True
             return held, False
     # Where only programs for IPv4 are loaded, they see all the rest too.
     for version in sorted({4, *(layer.src.version for layer in packet.layers)}, reverse=True):
         held = state.decode(copy.raw, table, version)
-        if held.unread and (held.calico_reason or (_not_ip(packet) and side in _OF_PODS)):
+        if alone and held.unread and (held.calico_reason or (_not_ip(packet) and side in _OF_PODS)):
             reason = f"reason {held.calico_reason}, denied" if held.calico_reason else "denied without a reason,"
             evidence.append(f"Calico's state: {reason} before the packet's addresses were read")
             return held, False
@@ -385,10 +387,6 @@ class Joiner:
         self._passages: dict[int, Passage] = {}  # by CPU: the last one, since only that can have led to the drop
         self._waiting: dict[int, Dropped] = {}  # by CPU: for the state that may follow
         self._fresh: set[int] = set()
-
-    def know(self, topology: Topology) -> None:
-        """Which interfaces are pods' from now on: what a log line's direction means depends on it."""
-        self._reader = Reader(of_topology(topology))
 
     def feed(self, event: Event | LogLine, raw: bytes) -> Iterator[Dropped]:
         """Take the next event; gives what is complete."""

@@ -16,7 +16,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from calitrace import identity
-from calitrace.calico.log import Reader, of_topology
+from calitrace.calico.log import Reader
 from calitrace.calico.passage import Assembler, Passage
 from calitrace.events import HopKind
 from calitrace.model import Drop, Event, Hop, LogLine, PacketEvent, StateCopy
@@ -98,7 +98,7 @@ class Journeys:
         for journey in self.journeys.values():
             probe = journey.probe
             self._by_port.setdefault((probe.proto, probe.sport), []).append(probe)
-        self._reader = Reader(of_topology(topology))
+        self._reader = Reader()
         self._assembler = Assembler()
         self._passages: dict[int, list[Passage]] = {}
         self._last_step: dict[int, Step] = {}  # by CPU, for the state that follows its drop

@@ -177,12 +177,15 @@ class Collectors:
         parts["include/packet.h"] += self.plan.pcap_filter + _states(self.plan.state_bytes) * self.plan.drop
         text = "".join(parts.values())
         defines = self.plan.defines(types)
+        btf_ids = self._btf_ids(types)
         with self._stack:
             try:
-                typed = self._load(text, {**defines, "TYPED": "1"}, types)
+                typed = self._load(text, defines | ({"TYPED": "1"} if btf_ids else {}), types, btf_ids)
             except loader.CompileFailed as failure:  # before Linux 5.5, and where such programs are not permitted
+                if not btf_ids:
+                    raise
                 _log.debug("without types: %s\n%s", failure, failure.log)
-                typed = self._load(text, defines, types)
+                typed = self._load(text, defines, types, {})
             self._ring = Ring(self._maps["events"], syscall.map_info(self._maps["events"]).max_entries)
             self._stack.callback(self._ring.close)
             self._stack.callback(self.stop)
@@ -198,36 +201,36 @@ class Collectors:
             self._stack = self._stack.pop_all()
         return self
 
-    def _load(self, text: str, defines: dict[str, str], types: Btf | None) -> set[str]:
-        """Make the maps and load the programs; returns the functions that know the types of their arguments."""
-        attachments = self.plan.attachments()
+    def _btf_ids(self, types: Btf | None) -> dict[str, int]:
+        """The tracepoints' ids of the functions that can know their arguments' types; none unless all are there."""
+        wanted = {function: name for name, function in self.plan.attachments() if name != _UNTYPED}
+        found = {f: types.find(f"btf_trace_{name}", btf.KIND_TYPEDEF) if types else None for f, name in wanted.items()}
+        ids = {function: identifier for function, identifier in found.items() if identifier}
+        return ids if len(ids) == len(wanted) else {}
+
+    def _load(self, text: str, defines: dict[str, str], types: Btf | None, btf_ids: Mapping[str, int]) -> set[str]:
+        """Make the maps and load the programs; returns the functions that know the types of their arguments.
+
+        Raises EnvironmentUnfit, and CompileFailed when the compiler or the verifier refuses.
+        """
         inner = {f"states_{size}": f"state_template_{size}" for size in self.plan.state_bytes if self.plan.drop}
-        functions = [function for _, function in attachments]
+        functions = [function for _, function in self.plan.attachments()]
         image = images.compiled(text, functions, defines=defines, types=types, inner=inner)
-        typed = set()
         with ExitStack() as stack:
             try:
                 self._maps = images.make_maps(image, stack)
             except OSError as failure:
-                raise loader.CompileFailed("the kernel refuses a BPF map of ours", str(failure)) from failure
-            for tracepoint, function in attachments:
-                btf_id = 0
-                if "TYPED" in defines and tracepoint != _UNTYPED:
-                    btf_id = (types.find(f"btf_trace_{tracepoint}", btf.KIND_TYPEDEF) if types else None) or 0
-                    if not btf_id:
-                        raise loader.CompileFailed(
-                            f"this kernel does not tell the types of tracepoint {tracepoint}", ""
-                        )
-                    typed.add(function)
+                raise EnvironmentUnfit(f"the kernel refuses a BPF map of ours: {failure.strerror}") from failure
+            for function in functions:
                 code = image.code(function, self._maps, self.plan.values())
                 try:
-                    descriptor = syscall.load_tracepoint(code, function, btf_id=btf_id)
+                    descriptor = syscall.load_tracepoint(code, function, btf_id=btf_ids.get(function, 0))
                 except OSError as failure:
                     raise loader.CompileFailed(f"the kernel refuses BPF program {function}", str(failure)) from failure
                 stack.callback(os.close, descriptor)
                 self._descriptors[function] = descriptor
             self._stack.enter_context(stack.pop_all())
-        return typed
+        return set(btf_ids)
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()

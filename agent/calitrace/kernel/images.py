@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import importlib.util
 import logging
 import os
 import resource
+import stat
 import struct
+import tempfile
 from contextlib import ExitStack, suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import calitrace
 from calitrace.kernel import headers, loader, syscall
 
 if TYPE_CHECKING:
@@ -77,11 +79,14 @@ class Image:
         digest, body = packed[:32], packed[32:]
         if hashlib.sha256(body).digest() != digest:
             raise ValueError("no image, or a broken one")
-        maps, functions = msgpack.unpackb(body, use_list=False)
-        return cls(
-            {name: Map(*each) for name, each in maps.items()},
-            {name: Function(*each) for name, each in functions.items()},
-        )
+        try:
+            maps, functions = msgpack.unpackb(body, use_list=False)
+            return cls(
+                {name: Map(*each) for name, each in maps.items()},
+                {name: Function(*each) for name, each in functions.items()},
+            )
+        except (TypeError, AttributeError) as wrong:
+            raise ValueError(f"an image of another form: {wrong}") from wrong
 
     def code(self, function: str, maps: Mapping[str, int], values: Mapping[int, int]) -> bytes:
         """The instructions with descriptors of maps and the values (32 bits, unsigned) of this run."""
@@ -132,9 +137,11 @@ def compiled(
 ) -> Image:
     """The image of a source, compiled only if nobody did it before. Arguments, and what is raised, as `compile_bpf`."""
     loader.require_privilege()
+    functions = list(functions)
     structs = headers.structs_from(types).structs if types is not None else ""
     system = os.uname()
-    made_from = (calitrace.__version__, system.machine, system.release, structs, text, sorted(defines.items()))
+    made_by = [Path(each).read_bytes() for each in (__file__, headers.__file__, loader.__file__)]
+    made_from = (system[2:], _compiler(), made_by, structs, text, sorted(defines.items()), functions, inner)
     kept = CACHE / hashlib.sha256(repr(made_from).encode()).hexdigest()
     try:
         return _read(kept)
@@ -147,32 +154,54 @@ def compiled(
         bpf.cleanup()
     try:
         _write(kept, image)
-    except OSError as failure:  # a read-only or full disk: the next start compiles again
+    except (OSError, ValueError) as failure:  # a read-only or full disk: the next start compiles again
         _log.debug("%s is not kept: %s", kept, failure)
     return image
 
 
+def _compiler() -> tuple[str, int]:
+    """What tells one BCC from another, without importing it: where it is, and of when."""
+    found = importlib.util.find_spec("bcc")
+    where = found.origin if found else None
+    return (where, Path(where).stat().st_mtime_ns) if where else ("", 0)
+
+
+def _trust(directory: Path) -> None:
+    """Raises OSError or ValueError unless nobody else can have written there."""
+    status = directory.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise ValueError(f"{directory} is not ours alone")
+
+
 def _read(path: Path) -> Image:
     """Raises OSError or ValueError: not there, not whole, or not certainly made by this user."""
-    status = path.parent.stat()
-    if status.st_uid != os.geteuid() or status.st_mode & 0o022:
-        raise ValueError(f"others may write to {path.parent}")
+    _trust(path.parent)
     image = Image.unpack(path.read_bytes())
     os.utime(path)  # used: it stays
     return image
 
 
 def _write(path: Path, image: Image) -> None:
+    """Raises OSError or ValueError, as where others may write."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    beside = path.with_suffix(f".{os.getpid()}")
+    _trust(path.parent)
+    descriptor, beside = tempfile.mkstemp(dir=path.parent)
     try:
-        beside.write_bytes(image.pack())
-        beside.replace(path)
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(image.pack())
+        Path(beside).replace(path)
     finally:
-        beside.unlink(missing_ok=True)
-    by_age = sorted(path.parent.iterdir(), key=lambda each: each.stat().st_mtime_ns, reverse=True)
-    for each in by_age[_KEPT:]:
-        each.unlink(missing_ok=True)
+        Path(beside).unlink(missing_ok=True)
+    for each in sorted(path.parent.iterdir(), key=_used, reverse=True)[_KEPT:]:
+        with suppress(OSError):  # another run removes it too, or it is no file and not ours
+            each.unlink()
+
+
+def _used(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def make_maps(image: Image, stack: ExitStack) -> dict[str, int]:
