@@ -145,11 +145,13 @@ FIELDS: dict[str, dict[str, str]] = {
         "found": "what is there; below it what is lost without, and what to do",
     },
 }
+CACHE = {"/var/cache/calitrace": "our programs as BCC compiled them, for the next start; may be removed at any time"}
 FILES = {
-    "/var/cache/calitrace": "our programs as BCC compiled them, for the next start; may be removed at any time",
+    **CACHE,
     "/var/lib/calitrace/undo": "what an interrupted run changed on this machine, for the next start to put back",
     "/run/calitrace": "what calitrace lab made, for calitrace lab down; and the names of its policies",
 }
+COMPILES = ("probe", "check", "counters", "drops", "log")
 EXTRA: dict[str, dict[str, str]] = {
     "probe": {
         "OVERHEAD": (
@@ -354,8 +356,8 @@ def page(name: str, command: click.Command) -> str:
         "OPTIONS": "\n".join(options(command, path)) if name else pairs(dict(_records(command, path))),
         "COMMANDS": "" if name else pairs(COMMANDS),
         "FIELDS": pairs(FIELDS.get(name, {})),
-        "FILES": "" if name else pairs(FILES),
         **{key: roff(text) for key, text in EXTRA.get(name, {}).items()},
+        "FILES": pairs(CACHE if name in COMPILES else {} if name else FILES),
         "EXIT STATUS": exit_status(name),
         "EXAMPLES": literal(examples(command, path)),
         "SEE ALSO": roff(", ".join(f"calitrace-{other}(1)" for other in COMMANDS if other != name)),

@@ -187,3 +187,23 @@ def test_pods_interfaces_are_those_that_calico_says_whatever_another_cni_named_t
         syscall.map_update(bpf[b"cali_iface4"].map_fd, struct.pack("<I", link.ifindex), row)
         found, role = look()
         assert (found.workload, role) == (workload, Role.POD if workload else Role.OTHER)
+
+
+def test_an_array_that_many_programs_share_is_read_once(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its slots are read one by one, and without counters a node's maps are never complete."""
+    bpf = compile_tc(IFSTATE)
+    program = bpf.load_func(b"calico_tc_main", bpf.SCHED_CLS)
+    array = bpf[b"cali_progs_ing2"].map_fd
+    for slot in (7, 399):
+        syscall.map_update(array, struct.pack("<I", slot), struct.pack("<I", program.fd))
+    for hook in ("ingress", "egress"):
+        pair.attach(bpf, "cali_tc_preamble", pair.left, "left0", hook)
+    chained, read = maps.chained, list[int]()
+
+    def counted(identifier: int) -> set[int]:
+        read.append(identifier)
+        return chained(identifier)
+
+    monkeypatch.setattr(maps, "chained", counted)
+    discover.topology(pair.left)
+    assert read.count(syscall.map_info(array).id) == 1

@@ -18,7 +18,7 @@ from tests.unit.node_snapshot import API_ENDPOINT, CALICO_NODE, HEALTHY, NODES, 
 
 from calitrace.checks import registry
 from calitrace.checks.finding import Status
-from calitrace.checks.snapshot import Cloud, Host, Kubernetes, Missing, Snapshot, to_plain
+from calitrace.checks.snapshot import Cloud, Host, Kubernetes, Link, Missing, Snapshot, to_plain
 from calitrace.cli.check import command
 from calitrace.cluster import cloud, objects
 from calitrace.errors import EnvironmentUnfit, UsageError
@@ -447,3 +447,24 @@ def test_a_healthy_snapshot_ends_with_zero(tmp_path: Path) -> None:
 def test_lists_and_explanations() -> None:
     assert len(run("--list").stdout.splitlines()) == len(registry.CHECKS)
     assert "NodePort tunnel" in run("--explain", "services.mtu").stdout
+
+
+def test_many_pods_of_another_cni_do_not_keep_us_from_asking_the_uplink(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Tool:
+        def __enter__(self) -> Tool:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def get_features(self, name: str) -> object:
+            raise OSError(name)
+
+    monkeypatch.setattr("pyroute2.Ethtool", Tool)
+    monkeypatch.setattr("calitrace.kernel.iptables.driver", lambda name: f"of {name}")
+    names = [*(f"eni{number}" for number in range(70)), "cali0", "eth0"]
+    links = [Link(index, name, "" if name == "eth0" else "veth") for index, name in enumerate(names)]
+    found = list(node._with_hardware(links))
+    asked = [link.name for link in found if link.driver == f"of {link.name}"]
+    assert [link.name for link in found] == names
+    assert asked == [*names[:63], "eth0"]

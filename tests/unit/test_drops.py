@@ -552,6 +552,7 @@ def test_pcapng_blocks(raw: bytes, time_ns: int, comment: str) -> None:
 
 CNI = {
     "kind": "cniCacheV1",
+    "ifName": "eth0",
     "cniArgs": [["IgnoreUnknown", "1"], ["K8S_POD_NAMESPACE", "shop"], ["K8S_POD_NAME", "web-0"]],
     "result": {"interfaces": [{"name": "cali12d4a061371"}, {"name": "eth0"}], "ips": [{"address": "10.65.0.2/32"}]},
 }
@@ -559,6 +560,8 @@ CNI = {
 
 def test_pods_of_interfaces() -> None:
     assert pods.from_cni_result(json.dumps(CNI).encode()) == {"cali12d4a061371": "shop/web-0"}
+    aws = [{"name": "eni5a1"}, {"name": "eth0", "sandbox": "/ns"}, {"name": "dummy5a1", "mac": "0", "sandbox": "0"}]
+    assert pods.from_cni_result(json.dumps({**CNI, "result": {"interfaces": aws}}).encode()) == {"eni5a1": "shop/web-0"}
     for other in (b"", b"[]", b"{}", b'{"cniArgs": [], "result": null}', b"\xff"):
         assert pods.from_cni_result(other) == {}
     assert pods.interface_of("default", "podA") == "cali7f94ce7c295"  # as in Calico's own tests

@@ -177,11 +177,15 @@ def test_a_watch_by_the_official_client(api: KubernetesApi, tmp_path: Path) -> N
 
 
 def test_pods_are_named_by_what_the_cni_left(tmp_path: Path) -> None:
-    arguments = [["K8S_POD_NAMESPACE", "shop"], ["K8S_POD_NAME", "web-0"]]
-    (tmp_path / "a").write_text(json.dumps({"cniArgs": arguments, "result": {"interfaces": [{"name": "cali1"}]}}))
+    for number, end in enumerate(("cali1", "veth2")):
+        arguments = [["K8S_POD_NAMESPACE", "shop"], ["K8S_POD_NAME", f"web-{number}"]]
+        interfaces = [{"name": "cni0"}, {"name": end}, {"name": "eth0", "sandbox": "/ns"}]
+        for again in ("", "-again"):  # a pod with two networks has two files
+            file = tmp_path / f"a-{number}{again}"
+            file.write_text(json.dumps({"cniArgs": arguments, "result": {"interfaces": interfaces}}))
     (tmp_path / "b").mkdir()
     (tmp_path / "c").write_text("{")
-    assert pods.of_this_node(tmp_path) == {"cali1": "shop/web-0"}
+    assert pods.of_this_node(tmp_path) == {"cali1": "shop/web-0", "veth2": "shop/web-1"}
 
 
 def test_pods_are_named_by_kubernetes(api: KubernetesApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

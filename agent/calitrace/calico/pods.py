@@ -20,11 +20,19 @@ def interface_of(namespace: str, pod: str) -> str:
 
 
 def from_cni_result(raw: bytes) -> dict[str, str]:
-    """Interface to ``namespace/pod`` of one file that libcni wrote; empty where it is of no pod, or not such a file."""
+    """Interface to ``namespace/pod`` of one file that libcni wrote; empty where it is of no pod, or not such a file.
+
+    What is in no sandbox is the node's: the pod's end, or a bridge that pods share. Azure's plugin names the pod's own
+    interface without its sandbox.
+    """
     try:
         cached: Any = json.loads(raw)
         arguments = dict(cached["cniArgs"])
         pod = f"{arguments['K8S_POD_NAMESPACE']}/{arguments['K8S_POD_NAME']}"
-        return {each["name"]: pod for each in cached["result"]["interfaces"] if each["name"].startswith(_PREFIX)}
+        return {
+            each["name"]: pod
+            for each in cached["result"]["interfaces"]
+            if each["name"].startswith(_PREFIX) or not (each.get("sandbox") or each["name"] == cached.get("ifName"))
+        }
     except (ValueError, KeyError, TypeError, AttributeError):
         return {}

@@ -29,9 +29,9 @@ _ACTION = re.compile(r'action:\s*"(?P<action>\w+)"', re.IGNORECASE)
 
 # Calico's names of the instructions. Source: calico felix/bpf/asm/{asm,opcode_string}.go.
 _ALU = ("Add", "Sub", "Mul", "Div", "Or", "And", "ShiftL", "ShiftR", "Negate", "Mod", "XOR", "Mov", "AShiftR", "Endian")
-_JUMP = ("A", "Eq", "GT", "GE", "Set", "NE", "SGT", "SGE", "Call", "Exit", "LT", "LE", "SLT", "SLE")
+_JUMP = ("", "Eq", "GT", "GE", "Set", "NE", "SGT", "SGE", "", "", "LT", "LE", "SLT", "SLE")
 _ALONE = {0x00: "LoadImm64Pt2", 0x05: "JumpA", 0x18: "LoadImm64", 0x85: "Call", 0x95: "Exit"}
-_MEMORY = {0x61: "LoadReg", 0x63: "StoreReg"}
+_MEMORY = {0x02: "StoreImm", 0x61: "LoadReg", 0x63: "StoreReg"}  # StoreImm so in Calico, of 0x62 in the kernel
 _WIDTHS = {0x00: "32", 0x08: "16", 0x10: "8", 0x18: "64"}
 
 
@@ -61,9 +61,10 @@ def _operation(code: int) -> str:
         return _MEMORY[code & 0xE7] + _WIDTHS[code & 0x18]
     kind, number = code & 7, code >> 4
     names = _ALU if kind in (4, 7) else _JUMP if kind in (5, 6) else ()
-    if number >= len(names):
+    name = names[number] if number < len(names) else ""
+    if not name or (name == "Negate" and not code & 8):
         return f"OpCode({code})"
-    name = names[number] + ("" if code & 8 else "Imm") + ("32" if kind in (4, 6) else "64")
+    name += ("" if code & 8 else "Imm") + ("32" if kind in (4, 6) else "64")
     return f"Jump{name}" if names is _JUMP else name
 
 

@@ -106,6 +106,7 @@ CAPTIONS = {
     "NO_HOST_IP": ("Dropped", "VXLAN encap when host IP unknown"),
 }
 DROPS = frozenset(name for name, (category, _) in CAPTIONS.items() if category == "Dropped")
+COLLISION, NOT_CREATED = "SOURCE_COLLISION_FAILED", "CT_CREATE_FAILED"  # what fails for a collision is counted as both
 # What UNAUTH_SOURCE means, where more than the reason is known.
 NOT_IN_SOURCE_RANGES = "the source is not in the service's source ranges"
 VXLAN_OF_NO_NODE = "VXLAN from a source that is no known node, or with a checksum"

@@ -12,7 +12,6 @@ _TC = (0, 1)
 _SOURCES = {"clsact": "clsact", "tcx": "tcx programs (kfree_skb, TC_INGRESS and TC_EGRESS)"}
 _HELD = ("FRAG_WAIT",)  # taken from the kernel, and sent when the rest of the packet is there: nothing is lost
 _OR_REFUSED = {"BLACK_HOLE": ", or refused where serviceLoopPrevention is Reject"}
-_COLLISION, _NOT_CREATED = "SOURCE_COLLISION_FAILED", "CT_CREATE_FAILED"
 _FIXES = {
     "DROPPED_BY_POLICY": "calitrace probe nodeport HOST:PORT --trace  # names the rule; "
     "calico-node -bpf policy dump IFACE all",
@@ -92,11 +91,11 @@ def silent(drops: Drops, links: tuple[Link, ...] | None = None) -> Said:
 
 
 def _drops_counted(counters: Counters) -> int:
-    """By how much one hook's counters of drops rose; what fails for a collision is counted as both, but once here."""
+    """By how much one hook's counters of drops rose; what failed for a collision is counted once."""
     pairs = enumerate(zip(counters.before, counters.after, strict=False))
     count = len(counters.after)
     rose = {reasons.name(code, count): max(after - before, 0) for code, (before, after) in pairs}
-    twice = min(rose.get(_COLLISION, 0), rose.get(_NOT_CREATED, 0))
+    twice = min(rose.get(reasons.COLLISION, 0), rose.get(reasons.NOT_CREATED, 0))
     return sum(by for name, by in rose.items() if name in reasons.MEANING) - twice
 
 

@@ -11,7 +11,7 @@ from calitrace.checks import decoded
 from calitrace.checks.decoded import Interface
 from calitrace.checks.felix_log import log_checks
 from calitrace.checks.finding import Check, Finding, Said, Section, Severity, Unknown
-from calitrace.checks.objects import OWN_DEVICES, RESTART, ebpf_on, grep_log, is_workload, patch
+from calitrace.checks.objects import OWN_DEVICES, RESTART, ebpf_on, grep_log, patch
 from calitrace.checks.snapshot import Host, Link, Map, Program
 
 Links = tuple[Link, ...]
@@ -191,7 +191,7 @@ def interface_state(links: Links, interfaces: tuple[Interface, ...]) -> Said:
                 "flows through this interface are not confirmed and fail by chance (projectcalico/calico#6392)",
                 f"calico-node -bpf ifstate dump; {RESTART}; more than 1000 interfaces: bpfMapSizeIfState",
             )
-        elif is_workload(link) and row.flags & decoded.WORKLOAD and not row.flags & decoded.V4_READY:
+        elif link.workload and row.flags & decoded.WORKLOAD and not row.flags & decoded.V4_READY:
             yield Finding(
                 Severity.WARNING,
                 link.name,

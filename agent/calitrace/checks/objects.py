@@ -74,11 +74,6 @@ def node_addresses(nodes: Iterable[Any], node: str) -> set[str]:
     return found
 
 
-def is_workload(link: Link) -> bool:
-    """Whether it is the host's side of a pod's interface."""
-    return link.workload
-
-
 def ebpf_on(links: Iterable[Link]) -> bool:
     """Whether any interface carries a Calico program."""
     return any(link.any_calico for link in links)
@@ -93,7 +88,7 @@ def carriers(links: Iterable[Link], routes: Iterable[Route], addresses: set[str]
         link
         for link in links
         if link.name not in OWN_DEVICES
-        and not is_workload(link)
+        and not link.workload
         and (link.name in ways or any(address.partition("/")[0] in addresses for address in link.addresses))
     ]
 
@@ -105,7 +100,7 @@ def uplinks(links: Iterable[Link], routes: Iterable[Route], addresses: set[str])
     every = list(links)
     return (
         carriers(every, routes, addresses)
-        or [each for each in every if each.any_calico and not is_workload(each) and each.name not in OWN_DEVICES]
+        or [each for each in every if each.any_calico and not each.workload and each.name not in OWN_DEVICES]
         or Unknown("no interface has a gateway behind it, a node's address, or Calico's programs")
     )
 

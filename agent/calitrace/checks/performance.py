@@ -13,7 +13,6 @@ from calitrace.checks.objects import (
     RESTART,
     dig,
     ebpf_on,
-    is_workload,
     iter_numbered,
     kernel_version,
     name_of,
@@ -117,7 +116,7 @@ def mtu_chain(links: Links, routes: tuple[Route, ...]) -> Said:
     if isinstance(found, Unknown):
         yield found
         return
-    pods = [link for link in links if is_workload(link) and link.up]
+    pods = [link for link in links if link.workload and link.up]
     for tunnel in (link for link in links if link.name in _OVERHEAD and link.up):
         overhead = _OVERHEAD[tunnel.name]
         for uplink in found:

@@ -22,7 +22,6 @@ from calitrace.checks.objects import (
     grave,
     grep_log,
     hooks,
-    is_workload,
     items,
     iter_numbered,
     kernel_version,
@@ -54,7 +53,7 @@ def ebpf_off(links: Links, felix: Settings | None = None, processes: tuple[Proce
     program either.
     """
     on = ebpf_on(links)
-    calico = any(is_workload(link) or (link.name in OWN_DEVICES and link.name != "lo") for link in links)
+    calico = any(link.workload or (link.name in OWN_DEVICES and link.name != "lo") for link in links)
     if not on and not calico and not any(each.name == "kubelet" for each in processes or ()):
         yield Unknown("neither a kubelet nor an interface of Calico's in sight: is this the node's network namespace?")
         return
@@ -105,7 +104,7 @@ def workload_programs(links: Links) -> Said:
         yield Unknown("no interface carries a Calico program: see services.ebpf-off")
         return
     for link in links:
-        if is_workload(link) and link.up and not link.all_calico:
+        if link.workload and link.up and not link.all_calico:
             if link.kind == "netkit":
                 yield Unknown(f"{link.name} is a netkit device: its programs are not to be seen through tc or tcx")
                 continue
@@ -157,7 +156,7 @@ def uplink_programs(
 
 def _is_data(link: Link, pattern: re.Pattern[str]) -> bool:
     """Whether Felix has to attach its programs there: ports of a bond or bridge it leaves to their master."""
-    own = link.name in OWN_DEVICES or is_workload(link)
+    own = link.name in OWN_DEVICES or link.workload
     return link.up and not link.master and not own and pattern.search(link.name) is not None
 
 
@@ -238,7 +237,7 @@ def enslaved_programs(links: Links) -> Said:
     """
     masters = {link.name: link for link in links if link.kind in ("bond", "bridge")}
     for link in links:
-        if link.any_calico and link.master in masters and not is_workload(link):
+        if link.any_calico and link.master in masters and not link.workload:
             master = masters[link.master]
             yield Finding(
                 ERROR,
@@ -411,7 +410,7 @@ def mtu(links: Links, routes: Routes, nodes: Objects | None = None, host: Host |
     A packet that is too large is answered with an ICMP "fragmentation needed"; where that is lost, or the packet has
     no DF, small requests work and large ones hang.
     """
-    pods = [link for link in links if is_workload(link) and link.up]
+    pods = [link for link in links if link.workload and link.up]
     found = uplinks(links, routes, _addresses(nodes, host))
     if isinstance(found, Unknown):
         yield found

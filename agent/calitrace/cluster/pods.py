@@ -14,18 +14,20 @@ _TIMEOUT_S = 3.0
 
 
 def of_this_node(results: Path = CNI_RESULTS) -> dict[str, str]:
-    """Interface to ``namespace/pod``. Empty where nobody tells."""
+    """Interface to ``namespace/pod``, but for those that several pods share. Empty where nobody tells."""
     found: dict[str, str] = {}
+    shared: set[str] = set()
     try:
         files = sorted(results.iterdir())
     except OSError:
         files = []
     for path in files:
         try:
-            found |= pods.from_cni_result(path.read_bytes())
+            told = pods.from_cni_result(path.read_bytes())
         except OSError:
             continue  # the pod has just gone
-    return found or _from_kubernetes()
+        shared |= {name for name, pod in told.items() if found.setdefault(name, pod) != pod}
+    return {name: pod for name, pod in found.items() if name not in shared} or _from_kubernetes()
 
 
 def _from_kubernetes() -> dict[str, str]:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from calitrace.correlate.drops import Cause
 
 # What Calico drops without a reason and without counting it.
-_COLLISION, _NOT_CREATED = "SOURCE_COLLISION_FAILED", "CT_CREATE_FAILED"
 _SILENT = {walk.SPOOFED, walk.NO_POLICY, walk.NO_INTERFACE}
 
 
@@ -60,6 +59,7 @@ def weigh(cause: Cause, said: Statement) -> Cause:
     found: tuple[str, str, str] | None = None  # source, Calico's reason, in words
     if said.counters is not None:
         rose = {name: by for name, by in said.counters.items() if name in reasons.DROPS and by > 0}
+        both = {reasons.NOT_CREATED} if reasons.COLLISION in rose else set()
         shown = ", ".join(f"{name} +{by}" for name, by in rose.items()) or "none of its drops"
         evidence.append(f"Calico's counters of this hook rose within {said.over_s:.1f} s: {shown}")
         if cause.calico_reason in reasons.DROPS and cause.calico_reason in said.counters.keys() - rose.keys():
@@ -69,10 +69,7 @@ def weigh(cause: Cause, said: Statement) -> Cause:
             why = f"no program is in {', '.join(empty)}" if empty else "its place in the array of programs is empty"
             evidence.append("Calico's count of all packets at this hook did not rise: its main program did not run")
             found = ("counters", "", f"its main program did not run: {why}")
-        # What fails for a collision is counted as both.
-        elif (
-            len(names := rose.keys() - ({_NOT_CREATED} if _COLLISION in rose else set())) == 1 and not cause.reasonless
-        ):
+        elif len(names := rose.keys() - both) == 1 and not cause.reasonless:
             (name,) = names
             found = ("counters", name, reasons.MEANING[name])
     elif not said.has_row:

@@ -11,7 +11,7 @@ import errno
 import os
 import socket
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -190,21 +190,27 @@ def _tcx(index: int, hook: str) -> list[int]:
 
 @dataclass
 class _CalicoMaps:
-    """What a node's programs use: *state* map, *ifstate* map's id, and how many *reasons* are counted; 0: none."""
+    """What a node's programs use: *state* map, *ifstate* map's id, and how many *reasons* are counted; 0: none.
+
+    *looked_at*: ids of maps. All programs of a node share them, and an array of programs is read slot by slot.
+    """
 
     state: syscall.MapInfo | None = None
     ifstate: int = 0
     reasons: int = 0
+    looked_at: set[int] = field(default_factory=set)
 
     @property
     def complete(self) -> bool:
         return bool(self.state and self.ifstate and self.reasons)
 
     def add(self, program: syscall.ProgramInfo) -> None:
-        """Look at the maps of a program, and of those that it may tail-call: the preamble itself has the state only."""
+        """Look at the maps of a program, and of those that it may tail-call: a preamble uses few."""
         waiting, seen = [program], {program.id}
         while waiting and not self.complete:
-            for identifier in waiting.pop().map_ids:
+            fresh_maps = [each for each in waiting.pop().map_ids if each not in self.looked_at]
+            self.looked_at |= set(fresh_maps)
+            for identifier in fresh_maps:
                 self._note(syscall.map_by_id(identifier))
                 fresh = maps.chained(identifier) - seen
                 seen |= fresh

@@ -324,13 +324,12 @@ def _with_hardware(links: list[Link]) -> Iterator[Link]:
     from pyroute2 import Ethtool, WireGuard
     from pyroute2.netlink.exceptions import NetlinkError
 
-    left = _MOST_ETHTOOL
+    asked = {link.index for link in _likely_first(links)[:_MOST_ETHTOOL]}
     with Ethtool() as tool:
         for link in links:
-            if link.name.startswith("cali") or left == 0:
+            if link.index not in asked:
                 yield link
                 continue
-            left -= 1
             with suppress(OSError, NetlinkError):
                 link = replace(
                     link, features={k: bool(v) for k, v in tool.get_features(link.name).features.items() if k}
@@ -342,6 +341,11 @@ def _with_hardware(links: list[Link]) -> Iterator[Link]:
                     port = guard.info(link.name)[0].get_attr("WGDEVICE_A_LISTEN_PORT")
                     link = replace(link, udp_port=int(port or 0))
             yield link
+
+
+def _likely_first(links: list[Link]) -> list[Link]:
+    """Those that may not be pods': behind the others veths, as another CNI names its pods' as it likes."""
+    return sorted((link for link in links if not link.name.startswith("cali")), key=lambda link: link.kind == "veth")
 
 
 # BPF

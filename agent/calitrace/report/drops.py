@@ -220,9 +220,8 @@ def iter_top(
 
     *other*: drops that found no cell. *causes*: short cause to number of detailed drops.
     """
-    sums: Counter[tuple[str, str, str, str]] = (
-        Counter()
-    )  # cells differ by more than is shown: a function drops in many places
+    # Cells differ by more than is shown: a function drops in many places.
+    sums: Counter[tuple[str, str, str, str]] = Counter()
     for cell, number in counts.items():
         link, namespace = topology.link(cell.netns, cell.ifindex), topology.namespace(cell.netns)
         interface = link.name if link else "-"
