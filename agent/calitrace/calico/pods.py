@@ -22,8 +22,8 @@ def interface_of(namespace: str, pod: str) -> str:
 def from_cni_result(raw: bytes) -> dict[str, str]:
     """Interface to ``namespace/pod`` of one file that libcni wrote; empty where it is of no pod, or not such a file.
 
-    What is in no sandbox is the node's: the pod's end, or a bridge that pods share. Azure's plugin names the pod's own
-    interface without its sandbox.
+    What is in no sandbox is the node's: the pod's end there, or a bridge that pods share. The pod's own interface is
+    left out by its name, should a plugin not say its sandbox.
     """
     try:
         cached: Any = json.loads(raw)
