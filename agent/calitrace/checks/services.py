@@ -95,7 +95,7 @@ def ebpf_off(links: Links, felix: Settings | None = None, processes: tuple[Proce
 
 
 def workload_programs(links: Links) -> Said:
-    """Looks at both hooks of every pod's interface (cali*).
+    """Looks at both hooks of every pod's interface.
 
     Without the program at ingress, what the pod sends skips policy and services, and is dropped by iptables for want
     of Calico's mark; without the one at egress, policy towards the pod is not enforced and new flows are refused.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
 import os
@@ -15,6 +16,7 @@ from calitrace import __version__
 from calitrace.errors import Error
 
 UNDO = Path("/var/lib/calitrace/undo")  # what an earlier run changed; see cluster/undo.py, which is slow to import
+_COLLECT_EVERY = 50_000  # new objects: hardly any of ours is in a cycle, and a look for it at all of them takes time
 COMMANDS = {
     "check": "Look through Calico's eBPF troubleshooting page and show the evidence.",
     "counters": "What Calico and the kernel count of lost packets: totals, then rates.",
@@ -73,6 +75,7 @@ def cli(ctx: click.Context, debug: bool) -> None:
 
 def run() -> None:
     """The console script."""
+    gc.set_threshold(_COLLECT_EVERY)
     try:
         # color: of the context, None for click to look at the terminal
         status = cli.main(standalone_mode=False, color=False if os.environ.get("NO_COLOR") else None)
