@@ -155,16 +155,16 @@ COMPILES = ("probe", "check", "counters", "drops", "log")
 EXTRA: dict[str, dict[str, str]] = {
     "probe": {
         "OVERHEAD": (
-            "Without --trace none. With it our programs take 170 ns at each of four tracepoints for a packet that is "
-            f"not a probe's, and 310 to 540 ns for one that is ({_MEASURED}). Calico's debug log is read, never "
-            "switched on."
+            "Without --trace none. With it our programs take 75 to 170 ns at each of four tracepoints for a packet "
+            f"that is not a probe's, and 220 to 450 ns for one that is ({_MEASURED}). Calico's debug log is read, "
+            "never switched on."
         ),
         "REQUIREMENTS": f"Without --trace root (CAP_NET_RAW, CAP_SYS_ADMIN with --from). With it {_TRACED}",
     },
     "maps": {
         "OVERHEAD": (
-            "Half a second of one CPU for a million conntrack entries (make bench). Nothing is changed but by clean, "
-            "remove and flush, which need --allow-system-changes."
+            "A million conntrack entries take 2 to 3 s of a CPU to dump as JSON, and 1 to 1.5 s to sum up (make "
+            "bench). Nothing is changed but by clean, remove and flush, which need --allow-system-changes."
         ),
         "REQUIREMENTS": "root (CAP_BPF, CAP_SYS_ADMIN) for the maps of this node; none with -r and --bpftool.",
     },
@@ -174,7 +174,7 @@ EXTRA: dict[str, dict[str, str]] = {
     },
     "check": {
         "OVERHEAD": (
-            "Two seconds on a node with 200 interfaces and 10,000 services (make bench), one of them between two "
+            "2.5 to 3 s on a node with 200 interfaces and 10,000 services (make bench), one of them between two "
             "measurements (--interval). For that second the kernel times each run of a BPF program (20 to 30 ns "
             "each); nothing else is changed. From the API server each list is read once, in pages of 500; Secrets "
             "are never read. Packets are sent only with --probe."
@@ -197,16 +197,17 @@ EXTRA: dict[str, dict[str, str]] = {
     },
     "drops": {
         "OVERHEAD": (
-            "None for a packet that is not dropped. For each that is: counted 150 ns, held back by --rate-limit 190 "
-            f"ns, sent with Calico's state 600 to 800 ns ({_MEASURED}). 100,000 drops a second with -w took 17 % of a "
+            "None for a packet that is not dropped. For each that is: counted 160 ns, held back by --rate-limit 180 "
+            f"ns, sent with Calico's state 800 ns ({_MEASURED}). 100,000 drops a second with -w took 20 % of a "
             "CPU. The closing line says what this run cost."
         ),
         "REQUIREMENTS": f"Live {_TRACED} With -r nothing.",
     },
     "log": {
         "OVERHEAD": (
-            f"A line recorded 410 ns, sent 600 ns ({_MEASURED}); nothing while Calico prints nothing. Calico's Debug "
-            "level itself, which --enable-debug sets, costs 12 to 28 microseconds for each packet and program."
+            f"A line recorded 350 to 390 ns, sent 430 to 570 ns ({_MEASURED}); nothing while Calico prints nothing. "
+            "Calico's Debug level itself, which --enable-debug sets, costs 12 to 28 microseconds for each packet and "
+            "program."
         ),
         "REQUIREMENTS": (
             "Live root; BCC and a kernel with BTF for --source bpf, tracefs for the others. With -r nothing. For "
