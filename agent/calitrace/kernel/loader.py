@@ -1,6 +1,6 @@
-"""Compile BPF C with BCC, with headers made from BTF, and load the programs.
+"""Compile BPF C with BCC, with headers made from BTF.
 
-BCC is imported here and nowhere else, inside the functions: it takes a third of a second.
+BCC is imported inside the functions that need it: it brings LLVM.
 """
 
 from __future__ import annotations
