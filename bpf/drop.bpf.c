@@ -67,33 +67,42 @@ static __always_inline void count_drop(struct drop_key *key)
 		count(STAT_DROP_OTHER, 1);
 }
 
+/* One reservation in the ring costs more than the copies: the reader takes the two apart. */
+struct drop_with_state {
+	struct drop_event drop;
+	struct state_event state;
+};
+
 /*
  * Calico still holds the dropped packet in its per-CPU state: each node has its own map, found by namespace.
  * state_of() and copy_state() are made by calitrace/kernel/collectors.py, for each size that a release has.
+ * Returns 0 when there is no room in the ring.
  */
-static __always_inline void send_state(const struct drop_event *drop)
+static __always_inline int send_drop(const struct drop_event *drop, int with_state)
 {
 	u32 bytes = 0;
-	void *state = state_of(drop->netns, &bytes);
-	struct state_event *e;
+	void *state = with_state ? state_of(drop->netns, &bytes) : NULL;
+	struct drop_with_state *e;
 
 	if (!state)
-		return;
+		return !events.ringbuf_output((void *)drop, sizeof(*drop), wakeup(sizeof(*drop)));
 	e = events.ringbuf_reserve(sizeof(*e));
 	if (!e) {
 		count(STAT_STATE_LOST, 1);
-		return;
+		return 0;
 	}
-	e->ktime_ns = drop->ktime_ns;
-	e->type = EVENT_STATE;
-	e->cpu = drop->cpu;
-	e->netns = drop->netns;
-	e->skbaddr = drop->skbaddr;
-	e->state_bytes = bytes;
-	e->pad = 0;
-	copy_state(e->state, state, bytes);
-	events.ringbuf_submit(e, BPF_RB_NO_WAKEUP);
+	e->drop = *drop;
+	e->state.ktime_ns = drop->ktime_ns;
+	e->state.type = EVENT_STATE;
+	e->state.cpu = drop->cpu;
+	e->state.netns = drop->netns;
+	e->state.skbaddr = drop->skbaddr;
+	e->state.state_bytes = bytes;
+	e->state.pad = 0;
+	copy_state(e->state.state, state, bytes);
+	events.ringbuf_submit(e, wakeup(sizeof(*e)));
 	count(STAT_STATE_SENT, 1);
+	return 1;
 }
 
 #ifdef WITH_STACK
@@ -124,14 +133,12 @@ static __always_inline void send_stack(void *ctx, const struct drop_event *drop)
 static __always_inline u32 ip_proto_of(const struct view *v, const struct window *w, u32 bytes)
 {
 	u32 at = v->protocol == bpf_htons(0x0800) ? 9 : 6;
-	u8 proto = 0;
 
 	if (!has_network_header(v) || (at == 6 && v->protocol != bpf_htons(0x86dd)))
 		return 0;
 	if (bytes > 9)
 		return at == 9 ? w->bytes[9] : w->bytes[6];
-	bpf_probe_read_kernel(&proto, 1, (void *)(v->head + v->network_header + at));
-	return proto;
+	return byte_at(v->head + v->network_header + at);
 }
 
 #ifdef DROP_ALL
@@ -304,15 +311,13 @@ int collect_drop(struct bpf_raw_tracepoint_args *ctx)
 	if (by_tc)
 		recorder_flush();
 #endif
-	if (events.ringbuf_output(&s->event, sizeof(s->event), wakeup(sizeof(s->event)))) {
+	if (!send_drop(&s->event, by_tc)) {
 		count(STAT_DROP_LOST, 1);
 		return 0;
 	}
 #ifdef WITH_STACK
 	send_stack(ctx, &s->event);
 #endif
-	if (by_tc)
-		send_state(&s->event);
 	return 0;
 forget: __attribute__((unused))
 #ifdef WITH_LOG

@@ -83,6 +83,22 @@ static __always_inline u64 wakeup(u32 bytes)
 	bpf_probe_read_kernel(&into, sizeof(into), (void *)((at) + __builtin_offsetof(struct owner, member)))
 #endif
 
+/* A byte of kernel memory at any address; 0 where nothing can be read. KFUNC_CALL: see calitrace/kernel/images.py. */
+static __always_inline u8 byte_at(u64 address)
+{
+#ifdef RDONLY_CAST
+	/* Linux 6.2: makes a number the address of a struct that may be read, by no instruction at all */
+	u64 (*cast)(u64 address, u32 type) = (void *)(KFUNC_CALL + RDONLY_CAST);
+
+	return *(volatile u8 *)(cast(address - 9, IPHDR) + 9); /* iphdr.protocol */
+#else
+	u8 byte = 0;
+
+	bpf_probe_read_kernel(&byte, 1, (void *)address);
+	return byte;
+#endif
+}
+
 static __always_inline void describe_device(u64 dev, u32 *ifindex, u32 *netns)
 {
 	u64 net = 0;

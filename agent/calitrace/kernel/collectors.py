@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from calitrace import btf, identity
 from calitrace.errors import EnvironmentUnfit
-from calitrace.events import STATE_BYTES, Stat
+from calitrace.events import DROP, STATE, STATE_BYTES, Stat
 from calitrace.kernel import headers, images, loader, maps, syscall
 from calitrace.kernel.ring import Ring
 from calitrace.model import Cell
@@ -29,17 +29,19 @@ if TYPE_CHECKING:
     from calitrace.btf import Btf
 
 _log = logging.getLogger(__name__)
-WAKE_BYTES = 64 * 1024  # of a CPU
+_MOST_WAKE_BYTES, _LEAST_WAKE_BYTES = 256 * 1024, 16 * 1024  # of a CPU
 RING_BYTES = 4 * 1024 * 1024
 RECORDER_LINES = 256
 _IFNAMSIZ = 16
 _UNTYPED = "bpf_trace_printk"  # its argument is text: a type would help nothing
 _DROP_SLOTS = 512  # a value of a per-CPU map has at most 32 KiB
+# A namespace's state is in the slot of its number, or in the next free one: that takes a tenth of a hash lookup.
+_STATE_SLOTS, _STATE_TRIES = 256, 4
 _DROP_KEY = struct.Struct("=QIIII")  # struct drop_key of bpf/drop.bpf.c
 _DROP_CELL = struct.Struct("=QQIIII")  # struct drop_cell there
 _NO_TAG = 0xFFFFFFFF  # a sequence number shifted right is never this
-# A hash of maps takes maps of one value size: there is one for each size of the plan. They are of bytes for BCC's sake,
-# and of words for a copy of 8 bytes at a time. BCC 0.18 cannot name the key in BPF_HASH_OF_MAPS.
+# An array of maps takes maps of one value size: there is one for each size of the plan. They are of bytes for BCC's
+# sake, and of words for a copy of 8 bytes at a time. BCC 0.18 cannot name the key in BPF_ARRAY_OF_MAPS.
 _STATES_OF_SIZE = """
 struct calico_state_{size} {{
 \tu8 bytes[{size}];
@@ -48,13 +50,12 @@ struct state_words_{size} {{
 \tu64 words[{size} / 8];
 }};
 BPF_TABLE("percpu_array", u32, struct calico_state_{size}, state_template_{size}, 2);
-BPF_TABLE("hash_of_maps$state_template_{size}", u32, int, states_{size}, 256);
+BPF_TABLE("array_of_maps$state_template_{size}", u32, int, states_{size}, STATE_SLOTS);
 """
 _FIND_OF_SIZE = """
-\tmap = states_{size}.lookup(&netns);
-\tif (map) {{
-\t\t*bytes = {size};
-\t\treturn bpf_map_lookup_elem(map, &zero);
+\tif (*bytes == {size}) {{
+\t\tmap = states_{size}.lookup(&slot);
+\t\treturn map ? bpf_map_lookup_elem(map, &zero) : NULL;
 \t}}
 """
 _COPY_OF_SIZE = """
@@ -98,6 +99,12 @@ class Plan:
     def drop_slots(self) -> int:
         """Kinds of drops that have a place of their own, not one in the hash of *drop_cells*."""
         return min(self.drop_cells, _DROP_SLOTS)
+
+    @property
+    def wake_bytes(self) -> int:
+        """What a CPU sends before it wakes the reader: all CPUs together half of the ring, where that is reasonable."""
+        share = self.ring_bytes // (2 * syscall.possible_cpus())
+        return max(_LEAST_WAKE_BYTES, min(share, _MOST_WAKE_BYTES))
 
     def sources(self) -> list[str]:
         """Files below bpf/, in the order in which they use each other."""
@@ -146,9 +153,11 @@ class Plan:
             "VXLAN_PORT": str(self.vxlan_port),
             "RECORDER_LINES": str(RECORDER_LINES),
             "RING_PAGES": str(self.ring_bytes // os.sysconf("SC_PAGE_SIZE")),
-            "WAKE_BYTES": str(WAKE_BYTES),
+            "WAKE_BYTES": str(self.wake_bytes),
             "RATE_LIMIT": str(self.rate_limit),
             "SAMPLE": str(self.sample),
+            "STATE_SLOTS": str(_STATE_SLOTS),
+            "STATE_TRIES": str(_STATE_TRIES),
             "DROP_CELLS": str(self.drop_cells),
             "DROP_SLOTS": str(self.drop_slots),
             "DROP_TABLE_BYTES": str(self.drop_slots * _DROP_CELL.size),
@@ -168,6 +177,7 @@ class Collectors:
         self._stack = ExitStack()
         self._maps: dict[str, int] = {}  # descriptors, by name
         self._descriptors: dict[str, int] = {}
+        self._owners: dict[int, int] = {}  # slot of a state map to its namespace
         self._attached: list[int] = []  # descriptors of our links
 
     def __enter__(self) -> Collectors:
@@ -180,7 +190,7 @@ class Collectors:
         btf_ids = self._btf_ids(types)
         with self._stack:
             try:
-                typed = self._load(text, defines | ({"TYPED": "1"} if btf_ids else {}), types, btf_ids)
+                typed = self._load(text, defines | _typed(types) if btf_ids else defines, types, btf_ids)
             except loader.CompileFailed as failure:  # before Linux 5.5, and where such programs are not permitted
                 if not btf_ids:
                     raise
@@ -252,11 +262,18 @@ class Collectors:
                     descriptor = syscall.map_fd(identifier)
                     stack.callback(os.close, descriptor)
                     size = syscall.map_info(descriptor).value_size
-                    if size in self.plan.state_bytes:
-                        key, value = (each.to_bytes(4, sys.byteorder) for each in (netns, descriptor))
-                        syscall.map_update(self._maps[f"states_{size}"], key, value)
-                    else:
+                    slots = ((netns + each) % _STATE_SLOTS for each in range(_STATE_TRIES))
+                    slot = next((each for each in slots if self._owners.get(each, netns) == netns), None)
+                    if size not in self.plan.state_bytes:
                         unread[netns] = "it has another release now: start again"
+                    elif slot is None:
+                        unread[netns] = "too many other namespaces have one"
+                    else:
+                        key, value = (each.to_bytes(4, sys.byteorder) for each in (slot, descriptor))
+                        syscall.map_update(self._maps[f"states_{size}"], key, value)
+                        owner = (netns | size << 32).to_bytes(8, sys.byteorder)
+                        syscall.map_update(self._maps["state_owners"], key, owner)
+                        self._owners[slot] = netns
             except FileNotFoundError:
                 unread[netns] = "its state map has gone, as when Felix replaces its programs"
             except OSError as failure:
@@ -266,11 +283,11 @@ class Collectors:
     def poll(self, timeout_ms: int) -> list[bytes]:
         """Wait until the ring is filling up or *timeout_ms* has passed; returns all events, oldest first."""
         self._ring.wait(timeout_ms)
-        return self._ring.read()
+        return self.drain()
 
     def drain(self) -> list[bytes]:
         """All events now in the ring, without waiting."""
-        return self._ring.read()
+        return [event for record in self._ring.read() for event in _events_of(record)]
 
     def stats(self) -> dict[Stat, int]:
         """The exact totals, summed over CPUs."""
@@ -302,17 +319,47 @@ class Collectors:
         return {name: syscall.program_info(fd) for name, fd in self._descriptors.items()}
 
 
+def _events_of(record: bytes) -> tuple[bytes, ...]:
+    """What lies in one record of the ring: an event, or a drop and Calico's state (struct drop_with_state)."""
+    return (record,) if len(record) != DROP.size + STATE.size else (record[: DROP.size], record[DROP.size :])
+
+
+def _typed(types: Btf | None) -> dict[str, str]:
+    """The -D options of programs that know the types of their arguments."""
+    if types is None:
+        return {}
+    cast, iphdr = types.find("bpf_rdonly_cast", btf.KIND_FUNC), types.find("iphdr", btf.KIND_STRUCT)
+    found = {"TYPED": "1"}
+    if cast and iphdr:
+        found |= {"KFUNC_CALL": str(images.KFUNC_CALL), "RDONLY_CAST": str(cast), "IPHDR": str(iphdr)}
+    return found
+
+
 def _states(sizes: Sequence[int]) -> str:
     """C that finds and copies a node's state, whatever of these sizes it has."""
     return "".join(
         (
             *(_STATES_OF_SIZE.format(size=size) for size in sizes),
             """
+BPF_ARRAY(state_owners, u64, STATE_SLOTS);
+
 /* The state that Calico has on this CPU in a namespace, and its size; NULL where there is none. */
 static __always_inline void *state_of(u32 netns, u32 *bytes)
 {
-\tu32 zero = 0;
+\tu32 zero = 0, slot;
+\tu64 *owner;
 \tvoid *map;
+
+#pragma unroll
+\tfor (int i = 0; i < STATE_TRIES; i++) {
+\t\tslot = (netns + i) % STATE_SLOTS;
+\t\towner = state_owners.lookup(&slot);
+\t\tif (!owner || (u32)*owner == netns)
+\t\t\tbreak;
+\t}
+\tif (!netns || !owner || (u32)*owner != netns)
+\t\treturn NULL;
+\t*bytes = *owner >> 32;
 """,
             *(_FIND_OF_SIZE.format(size=size) for size in sizes),
             """

@@ -33,6 +33,8 @@ _log = logging.getLogger(__name__)
 _KEPT = 32  # one for each set of options that somebody used
 _INSTRUCTION = struct.Struct("=BBhi")  # struct bpf_insn of include/uapi/linux/bpf.h
 _LOAD_64, _PSEUDO_MAP_FD = 0x18, 1
+_CALL, _PSEUDO_KFUNC_CALL = 0x85, 2
+KFUNC_CALL = 1 << 30  # a helper's number from here on is meant as a kernel function's id in BTF, which C cannot say
 _PER_RUN = 0xCA117ACE  # the upper half of a constant of bpf/include/packet.h whose value is a run's; the lower is which
 
 
@@ -129,6 +131,9 @@ def _without_descriptors(code: bytes, names: Mapping[int, str]) -> Function:
         if opcode == _LOAD_64 and registers >> 4 == _PSEUDO_MAP_FD:
             maps.append((at, names[value]))
             struct.pack_into("=i", anonymous, at * _INSTRUCTION.size + 4, 0)
+        elif opcode == _CALL and registers == 0 and value >= KFUNC_CALL:
+            call = _INSTRUCTION.pack(opcode, _PSEUDO_KFUNC_CALL << 4, 0, value - KFUNC_CALL)
+            anonymous[at * _INSTRUCTION.size : (at + 1) * _INSTRUCTION.size] = call
     return Function(bytes(anonymous), tuple(maps))
 
 
