@@ -31,13 +31,50 @@ static __always_inline void send_line(struct recorder_cursor *cursor, struct log
 	}
 }
 
+/* Returns the bytes that the line takes with its NUL, in the room of TEXT_BYTES; 0 when there is none. */
+static __always_inline u32 read_line(u8 *to, u64 from)
+{
+#ifdef RDONLY_CAST
+	const u64 ones = 0x0101010101010101ULL, high_bits = 0x8080808080808080ULL;
+
+#pragma clang loop unroll(disable)
+	for (u32 at = 0; at < TEXT_BYTES; at += 8) {
+		u64 word = word_at(from + at);
+		u64 ends = (word - ones) & ~word & high_bits; /* the lowest bit that is set is of the first NUL */
+
+		*(u64 *)(to + at) = word;
+		if (ends)
+			return at + 1 + (((ends & -ends) >> 7) * 0x0001020304050607ULL >> 56);
+	}
+	to[TEXT_BYTES - 1] = 0;
+	return TEXT_BYTES;
+#else
+	int length = bpf_probe_read_kernel_str(to, TEXT_BYTES, (void *)from);
+
+	return length > 0 ? length : 0;
+#endif
+}
+
+/* The name of the running task, as bpf_get_current_comm gives it. */
+static __always_inline void read_comm(struct log_event *e)
+{
+#if defined(RDONLY_CAST) && defined(HAVE_TASK_STRUCT_COMM)
+	u64 at = bpf_get_current_task() + __builtin_offsetof(struct task_struct, comm);
+
+	*(u64 *)e->comm = word_at(at);
+	*(u64 *)(e->comm + 8) = word_at(at + 8);
+#else
+	bpf_get_current_comm(e->comm, sizeof(e->comm));
+#endif
+}
+
 int collect_log(struct bpf_raw_tracepoint_args *ctx)
 {
 	u32 zero = 0, slot;
 	struct recorder_cursor *cursor = recorder_cursors.lookup(&zero);
 	struct log_event *e;
 	u64 task = bpf_get_current_pid_tgid();
-	int length;
+	u32 length;
 
 	if (!cursor)
 		return 0;
@@ -45,15 +82,15 @@ int collect_log(struct bpf_raw_tracepoint_args *ctx)
 	e = recorder.lookup(&slot);
 	if (!e)
 		return 0;
-	length = bpf_probe_read_kernel_str(e->text, sizeof(e->text), (void *)ctx->args[0]);
-	if (length < 1)
+	length = read_line(e->text, ctx->args[0]);
+	if (!length)
 		return 0;
 	e->ktime_ns = bpf_ktime_get_ns();
 	e->type = EVENT_LOG;
 	e->cpu = bpf_get_smp_processor_id();
 	e->pid = task;
 	e->text_bytes = length - 1;
-	bpf_get_current_comm(e->comm, sizeof(e->comm));
+	read_comm(e);
 	count(STAT_LOG_SEEN, 1);
 #ifdef LOG_STREAM
 	send_line(cursor, e, wakeup(sizeof(*e) - TEXT_BYTES + length));

@@ -138,7 +138,7 @@ static __always_inline u32 ip_proto_of(const struct view *v, const struct window
 		return 0;
 	if (bytes > 9)
 		return at == 9 ? w->bytes[9] : w->bytes[6];
-	return byte_at(v->head + v->network_header + at);
+	return (u8)word_at(v->head + v->network_header + at);
 }
 
 #ifdef DROP_ALL
@@ -150,10 +150,12 @@ static __always_inline int is_wanted_place(const struct drop_key *key, u64 dev)
 		return 0;
 #endif
 #ifdef NAMED_BY
-	u64 name[2] = {};
+	u64 at = dev + __builtin_offsetof(struct net_device, name), name[2] = {};
 
-	if (!dev || bpf_probe_read_kernel(name, sizeof(name), (void *)(dev + __builtin_offsetof(struct net_device, name))))
+	if (!dev)
 		return 0;
+	name[0] = word_at(at);
+	name[1] = word_at(at + 8);
 	return NAMED_BY;
 #else
 	return 1;

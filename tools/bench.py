@@ -394,16 +394,16 @@ def drops_cost() -> Iterator[Result]:
         states = {netns.inum(right): syscall.map_info(state).id}
         shots = loader.compile_bpf(SHOT)
         attach(shots, "cali_shot", right)
-        with bpftrace() as peer:
-            held = measure(Plan(hop=False, drop_all=True, rate_limit=1), left, b"x", peer, states)
-        theirs, ours = statistics.median(held["peer"]), statistics.median(held["collect_drop"])
-        yield row("drops: counted, not shown", ours, "ns", peer=theirs, at_most=0.75, of_peer=True)
-        yield row("drops: counted, not shown, alone", ours, "ns", at_most=150)
-        with bpftrace(PRINTING_EACH) as peer:
-            full = measure(Plan(hop=False, drop_all=True), left, b"x", peer, states)
-        theirs, ours = statistics.median(full["peer"]), statistics.median(full["collect_drop"])
-        yield row("drops: event with state", ours, "ns", peer=theirs, at_most=0.1, of_peer=True)
-        yield row("drops: event with state, alone", ours, "ns", at_most=600)
+        for name, action, plan, ratio, most_ns in (
+            ("drops: counted, not shown", COUNTING, Plan(hop=False, drop_all=True, rate_limit=1), 0.75, 150),
+            ("drops: event with state", PRINTING_EACH, Plan(hop=False, drop_all=True), 0.1, 600),
+        ):
+            alone = measure(plan, left, b"x", states=states)
+            yield row(f"{name}, alone", statistics.median(alone["collect_drop"]), "ns", at_most=most_ns)
+            with bpftrace(action) as peer:
+                beside = measure(plan, left, b"x", peer, states)
+            theirs, ours = statistics.median(beside["peer"]), statistics.median(beside["collect_drop"])
+            yield row(name, ours, "ns", peer=theirs, at_most=ratio, of_peer=True)
     os.close(state)
     os.close(statistics_on)
 

@@ -83,19 +83,41 @@ static __always_inline u64 wakeup(u32 bytes)
 	bpf_probe_read_kernel(&into, sizeof(into), (void *)((at) + __builtin_offsetof(struct owner, member)))
 #endif
 
-/* A byte of kernel memory at any address; 0 where nothing can be read. KFUNC_CALL: see calitrace/kernel/images.py. */
-static __always_inline u8 byte_at(u64 address)
-{
+/*
+ * Kernel memory at any address, of which nothing is known; 0 where nothing can be read. bpf_rdonly_cast (Linux 6.2)
+ * makes of a number the address of a struct that may be read, by no instruction at all: a helper takes as long as a
+ * dozen such words. KFUNC_CALL: see calitrace/kernel/images.py.
+ */
 #ifdef RDONLY_CAST
-	/* Linux 6.2: makes a number the address of a struct that may be read, by no instruction at all */
+static __always_inline u64 word_at(u64 address)
+{
 	u64 (*cast)(u64 address, u32 type) = (void *)(KFUNC_CALL + RDONLY_CAST);
 
-	return *(volatile u8 *)(cast(address - 9, IPHDR) + 9); /* iphdr.protocol */
+	return *(volatile u64 *)cast(address, TIMESPEC64); /* a struct that begins with 64 bits */
+}
 #else
-	u8 byte = 0;
+static __always_inline u64 word_at(u64 address)
+{
+	u64 word = 0;
 
-	bpf_probe_read_kernel(&byte, 1, (void *)address);
-	return byte;
+	bpf_probe_read_kernel(&word, sizeof(word), (void *)address);
+	return word;
+}
+#endif
+
+/* Returns 0 when nothing can be read. *to* has room for whole words, and *bytes* is at most CAPTURE_BYTES. */
+static __always_inline int read_packet(u8 *to, u32 bytes, u64 from)
+{
+#ifdef RDONLY_CAST
+#pragma clang loop unroll(disable)
+	for (u32 at = 0; at < CAPTURE_BYTES; at += 8) {
+		if (at >= bytes)
+			break;
+		*(u64 *)(to + at) = word_at(from + at);
+	}
+	return 1;
+#else
+	return !bpf_probe_read_kernel(to, bytes, (void *)from);
 #endif
 }
 
@@ -165,7 +187,7 @@ static __always_inline u32 capture(struct packet_event *e, struct window *w, con
 	if (linear <= 0)
 		return 0;
 	bytes = linear > CAPTURE_BYTES ? CAPTURE_BYTES : linear;
-	if (bytes == 0 || bytes > CAPTURE_BYTES || bpf_probe_read_kernel(w->bytes, bytes, (void *)l3))
+	if (bytes == 0 || bytes > CAPTURE_BYTES || !read_packet(w->bytes, bytes, l3))
 		return 0;
 
 	e->skbaddr = v->skb;

@@ -37,12 +37,26 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.root
 
+KFUNC_CALL = b"\x85\x20"  # BPF_JMP | BPF_CALL, and BPF_PSEUDO_KFUNC_CALL as source
 RUN_ID = 0x5EED1234
 SHOT_WITH_LOG = """
 BPF_PERCPU_ARRAY(cali_state, struct { u8 bytes[512]; }, 2);
 int cali_deny(struct __sk_buff *skb) {
     bpf_trace_printk("left0----------E: New packet at ifindex=%d; mark=%x\\n", skb->ifindex, skb->mark);
     bpf_trace_printk("left0----------E: Final result=DENY (11). Program execution time: 7ns\\n");
+    return 2;
+}
+"""
+
+
+PRINTING = """
+struct text { char bytes[256]; };
+BPF_ARRAY(texts, struct text, 1);
+int cali_print(struct __sk_buff *skb) {
+    u32 zero = 0;
+    struct text *text = texts.lookup(&zero);
+    if (text)
+        bpf_trace_printk("%s", text->bytes);
     return 2;
 }
 """
@@ -80,18 +94,20 @@ def number_of(event: Hop | Drop) -> int:
     return layer.identity.sequence
 
 
-@pytest.fixture(params=["typed", "untyped"])
+@pytest.fixture(params=["typed", "with helpers", "untyped"])
 def arguments(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Programs that know the types of their arguments, and those for kernels that refuse such programs."""
+    """Programs by all means that this kernel knows, and those for kernels that refuse kernel functions or types."""
 
     load = syscall.load_tracepoint
 
     def refuse(code: bytes, name: str, *, btf_id: int = 0) -> int:
-        if btf_id:
+        if (btf_id and request.param == "untyped") or KFUNC_CALL in (
+            code[at : at + 2] for at in range(0, len(code), 8)
+        ):
             raise OSError(errno.EPERM, "refused by the test")
-        return load(code, name)
+        return load(code, name, btf_id=btf_id)
 
-    if request.param == "untyped":
+    if request.param != "typed":
         monkeypatch.setattr(syscall, "load_tracepoint", refuse)
 
 
@@ -171,6 +187,21 @@ def test_a_tc_drop_comes_with_its_log_and_state(pair: Pair) -> None:
         assert (after.skbaddr, after.raw) == (drop.skbaddr, marker)
     assert stats[Stat.DROP_MATCHED] == stats[Stat.STATE_SENT] == 23
     assert (stats[Stat.DROP_LOST], stats[Stat.STATE_LOST], stats[Stat.LOG_LOST]) == (0, 0, 0)
+
+
+@pytest.mark.usefixtures("arguments")
+def test_lines_of_any_length_are_whole_or_known_to_be_cut(pair: Pair) -> None:
+    bpf = compile_tc(PRINTING)
+    pair.attach(bpf, "cali_print", pair.left, "left0", "egress")
+    lengths = (1, 2, 6, 7, 8, 9, 15, 16, 17, 63, 64, 65, 207, 208, 209, 214, 215, 216, 217, 254)
+    texts = [bytes(33 + at % 90 for at in range(length)) for length in lengths]
+    with Collectors(Plan(drop=False, hop=False, log="stream")) as collectors:
+        for text in texts:
+            syscall.map_update(bpf[b"texts"].map_fd, bytes(4), text.ljust(256, b"\0"))
+            send_udp(pair, 1)
+        lines = [e for e in collect(collectors) if isinstance(e, LogLine)]
+    assert [(line.text, line.cut) for line in lines] == [(t[:215].decode(), len(t) >= 215) for t in texts]
+    assert {(line.pid, line.comm) for line in lines} == {(os.getpid(), Path("/proc/self/comm").read_text().rstrip())}
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["own", "stale"])
@@ -260,6 +291,20 @@ def test_a_state_map_that_is_not_described_leaks_nothing(
             inum: "its state map cannot be read: Operation not permitted"
         }
         assert descriptors() == before
+
+
+def test_states_of_namespaces_whose_slots_meet(pair: Pair, state_map: int) -> None:
+    bpf = compile_tc("int cali_shot(struct __sk_buff *skb) { return 2; }")
+    pair.attach(bpf, "cali_shot", pair.left, "left0", "egress")
+    inum, identifier = netns.inum(pair.left), syscall.map_info(state_map).id
+    meeting = [inum + 256 * each for each in (1, 2, 3, 0, 4)]
+    with Collectors(Plan(run_id=RUN_ID, hop=False, log="")) as collectors:
+        unread = collectors.watch_state(dict.fromkeys(meeting, identifier))
+        assert collectors.watch_state(dict.fromkeys(meeting[:4], identifier)) == {}  # again, each in its own slot
+        send_udp(pair, 3)
+        events = collect(collectors)
+    assert unread == {meeting[-1]: "too many other namespaces have one"}
+    assert [each.netns for each in events if isinstance(each, StateCopy)] == [inum] * 3
 
 
 def test_a_recording_goes_on_without_a_state_map_and_says_so(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:

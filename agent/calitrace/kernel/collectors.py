@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from calitrace.btf import Btf
 
 _log = logging.getLogger(__name__)
-_MOST_WAKE_BYTES, _LEAST_WAKE_BYTES = 256 * 1024, 16 * 1024  # of a CPU
+_MOST_WAKE_BYTES, _LEAST_WAKE_BYTES = 512 * 1024, 16 * 1024  # of a CPU
 RING_BYTES = 4 * 1024 * 1024
 RECORDER_LINES = 256
 _IFNAMSIZ = 16
@@ -186,16 +186,8 @@ class Collectors:
         parts = {name: loader.bpf_source(name).replace("#pragma once", "") for name in self.plan.sources()}
         parts["include/packet.h"] += self.plan.pcap_filter + _states(self.plan.state_bytes) * self.plan.drop
         text = "".join(parts.values())
-        defines = self.plan.defines(types)
-        btf_ids = self._btf_ids(types)
         with self._stack:
-            try:
-                typed = self._load(text, defines | _typed(types) if btf_ids else defines, types, btf_ids)
-            except loader.CompileFailed as failure:  # before Linux 5.5, and where such programs are not permitted
-                if not btf_ids:
-                    raise
-                _log.debug("without types: %s\n%s", failure, failure.log)
-                typed = self._load(text, defines, types, {})
+            typed = self._load_best(text, types)
             self._ring = Ring(self._maps["events"], syscall.map_info(self._maps["events"]).max_entries)
             self._stack.callback(self._ring.close)
             self._stack.callback(self.stop)
@@ -217,6 +209,18 @@ class Collectors:
         found = {f: types.find(f"btf_trace_{name}", btf.KIND_TYPEDEF) if types else None for f, name in wanted.items()}
         ids = {function: identifier for function, identifier in found.items() if identifier}
         return ids if len(ids) == len(wanted) else {}
+
+    def _load_best(self, text: str, types: Btf | None) -> set[str]:
+        """As ``_load``, by the fastest means that this kernel knows and permits."""
+        defines, btf_ids = self.plan.defines(types), self._btf_ids(types)
+        typed = {"TYPED": "1"} if btf_ids else {}
+        for options, ids in (_reading(types) | typed, btf_ids), (typed, btf_ids):
+            if options:
+                try:
+                    return self._load(text, defines | options, types, ids)
+                except loader.CompileFailed as failure:  # as before Linux 5.5, or where such programs are not permitted
+                    _log.debug("not with %s: %s\n%s", " ".join(options), failure, failure.log)
+        return self._load(text, defines, types, {})
 
     def _load(self, text: str, defines: dict[str, str], types: Btf | None, btf_ids: Mapping[str, int]) -> set[str]:
         """Make the maps and load the programs; returns the functions that know the types of their arguments.
@@ -324,15 +328,13 @@ def _events_of(record: bytes) -> tuple[bytes, ...]:
     return (record,) if len(record) != DROP.size + STATE.size else (record[: DROP.size], record[DROP.size :])
 
 
-def _typed(types: Btf | None) -> dict[str, str]:
-    """The -D options of programs that know the types of their arguments."""
-    if types is None:
+def _reading(types: Btf | None) -> dict[str, str]:
+    """The -D options with which programs read kernel memory without a helper, where the kernel knows how."""
+    cast = types.find("bpf_rdonly_cast", btf.KIND_FUNC) if types else None
+    words = types.find("timespec64", btf.KIND_STRUCT) if types else None
+    if not cast or not words:
         return {}
-    cast, iphdr = types.find("bpf_rdonly_cast", btf.KIND_FUNC), types.find("iphdr", btf.KIND_STRUCT)
-    found = {"TYPED": "1"}
-    if cast and iphdr:
-        found |= {"KFUNC_CALL": str(images.KFUNC_CALL), "RDONLY_CAST": str(cast), "IPHDR": str(iphdr)}
-    return found
+    return {"KFUNC_CALL": str(images.KFUNC_CALL), "RDONLY_CAST": str(cast), "TIMESPEC64": str(words)}
 
 
 def _states(sizes: Sequence[int]) -> str:

@@ -22,6 +22,7 @@ BTF_PATH = Path("/sys/kernel/btf/vmlinux")
 STRUCTS: dict[str, tuple[str, ...]] = {
     "ns_common": ("inum",),
     "net": ("ns",),
+    "task_struct": ("comm",),
     "net_device": ("name", "ifindex", "nd_net", "hard_header_len"),
     "sk_buff": (
         "dev",
