@@ -155,8 +155,8 @@ COMPILES = ("probe", "check", "counters", "drops", "log")
 EXTRA: dict[str, dict[str, str]] = {
     "probe": {
         "OVERHEAD": (
-            "Without --trace none. With it our programs take 75 to 170 ns at each of four tracepoints for a packet "
-            f"that is not a probe's, and 220 to 450 ns for one that is ({_MEASURED}). Calico's debug log is read, "
+            "Without --trace none. With it our programs take 80 to 140 ns at each of four tracepoints for a packet "
+            f"that is not a probe's, and 220 to 370 ns for one that is ({_MEASURED}). Calico's debug log is read, "
             "never switched on."
         ),
         "REQUIREMENTS": f"Without --trace root (CAP_NET_RAW, CAP_SYS_ADMIN with --from). With it {_TRACED}",
@@ -197,15 +197,15 @@ EXTRA: dict[str, dict[str, str]] = {
     },
     "drops": {
         "OVERHEAD": (
-            "None for a packet that is not dropped. For each that is: counted 160 ns, held back by --rate-limit 180 "
-            f"ns, sent with Calico's state 800 ns ({_MEASURED}). 100,000 drops a second with -w took 20 % of a "
+            "None for a packet that is not dropped. For each that is: counted 100 ns, held back by --rate-limit 135 "
+            f"ns, sent with Calico's state 420 ns ({_MEASURED}). 100,000 drops a second with -w took 17 % of a "
             "CPU. The closing line says what this run cost."
         ),
         "REQUIREMENTS": f"Live {_TRACED} With -r nothing.",
     },
     "log": {
         "OVERHEAD": (
-            f"A line recorded 350 to 390 ns, sent 430 to 570 ns ({_MEASURED}); nothing while Calico prints nothing. "
+            f"A line recorded 210 to 240 ns, sent 320 to 360 ns ({_MEASURED}); nothing while Calico prints nothing. "
             "Calico's Debug level itself, which --enable-debug sets, costs 12 to 28 microseconds for each packet and "
             "program."
         ),

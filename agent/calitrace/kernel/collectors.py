@@ -74,7 +74,7 @@ class Plan:
     *drop_cells*: entries of the table of totals. *netns* (0: any), *named_by* (C, see ``name_condition``; empty: any)
     and *pcap_filter* (C, see ``cbpf``): which drops are sent, of those that *drop_all* sends. *stack*: send the
     kernel's stack with each. *log*: "" for none, "flight" for the lines that led to a probe's event, "stream" for
-    all. *state_bytes*: value sizes of Calico's state maps, of which each costs a lookup at a drop and time to compile.
+    all. *state_bytes*: value sizes of Calico's state maps, of which each costs time to compile.
     """
 
     drop: bool = True
