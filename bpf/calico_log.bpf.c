@@ -110,10 +110,21 @@ static __always_inline void recorder_restart(void)
 		cursor->sent = cursor->next;
 }
 
-/* Send the lines recorded on this CPU since the last restart or flush. The loop is bounded by RECORDER_LINES. */
+/* Send line *at*. Returns 0 when there is none, which cannot be. */
+static __always_inline int send_recorded(struct recorder_cursor *cursor, u64 at)
+{
+	u32 slot = at & (RECORDER_LINES - 1);
+	struct log_event *e = recorder.lookup(&slot);
+
+	if (e)
+		send_line(cursor, e, BPF_RB_NO_WAKEUP);
+	return e != NULL;
+}
+
+/* Send the lines recorded on this CPU since the last restart or flush: at most RECORDER_LINES. */
 static __always_inline void recorder_flush(void)
 {
-	u32 zero = 0, slot;
+	u32 zero = 0;
 	struct recorder_cursor *cursor = recorder_cursors.lookup(&zero);
 	u64 at, end;
 
@@ -126,16 +137,20 @@ static __always_inline void recorder_flush(void)
 		count(STAT_LOG_OVERWRITTEN, end - at - RECORDER_LINES);
 		at = end - RECORDER_LINES;
 	}
-#pragma clang loop unroll(disable)
-	for (int i = 0; i < RECORDER_LINES; i++) {
-		struct log_event *e;
+#ifdef NUM_NEW
+	/* Linux 6.4: the verifier follows this loop twice, and the one below RECORDER_LINES times, which takes 60 ms */
+	u64 numbers;
+	int (*new)(u64 *numbers, int first, int end) = (void *)(KFUNC_CALL + NUM_NEW);
+	int *(*next)(u64 *numbers) = (void *)(KFUNC_CALL + NUM_NEXT);
+	void (*destroy)(u64 *numbers) = (void *)(KFUNC_CALL + NUM_DESTROY);
 
-		if (at >= end)
-			break;
-		slot = at++ & (RECORDER_LINES - 1);
-		e = recorder.lookup(&slot);
-		if (!e)
-			break;
-		send_line(cursor, e, BPF_RB_NO_WAKEUP);
-	}
+	new(&numbers, 0, RECORDER_LINES);
+	while (next(&numbers) && at < end && send_recorded(cursor, at++))
+		;
+	destroy(&numbers);
+#else
+#pragma clang loop unroll(disable)
+	for (int i = 0; i < RECORDER_LINES && at < end && send_recorded(cursor, at); i++)
+		at++;
+#endif
 }

@@ -8,7 +8,7 @@ Source of the format: Documentation/bpf/btf.rst in Linux.
 from __future__ import annotations
 
 import struct
-from bisect import bisect_left
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -60,6 +60,15 @@ class Member:
         return self.offset_bits // 8
 
 
+class _Words(dict[int, int]):
+    """How many words a type takes, by its word of kind and number of items: of those there are only a few hundred."""
+
+    def __missing__(self, info: int) -> int:
+        fixed, each = _TAIL[info >> 24 & 0x1F]
+        self[info] = words = (12 + fixed + each * (info & 0xFFFF)) >> 2
+        return words
+
+
 class Btf:
     """The types of one BTF blob. *raw*: the blob, in the byte order of this machine (little-endian)."""
 
@@ -72,32 +81,34 @@ class Btf:
         start, strings = hdr_len + type_off, hdr_len + str_off
         if start + type_len > len(raw) or strings + str_len > len(raw):
             raise Malformed(8, "sections inside the blob", f"sections beyond {len(raw)} bytes", "BTF")
-        self._raw = raw
         self._strings = raw[strings : strings + str_len]
-        self._types = (start, start + type_len)
-        self._offsets = self._index(*self._types)
+        self._types = raw[start : start + type_len]
+        self._words = self._index(start)
         self._names: dict[tuple[int, bytes], int] = {}
 
-    def _index(self, start: int, end: int) -> list[int]:
-        """Where each type begins. A kernel has more than 100,000, so this loop is most of what reading them costs."""
-        offsets = [0]  # type id 0 is void
-        tail, append = _TAIL, offsets.append
-        words = memoryview(self._raw[start : end - (end - start) % 4]).cast("I")
-        at, last, info = 0, len(words) - 3, 0
+    def _index(self, start: int) -> list[int]:
+        """Where each type begins, in words. A kernel has more than 100,000: this loop is what reading them costs."""
+        begins = [0]  # type id 0 is void
+        append, length = begins.append, _Words()
+        words = memoryview(self._types[: len(self._types) & ~3]).cast("I")
+        at, last = 0, len(words) - 3
         try:
             while at <= last:
-                append(start + 4 * at)
-                info = words[at + 1]
-                fixed, each = tail[info >> 24 & 0x1F]
-                at += (12 + fixed + each * (info & 0xFFFF)) >> 2
-        except KeyError:
-            raise Malformed(start + 4 * at, "a known BTF kind", f"kind {info >> 24 & 0x1F}", "BTF type") from None
-        if start + 4 * at != end:
+                append(at)
+                at += length[words[at + 1]]
+        except KeyError as kind:
+            raise Malformed(start + 4 * at, "a known BTF kind", f"kind {kind}", "BTF type") from None
+        if 4 * at != len(self._types):
+            end = start + len(self._types)
             raise Malformed(start + 4 * at, f"the type section to end at {end}", "a record across the end", "BTF type")
-        return offsets
+        return begins
+
+    def _at(self, type_id: int) -> int:
+        """Where a type begins in the type section, in bytes."""
+        return 4 * self._words[type_id]
 
     def __len__(self) -> int:
-        return len(self._offsets)
+        return len(self._words)
 
     def _string(self, offset: int) -> bytes:
         end = self._strings.find(b"\0", offset)
@@ -105,9 +116,9 @@ class Btf:
 
     def _header(self, type_id: int) -> tuple[int, int, int, int, int]:
         """(name offset, kind, vlen, size or type id, kind_flag) of a type."""
-        if not 0 < type_id < len(self._offsets):
-            raise Malformed(0, f"a type id below {len(self._offsets)}", str(type_id), "BTF type")
-        name, info, size = struct.unpack_from("<III", self._raw, self._offsets[type_id])
+        if not 0 < type_id < len(self._words):
+            raise Malformed(0, f"a type id below {len(self._words)}", str(type_id), "BTF type")
+        name, info, size = struct.unpack_from("<III", self._types, self._at(type_id))
         return name, (info >> 24) & 0x1F, info & 0xFFFF, size, info >> 31
 
     def kind(self, type_id: int) -> int:
@@ -131,17 +142,17 @@ class Btf:
     def _first_named(self, name_off: int, kinds: tuple[int, ...]) -> int:
         """The first type of one of *kinds* whose name has this offset, 0 for none."""
         wanted = struct.pack("<I", name_off)
-        at = self._raw.find(wanted, *self._types)
+        at = self._types.find(wanted)
         while at >= 0:
-            type_id = bisect_left(self._offsets, at)
-            if self._offsets[type_id : type_id + 1] == [at] and self.kind(type_id) in kinds:
+            type_id = bisect_right(self._words, at / 4) - 1
+            if self._words[type_id] == at / 4 and self.kind(type_id) in kinds:
                 return type_id
-            at = self._raw.find(wanted, at + 1, self._types[1])
+            at = self._types.find(wanted, at + 1)
         return 0
 
     def resolve(self, type_id: int) -> int:
         """Follow typedefs and qualifiers to the type behind them. Raises Malformed when they go in a circle."""
-        for _ in range(len(self._offsets)):
+        for _ in range(len(self._words)):
             if self.kind(type_id) not in _TRANSPARENT:
                 return type_id
             type_id = self.target(type_id)
@@ -166,12 +177,12 @@ class Btf:
 
     def array(self, type_id: int) -> tuple[int, int]:
         """(element type id, number of elements) of an array."""
-        element, _index, count = struct.unpack_from("<III", self._raw, self._offsets[type_id] + 12)
+        element, _index, count = struct.unpack_from("<III", self._types, self._at(type_id) + 12)
         return element, count
 
     def signed(self, type_id: int) -> bool:
         """Whether an integer type is signed."""
-        (encoding,) = struct.unpack_from("<I", self._raw, self._offsets[type_id] + 12)
+        (encoding,) = struct.unpack_from("<I", self._types, self._at(type_id) + 12)
         return bool((encoding >> 24) & 1)
 
     def members(self, type_id: int) -> list[Member]:
@@ -181,7 +192,7 @@ class Btf:
             raise Malformed(0, "a struct or union", f"kind {kind}", "BTF type")
         found = []
         for item in range(vlen):
-            name, member_type, offset = struct.unpack_from("<III", self._raw, self._offsets[type_id] + 12 + 12 * item)
+            name, member_type, offset = struct.unpack_from("<III", self._types, self._at(type_id) + 12 + 12 * item)
             bits = offset >> 24 if kind_flag else 0
             found.append(
                 Member(
@@ -220,13 +231,13 @@ class Btf:
         if type_id is None:
             return None
         _, kind, vlen, _, signed = self._header(type_id)
-        at = self._offsets[type_id] + 12
+        at = self._at(type_id) + 12
         values: dict[int, str] = {}
         for item in range(vlen):
             if kind == KIND_ENUM:
-                name_off, value = struct.unpack_from("<Ii" if signed else "<II", self._raw, at + 8 * item)
+                name_off, value = struct.unpack_from("<Ii" if signed else "<II", self._types, at + 8 * item)
             else:
-                name_off, low, high = struct.unpack_from("<III", self._raw, at + 12 * item)
+                name_off, low, high = struct.unpack_from("<III", self._types, at + 12 * item)
                 value = low | high << 32
             values.setdefault(value, self._string(name_off).decode(errors="replace"))
         return values
@@ -243,8 +254,8 @@ class Btf:
         _, kind, vlen, _, _ = self._header(proto)
         if kind != KIND_FUNC_PROTO:
             raise Malformed(0, "a function prototype", f"kind {kind}", f"typedef {typedef}")
-        at = self._offsets[proto] + 12
-        return [self.spelling(struct.unpack_from("<II", self._raw, at + 8 * item)[1]) for item in range(vlen)]
+        at = self._at(proto) + 12
+        return [self.spelling(struct.unpack_from("<II", self._types, at + 8 * item)[1]) for item in range(vlen)]
 
     def spelling(self, type_id: int) -> str:
         """A type as C spells it, without qualifiers."""

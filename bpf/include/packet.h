@@ -109,9 +109,12 @@ static __always_inline u64 word_at(u64 address)
 static __always_inline int read_packet(u8 *to, u32 bytes, u64 from)
 {
 #ifdef RDONLY_CAST
+	u32 end = bytes;
+
+	asm volatile("" : "+r"(end)); /* or the verifier follows the rest for each bound of *bytes* */
 #pragma clang loop unroll(disable)
 	for (u32 at = 0; at < CAPTURE_BYTES; at += 8) {
-		if (at >= bytes)
+		if (at >= end)
 			break;
 		*(u64 *)(to + at) = word_at(from + at);
 	}

@@ -83,6 +83,7 @@ def test_members_at_true_offsets() -> None:
     assert SAMPLE.members(5) == [Member("x", 1, 0, 3), Member("y", 1, 3, 5)]
     assert SAMPLE.struct("absent") is None
     assert SAMPLE.find("pair", btf.KIND_UNION) is None
+    assert SAMPLE.find("int", btf.KIND_INT) == 1
 
 
 def test_sizes_and_spellings() -> None:

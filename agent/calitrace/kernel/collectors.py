@@ -214,7 +214,7 @@ class Collectors:
         """As ``_load``, by the fastest means that this kernel knows and permits."""
         defines, btf_ids = self.plan.defines(types), self._btf_ids(types)
         typed = {"TYPED": "1"} if btf_ids else {}
-        for options, ids in (_reading(types) | typed, btf_ids), (typed, btf_ids):
+        for options, ids in (_kernel_functions(types) | typed, btf_ids), (typed, btf_ids):
             if options:
                 try:
                     return self._load(text, defines | options, types, ids)
@@ -328,13 +328,21 @@ def _events_of(record: bytes) -> tuple[bytes, ...]:
     return (record,) if len(record) != DROP.size + STATE.size else (record[: DROP.size], record[DROP.size :])
 
 
-def _reading(types: Btf | None) -> dict[str, str]:
-    """The -D options with which programs read kernel memory without a helper, where the kernel knows how."""
-    cast = types.find("bpf_rdonly_cast", btf.KIND_FUNC) if types else None
-    words = types.find("timespec64", btf.KIND_STRUCT) if types else None
-    if not cast or not words:
+def _kernel_functions(types: Btf | None) -> dict[str, str]:
+    """The -D options of programs that call functions of this kernel: to read its memory, and to loop."""
+    if types is None:
         return {}
-    return {"KFUNC_CALL": str(images.KFUNC_CALL), "RDONLY_CAST": str(cast), "TIMESPEC64": str(words)}
+    names = {
+        "RDONLY_CAST": ("bpf_rdonly_cast", btf.KIND_FUNC),
+        "TIMESPEC64": ("timespec64", btf.KIND_STRUCT),
+        "NUM_NEW": ("bpf_iter_num_new", btf.KIND_FUNC),
+        "NUM_NEXT": ("bpf_iter_num_next", btf.KIND_FUNC),
+        "NUM_DESTROY": ("bpf_iter_num_destroy", btf.KIND_FUNC),
+    }
+    found = {option: types.find(*each) for option, each in names.items()}
+    if not found["RDONLY_CAST"]:
+        return {}
+    return {"KFUNC_CALL": str(images.KFUNC_CALL), **{option: str(each) for option, each in found.items() if each}}
 
 
 def _states(sizes: Sequence[int]) -> str:
