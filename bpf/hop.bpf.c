@@ -45,9 +45,10 @@ static __always_inline int send_hop(struct hop_event *e, u32 kind, int rc)
 	return 0;
 }
 
-static __always_inline int hop(u64 skb, u32 kind)
+/* At HOP_RECEIVE, HOP_QUEUE and HOP_CONSUME: loaded once for each, and the verifier leaves out what is not for it. */
+int collect_hop(struct bpf_raw_tracepoint_args *ctx)
 {
-	u32 at = kind; /* a variable whose address is taken is no constant any more */
+	u32 kind = HOP_KIND, at = kind;
 	struct hop_scratch *s = hop_scratches.lookup(&at);
 	struct window *window;
 	struct view v;
@@ -58,7 +59,7 @@ static __always_inline int hop(u64 skb, u32 kind)
 		return 0;
 	count(STAT_HOP_SEEN, 1);
 	window = (struct window *)s->event.capture;
-	if (!look_at(&v, skb))
+	if (!look_at(&v, ctx->args[0]))
 		return 0;
 	bytes = capture((struct packet_event *)&s->event, window, &v, kind == HOP_RECEIVE);
 	if (!bytes)
@@ -78,21 +79,6 @@ static __always_inline int hop(u64 skb, u32 kind)
 			*slot = s->event.skbaddr;
 	}
 	return send_hop(&s->event, kind, 0);
-}
-
-int collect_receive(struct bpf_raw_tracepoint_args *ctx)
-{
-	return hop(ctx->args[0], HOP_RECEIVE);
-}
-
-int collect_queue(struct bpf_raw_tracepoint_args *ctx)
-{
-	return hop(ctx->args[0], HOP_QUEUE);
-}
-
-int collect_consume(struct bpf_raw_tracepoint_args *ctx)
-{
-	return hop(ctx->args[0], HOP_CONSUME);
 }
 
 /* net_dev_xmit(skb, rc, dev, len) */

@@ -45,6 +45,7 @@ OUTPUT = ROOT / "build" / "bench.json"
 RUN_ID = 0xBE7C4
 FLOOD, BURST = 50_000, 2_500  # packets of a round, and those after which the ring is emptied
 ROUNDS = 5
+HOPS = {"receive": "netif_receive_skb", "queue": "net_dev_queue", "xmit": "net_dev_xmit"}
 MAP_TYPE_PERCPU_ARRAY = 6  # include/uapi/linux/bpf.h
 COUNTING = "@[args->reason] = count();"
 PRINTING_EACH = 'printf("%d %p %d\\n", args->reason, args->location, args->protocol);'
@@ -206,27 +207,27 @@ def collectors_cost() -> Iterator[Result]:
         shots = loader.compile_bpf(SHOT)
         attach(shots, "cali_shot", right)
         count = measure(Plan(run_id=RUN_ID, hop=False, log="", drop_count_only=True), left, mine, peer)
-        pairs = list(zip(count["collect_drop"], count["peer"], strict=True))
+        pairs = list(zip(count["kfree_skb"], count["peer"], strict=True))
         theirs = statistics.median(count["peer"])
         ours = theirs * statistics.median(a / b for a, b in pairs)
         yield row("drop: count", ours, "ns", peer=theirs, at_most=0.75, of_peer=True)
         event = measure(Plan(run_id=RUN_ID, hop=False, log=""), left, mine, peer)
         theirs = statistics.median(event["peer"])
-        yield row("drop: event sent", statistics.median(event["collect_drop"]), "ns", peer=theirs, at_most=450)
+        yield row("drop: event sent", statistics.median(event["kfree_skb"]), "ns", peer=theirs, at_most=450)
         skipped = measure(Plan(run_id=RUN_ID, hop=False, log=""), left, other, peer)
         theirs = statistics.median(skipped["peer"])
-        yield row("drop: not ours", statistics.median(skipped["collect_drop"]), "ns", peer=theirs, at_most=450)
+        yield row("drop: not ours", statistics.median(skipped["kfree_skb"]), "ns", peer=theirs, at_most=450)
         hops = measure(Plan(run_id=RUN_ID, drop=False, log=""), left, mine)
-        for name in ("receive", "queue", "xmit"):
-            yield row(f"hop {name}: event sent", statistics.median(hops[f"collect_{name}"]), "ns", at_most=450)
+        for name, at in HOPS.items():
+            yield row(f"hop {name}: event sent", statistics.median(hops[at]), "ns", at_most=450)
         hops = measure(Plan(run_id=RUN_ID, drop=False, log=""), left, other)
-        for name in ("receive", "queue", "xmit"):
-            yield row(f"hop {name}: not ours", statistics.median(hops[f"collect_{name}"]), "ns", at_most=450)
+        for name, at in HOPS.items():
+            yield row(f"hop {name}: not ours", statistics.median(hops[at]), "ns", at_most=450)
         attach(shots, "cali_shot_log", right)
         lines = measure(Plan(run_id=RUN_ID, drop=False, hop=False, log="flight"), left, other)
-        yield row("log: line recorded", statistics.median(lines["collect_log"]), "ns", at_most=450)
+        yield row("log: line recorded", statistics.median(lines["bpf_trace_printk"]), "ns", at_most=450)
         lines = measure(Plan(run_id=RUN_ID, drop=False, hop=False, log="stream"), left, other)
-        yield row("log: line sent", statistics.median(lines["collect_log"]), "ns", at_most=450)
+        yield row("log: line sent", statistics.median(lines["bpf_trace_printk"]), "ns", at_most=450)
     os.close(statistics_on)
 
 
@@ -399,10 +400,10 @@ def drops_cost() -> Iterator[Result]:
             ("drops: event with state", PRINTING_EACH, Plan(hop=False, drop_all=True), 0.1, 600),
         ):
             alone = measure(plan, left, b"x", states=states)
-            yield row(f"{name}, alone", statistics.median(alone["collect_drop"]), "ns", at_most=most_ns)
+            yield row(f"{name}, alone", statistics.median(alone["kfree_skb"]), "ns", at_most=most_ns)
             with bpftrace(action) as peer:
                 beside = measure(plan, left, b"x", peer, states)
-            theirs, ours = statistics.median(beside["peer"]), statistics.median(beside["collect_drop"])
+            theirs, ours = statistics.median(beside["peer"]), statistics.median(beside["kfree_skb"])
             yield row(name, ours, "ns", peer=theirs, at_most=ratio, of_peer=True)
     os.close(state)
     os.close(statistics_on)

@@ -21,6 +21,7 @@
 #define CLIENT_IP4 PER_RUN(2) /* network order */
 #define CLIENT_PORT_MIN PER_RUN(3)
 #define CLIENT_PORT_MAX PER_RUN(4)
+#define HOP_KIND PER_RUN(5) /* of a program, not of a run */
 
 BPF_RINGBUF_OUTPUT(events, RING_PAGES);
 BPF_PERCPU_ARRAY(stats, u64, STATS);

@@ -381,7 +381,7 @@ def test_drops_are_counted_by_reason_and_place(pair: Pair) -> None:
         collectors.stop()  # the machine drops other packets too, also while we read
         counts = collectors.drop_counts()
         stats = collectors.stats()
-        run_count = collectors.programs()["collect_drop"]
+        run_count = collectors.programs()["kfree_skb"]
     types = headers.kernel_btf()
     assert types is not None
     names = types.enum("skb_drop_reason") or {}
@@ -424,7 +424,7 @@ def test_what_is_held_back_is_counted(pair: Pair, limit: int, sample: int) -> No
         send_udp(pair, 2000)
         drops = [e for e in collect(collectors) if isinstance(e, Drop)]
         stats = collectors.stats()
-        run_count = collectors.programs()["collect_drop"]
+        run_count = collectors.programs()["kfree_skb"]
     assert stats[Stat.DROP_SEEN] >= 2000
     assert (
         len(drops) + stats[Stat.DROP_LIMITED] + stats[Stat.DROP_UNSAMPLED] + stats[Stat.DROP_LOST]

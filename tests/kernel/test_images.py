@@ -77,7 +77,7 @@ def test_what_is_kept_must_be_whole_and_ours(pair: Pair, compilations: list[str]
         body = msgpack.packb(changed)
         with pytest.raises(ValueError, match="another form"):
             images.Image.unpack(hashlib.sha256(body).digest() + body)
-    assert form.functions.keys() == {"collect_receive", "collect_queue", "collect_xmit", "collect_consume"}
+    assert form.functions.keys() == {"collect_hop", "collect_xmit"}
 
 
 @pytest.mark.parametrize("owner", [(0o777, 0), (0o700, 65534)], ids=["mode", "owner"])

@@ -257,7 +257,7 @@ class _Session:
         finally:
             collectors.stop()
             stats = {stat.name.lower(): value for stat, value in collectors.stats().items()}
-            program = collectors.programs()["collect_drop"]
+            program = collectors.programs()["kfree_skb"]
             self._sum(stats, program.recursion_misses)
             self._sums.filtered += stats["drop_filtered"]
             self._sums.runs, self._sums.ns = program.run_count, program.run_time_ns

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from calitrace import btf, identity
 from calitrace.errors import EnvironmentUnfit
-from calitrace.events import DROP, STATE, STATE_BYTES, Stat
+from calitrace.events import DROP, STATE, STATE_BYTES, HopKind, Stat
 from calitrace.kernel import headers, images, loader, maps, syscall
 from calitrace.kernel.ring import Ring
 from calitrace.model import Cell
@@ -33,7 +33,7 @@ _MOST_WAKE_BYTES, _LEAST_WAKE_BYTES = 512 * 1024, 16 * 1024  # of a CPU
 RING_BYTES = 4 * 1024 * 1024
 RECORDER_LINES = 256
 _IFNAMSIZ = 16
-_UNTYPED = "bpf_trace_printk"  # its argument is text: a type would help nothing
+_HOP_KIND = 5  # PER_RUN(5) of bpf/include/packet.h
 _DROP_SLOTS = 512  # a value of a per-CPU map has at most 32 KiB
 # A namespace's state is in the slot of its number, or in the next free one: that takes a tenth of a hash lookup.
 _STATE_SLOTS, _STATE_TRIES = 256, 4
@@ -62,6 +62,16 @@ _COPY_OF_SIZE = """
 \tif (bytes == {size})
 \t\t*(struct state_words_{size} *)to = *(struct state_words_{size} *)state;
 """
+
+
+@dataclass(frozen=True)
+class Program:
+    """A function of our sources at a raw tracepoint. *hop*: its HOP_KIND. *typed*: types of arguments are of use."""
+
+    function: str
+    tracepoint: str
+    hop: int = 0
+    typed: bool = True
 
 
 @dataclass(frozen=True)
@@ -113,16 +123,16 @@ class Plan:
         files += ["drop.bpf.c"] * self.drop
         return files + ["hop.bpf.c"] * self.hop
 
-    def attachments(self) -> list[tuple[str, str]]:
-        """(raw tracepoint, function); the log first, so that no line of a seen packet is missed."""
-        found = [("bpf_trace_printk", "collect_log")] * bool(self.log)
-        found += [("kfree_skb", "collect_drop")] * self.drop
+    def programs(self) -> list[Program]:
+        """Those to attach; the log first, so that no line of a seen packet is missed."""
+        found = [Program("collect_log", "bpf_trace_printk", typed=False)] * bool(self.log)
+        found += [Program("collect_drop", "kfree_skb")] * self.drop
         if self.hop:
             found += [
-                ("consume_skb", "collect_consume"),
-                ("net_dev_xmit", "collect_xmit"),
-                ("net_dev_queue", "collect_queue"),
-                ("netif_receive_skb", "collect_receive"),
+                Program("collect_hop", "consume_skb", HopKind.CONSUME),
+                Program("collect_xmit", "net_dev_xmit"),
+                Program("collect_hop", "net_dev_queue", HopKind.QUEUE),
+                Program("collect_hop", "netif_receive_skb", HopKind.RECEIVE),
             ]
         return found
 
@@ -191,23 +201,23 @@ class Collectors:
             self._ring = Ring(self._maps["events"], syscall.map_info(self._maps["events"]).max_entries)
             self._stack.callback(self._ring.close)
             self._stack.callback(self.stop)
-            for tracepoint, function in self.plan.attachments():
-                name = "" if function in typed else tracepoint
+            for program in self.plan.programs():
+                name = "" if program.tracepoint in typed else program.tracepoint
                 try:
-                    self._attached.append(syscall.attach_tracepoint(self._descriptors[function], name))
+                    self._attached.append(syscall.attach_tracepoint(self._descriptors[program.tracepoint], name))
                 except OSError as failure:
                     raise EnvironmentUnfit(
-                        f"cannot attach to raw tracepoint {tracepoint}: {failure.strerror}",
+                        f"cannot attach to raw tracepoint {program.tracepoint}: {failure.strerror}",
                         "calitrace doctor names what this costs",
                     ) from failure
             self._stack = self._stack.pop_all()
         return self
 
     def _btf_ids(self, types: Btf | None) -> dict[str, int]:
-        """The tracepoints' ids of the functions that can know their arguments' types; none unless all are there."""
-        wanted = {function: name for name, function in self.plan.attachments() if name != _UNTYPED}
-        found = {f: types.find(f"btf_trace_{name}", btf.KIND_TYPEDEF) if types else None for f, name in wanted.items()}
-        ids = {function: identifier for function, identifier in found.items() if identifier}
+        """Ids of the tracepoints whose programs can know their arguments' types; none unless all are there."""
+        wanted = [program.tracepoint for program in self.plan.programs() if program.typed]
+        found = {name: types.find(f"btf_trace_{name}", btf.KIND_TYPEDEF) if types else None for name in wanted}
+        ids = {name: identifier for name, identifier in found.items() if identifier}
         return ids if len(ids) == len(wanted) else {}
 
     def _load_best(self, text: str, types: Btf | None) -> set[str]:
@@ -223,26 +233,30 @@ class Collectors:
         return self._load(text, defines, types, {})
 
     def _load(self, text: str, defines: dict[str, str], types: Btf | None, btf_ids: Mapping[str, int]) -> set[str]:
-        """Make the maps and load the programs; returns the functions that know the types of their arguments.
+        """Make the maps and load the programs; returns the tracepoints where they know the types of their arguments.
 
         Raises EnvironmentUnfit, and CompileFailed when the compiler or the verifier refuses.
         """
         inner = {f"states_{size}": f"state_template_{size}" for size in self.plan.state_bytes if self.plan.drop}
-        functions = [function for _, function in self.plan.attachments()]
+        programs = self.plan.programs()
+        functions = sorted({program.function for program in programs})
         image = images.compiled(text, functions, defines=defines, types=types, inner=inner)
         with ExitStack() as stack:
             try:
                 self._maps = images.make_maps(image, stack)
             except OSError as failure:
                 raise EnvironmentUnfit(f"the kernel refuses a BPF map of ours: {failure.strerror}") from failure
-            for function in functions:
-                code = image.code(function, self._maps, self.plan.values())
+            for program in programs:
+                values = self.plan.values() | {_HOP_KIND: program.hop}
+                code = image.code(program.function, self._maps, values)
+                at = program.tracepoint
                 try:
-                    descriptor = syscall.load_tracepoint(code, function, btf_id=btf_ids.get(function, 0))
+                    descriptor = syscall.load_tracepoint(code, program.function, btf_id=btf_ids.get(at, 0))
                 except OSError as failure:
-                    raise loader.CompileFailed(f"the kernel refuses BPF program {function}", str(failure)) from failure
+                    cause = f"the kernel refuses BPF program {program.function} at {at}"
+                    raise loader.CompileFailed(cause, str(failure)) from failure
                 stack.callback(os.close, descriptor)
-                self._descriptors[function] = descriptor
+                self._descriptors[at] = descriptor
             self._stack.enter_context(stack.pop_all())
         return set(btf_ids)
 
@@ -319,7 +333,7 @@ class Collectors:
         return found
 
     def programs(self) -> dict[str, syscall.ProgramInfo]:
-        """Function name to kernel information about it: run time and count, recursion misses."""
+        """What the kernel knows about each program, by its tracepoint: run time and count, recursion misses."""
         return {name: syscall.program_info(fd) for name, fd in self._descriptors.items()}
 
 
