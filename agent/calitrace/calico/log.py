@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from calitrace.calico import messages, trace
+from calitrace.calico import WORKLOAD_PREFIX, messages, trace
 from calitrace.calico.trace import Context
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 K = TypeVar("K")
 V = TypeVar("V")
-WORKLOAD_PREFIXES = ("cali",)  # Felix's interfacePrefix, as it is by default
 _OLD_WIDTH = 8
 _TAG = re.compile(
     r"(?P<ipv6>IPv6 )?(?:(?P<name>[^ :]{1,16})-(?P<direction>[IEXC])|(?P<other>CTLB|CTLB-V46|CTLB-V6|CT-CLEANER)-+)"
@@ -78,7 +77,7 @@ class Tag:
         return interface.startswith(self.interface) if self.cut else interface == self.interface
 
 
-def tag(text: str, prefixes: tuple[str, ...] = WORKLOAD_PREFIXES) -> Tag | None:
+def tag(text: str, prefixes: tuple[str, ...] = (WORKLOAD_PREFIX,)) -> Tag | None:
     """The parts of what stands before the first ``": "``, or None when it is no tag of Calico's.
 
     *prefixes*: how the names of pods' interfaces begin.
@@ -158,7 +157,7 @@ class Reader:
     *prefixes*: how the names of pods' interfaces begin.
     """
 
-    def __init__(self, prefixes: tuple[str, ...] = WORKLOAD_PREFIXES) -> None:
+    def __init__(self, prefixes: tuple[str, ...] = (WORKLOAD_PREFIX,)) -> None:
         self._prefixes = prefixes
         self.counts: Counter[Form] = Counter()
         self.events_lost = 0  # by what the kernel says in the text itself; a place of unknown size counts as one

@@ -11,12 +11,12 @@ import hashlib
 import json
 from typing import Any
 
-_PREFIX = "cali"
+from calitrace.calico import WORKLOAD_PREFIX
 
 
 def interface_of(namespace: str, pod: str) -> str:
     """The node's end of a pod's veth, with Felix's default interfacePrefix."""
-    return _PREFIX + hashlib.sha1(f"{namespace}.{pod}".encode()).hexdigest()[:11]
+    return WORKLOAD_PREFIX + hashlib.sha1(f"{namespace}.{pod}".encode()).hexdigest()[:11]
 
 
 def from_cni_result(raw: bytes) -> dict[str, str]:
@@ -32,7 +32,8 @@ def from_cni_result(raw: bytes) -> dict[str, str]:
         return {
             each["name"]: pod
             for each in cached["result"]["interfaces"]
-            if each["name"].startswith(_PREFIX) or not (each.get("sandbox") or each["name"] == cached.get("ifName"))
+            if each["name"].startswith(WORKLOAD_PREFIX)
+            or not (each.get("sandbox") or each["name"] == cached.get("ifName"))
         }
     except (ValueError, KeyError, TypeError, AttributeError):
         return {}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from calitrace.calico import WORKLOAD_PREFIX
 from calitrace.cli.terminal import columns
 from calitrace.errors import Exit, UsageError
 
@@ -47,7 +48,7 @@ Examples:
 @click.option("-i", "--interface", "interfaces", multiple=True, help="Only this interface; may be a pattern: 'cali*'.")
 @click.option(
     "--interface-prefix",
-    default="cali",
+    default=WORKLOAD_PREFIX,
     show_default=True,
     help="How the names of pods' interfaces begin, as Felix's interfacePrefix; may be several: eni,azv.",
 )

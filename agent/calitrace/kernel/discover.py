@@ -15,8 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from calitrace.calico import state
-from calitrace.calico.log import WORKLOAD_PREFIXES
+from calitrace.calico import WORKLOAD_PREFIX, state
 from calitrace.errors import EnvironmentUnfit, UsageError
 from calitrace.events import STATE_BYTES
 from calitrace.kernel import maps, netns, syscall, tc
@@ -101,7 +100,7 @@ def _namespace(route: Any, inum: int, name: str, files: Mapping[int, str]) -> Na
         )
     flagged = _flagged(its.ifstate, links)
     links = {
-        i: replace(each, workload=i in flagged or each.name.startswith(WORKLOAD_PREFIXES)) for i, each in links.items()
+        i: replace(each, workload=i in flagged or each.name.startswith(WORKLOAD_PREFIX)) for i, each in links.items()
     }
     return Namespace(
         inum,
