@@ -25,7 +25,9 @@ CT_RESULTS = (
     "INVALID",
     "MAGLEV_MID_FLOW_MISS",
 )
-_OLD_CT_RESULTS = tuple(each for each in CT_RESULTS[:7] if each != "MID_FLOW_MISS")  # v3.13 to v3.19
+# v3.13 to v3.17. Host endpoints brought MID_FLOW_MISS: projectcalico/felix b0a1cd05ca3f, bpf-gpl/conntrack_types.h,
+# which is older than v3.19, as it has no CALI_CT_FLAG_EXT_LOCAL; v3.18 prints the lines that go with it.
+_OLD_CT_RESULTS = tuple(each for each in CT_RESULTS[:7] if each != "MID_FLOW_MISS")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +81,7 @@ LAYOUTS = (
         ip_proto=96, rules_hit=100, rule_ids=104, flags=(408, 408), ct_rc=360, nat=364,
     ),
     Layout(
-        releases="v3.22..v3.24", map_name="cali_v4_state3", size=80, addresses=0, stride=4, pol_rc=20, ports=24,
+        releases="v3.18..v3.24", map_name="cali_v4_state3", size=80, addresses=0, stride=4, pol_rc=20, ports=24,
         ip_proto=32, flags=(33, 33), flags_format="<B", ct_rc=36,
     ),
     Layout(
