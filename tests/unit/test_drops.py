@@ -565,3 +565,17 @@ def test_pods_of_interfaces() -> None:
     for other in (b"", b"[]", b"{}", b'{"cniArgs": [], "result": null}', b"\xff"):
         assert pods.from_cni_result(other) == {}
     assert pods.interface_of("default", "podA") == "cali7f94ce7c295"  # as in Calico's own tests
+
+
+@pytest.mark.parametrize(
+    ("workloads", "hosts", "found"),
+    [
+        ("eni5a1 enifd02 eni0b3", "eth0 ens5", "eni enifd"),
+        ("azv5a1 cali9c2", "eth0", "azv cali"),
+        ("veth5a1 p4p1 LXC7", "veth0 p1p1", "LXC7 p4p1 veth5a1"),  # the host's begin so too, or there is no beginning
+        ("", "eth0", ""),
+    ],
+)
+def test_how_pods_interfaces_begin(workloads: str, hosts: str, found: str) -> None:
+    rows = [(each, True) for each in workloads.split()] + [(each, False) for each in hosts.split()]
+    assert pods.prefixes(rows) == tuple(found.split())

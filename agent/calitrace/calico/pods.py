@@ -9,9 +9,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Iterable
 from typing import Any
 
 from calitrace.calico import WORKLOAD_PREFIX
+
+_LETTERS = re.compile("[a-z]{3,}")  # before a hash
+
+
+def prefixes(interfaces: Iterable[tuple[str, bool]]) -> tuple[str, ...]:
+    """How the names of pods' interfaces begin, as another CNI may have named them: ``azv``, ``eni``.
+
+    *interfaces*: names that Calico's ifstate map has, and whether they are workloads'. What an interface of the host
+    begins with too is not taken: the name is, whole.
+    """
+    found = dict(interfaces)
+    hosts = tuple(name for name, is_workload in found.items() if not is_workload)
+
+    def prefix(name: str) -> str:
+        letters = _LETTERS.match(name)
+        return name if letters is None or any(host.startswith(letters[0]) for host in hosts) else letters[0]
+
+    return tuple(sorted({prefix(name) for name, is_workload in found.items() if is_workload}))
 
 
 def interface_of(namespace: str, pod: str) -> str:
