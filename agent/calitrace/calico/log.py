@@ -154,11 +154,11 @@ _EMPTY = Line("", trace.UNKNOWN, Printed(None, "", None, Form.BLANK))
 class Reader:
     """Turns text into lines, and counts them by their form. All that it is given comes out again, in order.
 
-    *prefixes*: how the names of pods' interfaces begin.
+    *prefixes*: how the names of pods' interfaces begin; what is added counts for lines read from then on.
     """
 
     def __init__(self, prefixes: tuple[str, ...] = (WORKLOAD_PREFIX,)) -> None:
-        self._prefixes = prefixes
+        self.prefixes = prefixes
         self.counts: Counter[Form] = Counter()
         self.events_lost = 0  # by what the kernel says in the text itself; a place of unknown size counts as one
         self._contexts: dict[str, Context] = {}  # by what stands before the time
@@ -257,7 +257,7 @@ class Reader:
         before, colon, message_text = text.partition(": ")
         found = self._tags.get(before)
         if found is None:
-            found = tag(before, self._prefixes) if colon else None
+            found = tag(before, self.prefixes) if colon else None
             if found is None:
                 untagged = messages.classify_untagged(text)
                 return Printed(None, text, untagged, Form.CALICO if untagged else Form.OTHER)

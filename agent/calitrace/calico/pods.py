@@ -7,7 +7,6 @@ k8s/conversion VethNameForWorkload).
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -15,6 +14,7 @@ from typing import Any
 
 from calitrace.calico import WORKLOAD_PREFIX
 
+WORKLOAD = 0x1  # flag in the ifstate map, of every version. Source: felix/bpf/ifstate/map.go
 _LETTERS = re.compile("[a-z]{3,}")  # before a hash
 
 
@@ -36,6 +36,8 @@ def prefixes(interfaces: Iterable[tuple[str, bool]]) -> tuple[str, ...]:
 
 def interface_of(namespace: str, pod: str) -> str:
     """The node's end of a pod's veth, with Felix's default interfacePrefix."""
+    import hashlib  # which takes longer than all the rest here
+
     return WORKLOAD_PREFIX + hashlib.sha1(f"{namespace}.{pod}".encode()).hexdigest()[:11]
 
 
