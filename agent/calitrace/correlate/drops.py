@@ -349,7 +349,9 @@ def _meaning(calico_reason: str, packet: Packet, held: state.CalicoState | None,
 
 
 def _flow(layer: Layer) -> tuple[int, str, int, str, int]:
-    return layer.proto, str(layer.src), layer.sport, str(layer.dst), layer.dport
+    """A layer as Calico reads it."""
+    proto, sport, dport = layer.calico or (layer.proto, layer.sport, layer.dport)
+    return proto, str(layer.src), sport, str(layer.dst), dport
 
 
 @dataclass
@@ -423,4 +425,4 @@ def _concerns(passage: Passage, drop: Drop) -> bool:
     pairs = passage.ports()
     if not pairs:
         return passage.may_be_of(drop.packet.layers)
-    return any((layer.sport, layer.dport) in pairs for layer in drop.packet.layers)
+    return any((sport, dport) in pairs for _, _, sport, _, dport in map(_flow, drop.packet.layers))
