@@ -63,6 +63,12 @@ def test_each_layout_in_a_program_for_ipv6(table: Layout) -> None:
     assert (held.result, held.calico_reason) == ((2, 11) if table.fwd is not None else (None, None))
 
 
+@pytest.mark.parametrize("table", LAYOUTS, ids=lambda t: t.releases)
+def test_an_ipv6_packet_in_any_release(table: Layout) -> None:
+    held = state.decode(bytes(table.size), table, 6)
+    assert not held.holds(17, "fd00::1", 1, "fd00::2", 2)
+
+
 def test_every_release_has_a_layout() -> None:
     spans = [each.releases.split("..") for each in LAYOUTS]
     minors = [int(end[-1].removeprefix("v3.")) + 1 for end in spans[1:]]

@@ -318,10 +318,13 @@ def layout(map_name: str, size: int) -> Layout:
 
 
 def decode(raw: bytes, table: Layout, version: int = 4) -> CalicoState:
-    """One state, of a packet of IP *version*. *raw*: the map value. Raises LayoutMismatch for another length."""
+    """One state, of a packet of IP *version*: up to v3.24 all are of IPv4, and an IPv6 packet's has no addresses.
+
+    *raw*: the map value. Raises LayoutMismatch for another length.
+    """
     if len(raw) != table.size:
         raise LayoutMismatch(0, f"{table.size} bytes", f"{len(raw)} bytes", table.map_name)
-    family, width = (IPv4Address, 4) if version == 4 else (IPv6Address, table.stride)
+    family, width = (IPv4Address, 4) if version == 4 or table.stride == 4 else (IPv6Address, table.stride)
 
     def address(at: int) -> IPv4Address | IPv6Address:
         return family(raw[at : at + width])
