@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 SCHEMA = 1
 HEADER, EVENTS, TEXT, PROBES, SYMBOLS = "calitrace", "events", "text", "probes", "symbols"
 TOTALS, MAPS, SNAPSHOT, COUNTERS, END = "totals", "maps", "snapshot", "counters", "end"
-STATEMENT = "statement"
-KINDS = (HEADER, EVENTS, TEXT, PROBES, SYMBOLS, TOTALS, MAPS, SNAPSHOT, COUNTERS, STATEMENT, END)
+STATEMENT, WALK = "statement", "walk"
+KINDS = (HEADER, EVENTS, TEXT, PROBES, SYMBOLS, TOTALS, MAPS, SNAPSHOT, COUNTERS, STATEMENT, WALK, END)
 _CHUNK = 1 << 20
 
 
@@ -55,6 +55,7 @@ class Writer:
 @dataclass
 class Journal:
     """A journal read back. *probes*: by number. *statements*: by time and sk_buff of a drop, see correlate.witness.
+    *walks*: of a probe that was refused, in the maps of each node, by its namespace, see correlate.walk.
 
     *cut_at*: byte at which it was cut short, None when it has its end frame. *broken*: what garbage ended it, see
     :func:`read`.
@@ -69,6 +70,7 @@ class Journal:
     maps: list[RawMap] = field(default_factory=list)
     counters: list[dict[str, Any]] = field(default_factory=list)
     statements: dict[tuple[int, int], dict[str, Any]] = field(default_factory=dict)
+    walks: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
     unknown: Counter[str] = field(default_factory=Counter)
     complete: bool = False
     cut_at: int | None = None
@@ -201,6 +203,8 @@ def _take(journal: Journal, kind: str, body: dict[str, Any], at: int) -> None:
         journal.counters.append(body)
     elif kind == STATEMENT:
         journal.statements[body["ktime_ns"], body["skbaddr"]] = body["said"]
+    elif kind == WALK:
+        journal.walks[body["netns"]] = body["steps"]
     elif kind == MAPS:
         _take_map(journal, body, at)
     elif kind == END:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from calitrace.calico import WORKLOAD_PREFIX
 from calitrace.errors import Malformed
 
 if TYPE_CHECKING:
@@ -209,7 +210,7 @@ def _tuples(link: dict[str, Any]) -> dict[str, Any]:
     """msgpack knows no tuples: put them back. Journals of before did not say which interfaces are pods'."""
     fields = ("calico", "foreign", "chain")
     hooks = {each: {k: tuple(v) for k, v in link.get(each, {}).items()} for each in fields}
-    workload = link.get("workload", link["name"].startswith("cali"))
+    workload = link.get("workload", link["name"].startswith(WORKLOAD_PREFIX))
     return {**link, **hooks, "addresses": tuple(link["addresses"]), "workload": workload}
 
 

@@ -18,6 +18,10 @@ PROTOCOLS = {ICMP: "icmp", TCP: "tcp", UDP: "udp", ICMP6: "icmp6"}
 FIN, SYN, RST, PSH, ACK = 0x01, 0x02, 0x04, 0x08, 0x10
 _FLAG_NAMES = ((SYN, "SYN"), (FIN, "FIN"), (RST, "RST"), (PSH, "PSH"), (ACK, "ACK"))
 _ICMP_ERRORS = {ICMP: (3, 11, 12), ICMP6: (1, 2, 3, 4)}
+_FRAGMENT, _AUTH, _NONE = 44, 51, 59
+_EXTENSIONS = (0, 43, _FRAGMENT, _AUTH, 60, 135)  # hop-by-hop, routing, destination options, mobility: RFC 8200, 6275
+_WITHOUT_EXTENSIONS = (TCP, UDP, ICMP6)
+_CALICO_EXTENSIONS, _CALICO_MOST = (*_EXTENSIONS, 47, 50), 8  # GRE and ESP too
 _MAX_LAYERS = 3
 _VXLAN_BYTES = 20 + 8 + 8 + 14  # an IPv4 header without options, UDP, VXLAN, Ethernet
 
@@ -41,7 +45,8 @@ def inside_vxlan(packet: bytes, port: int) -> bytes:
 class Layer:
     """One IP packet. Ports are 0 where the protocol has none; *flags*, *seq*, *ack* are TCP's.
 
-    *mtu*: what the sender of an ICMP error has room for, 0 where it does not say.
+    *mtu*: what the sender of an ICMP error has room for, 0 where it does not say. *calico*: of IPv6 with extension
+    headers the protocol and ports that Calico's programs read, which go through them in a way of their own.
     """
 
     src: IPv4Address | IPv6Address
@@ -58,6 +63,7 @@ class Layer:
     vni: int | None = None  # of the VXLAN header that it carries
     ttl: int = 0
     mtu: int = 0
+    calico: tuple[int, int, int] | None = None
 
     def __str__(self) -> str:
         name = PROTOCOLS.get(self.proto, str(self.proto))
@@ -131,6 +137,8 @@ def dissect(raw: bytes, vxlan_port: int = 4789) -> Packet:
         layer, following = _layer(raw, at, vxlan_port)
         if layer is None:
             break
+        if layer.src.version == 6 and raw[at + 6] not in _WITHOUT_EXTENSIONS:
+            layer = replace(layer, calico=_as_calico(raw, at))
         layers.append(layer)
         if following is None:
             break
@@ -142,16 +150,21 @@ def _layer(raw: bytes, at: int, vxlan_port: int) -> tuple[Layer | None, int | No
     """The packet at *at* and where a packet inside it begins."""
     version = raw[at] >> 4 if len(raw) > at else 0
     if version == 4 and len(raw) >= at + 20:
-        size, proto, ttl = (raw[at] & 15) * 4, raw[at + 9], raw[at + 8]
+        l4, proto, ttl = at + (raw[at] & 15) * 4, raw[at + 9], raw[at + 8]
         src, dst = ip_address(raw[at + 12 : at + 16]), ip_address(raw[at + 16 : at + 20])
-        if size < 20 or (raw[at + 6] & 0x1F) << 8 | raw[at + 7]:  # malformed, or a later fragment: no ports here
+        if l4 < at + 20 or (raw[at + 6] & 0x1F) << 8 | raw[at + 7]:  # malformed, or a later fragment: no ports here
             return Layer(src, dst, proto, ttl=ttl), None
     elif version == 6 and len(raw) >= at + 40:
-        size, proto, ttl = 40, raw[at + 6], raw[at + 7]
+        l4, proto, ttl = at + 40, raw[at + 6], raw[at + 7]
         src, dst = ip_address(raw[at + 8 : at + 24]), ip_address(raw[at + 24 : at + 40])
+        while proto in _EXTENSIONS and len(raw) >= l4 + 8:
+            header, l4 = l4, l4 + _extension_bytes(proto, raw[l4 + 1])
+            later = proto == _FRAGMENT and raw[header + 2] << 8 | raw[header + 3] & 0xF8
+            proto = raw[header]
+            if later:
+                return Layer(src, dst, proto, ttl=ttl), None
     else:
         return None, None
-    l4 = at + size
     if proto == UDP and len(raw) >= l4 + 8:
         sport, dport = struct.unpack_from("!HH", raw, l4)
         if dport == vxlan_port and len(raw) >= l4 + 16 and raw[l4 + 8] & 0x08:
@@ -169,6 +182,36 @@ def _layer(raw: bytes, at: int, vxlan_port: int) -> tuple[Layer | None, int | No
             layer = replace(layer, mtu=int.from_bytes(raw[l4 + (6 if proto == ICMP else 4) : l4 + 8], "big"))
         return layer, l4 + 8 if layer.is_icmp_error else None
     return Layer(src, dst, proto, ttl=ttl), None
+
+
+def _extension_bytes(kind: int, units: int) -> int:
+    """Length of an extension header. *units*: what it says itself."""
+    if kind == _FRAGMENT:
+        return 8
+    return (units + 2) * 4 if kind == _AUTH else (units + 1) * 8
+
+
+def _as_calico(raw: bytes, at: int) -> tuple[int, int, int] | None:
+    """Protocol and ports of an IPv6 packet with extension headers, as Calico's programs read them; None: not at all.
+
+    They take all headers for one of the first's kind, and a fragment header for one of 16 bytes: behind it they find
+    other ports. Where eight of them lead nowhere the protocol stays 0. Source: tc_state_fill_from_iphdr_v6 in
+    felix/bpf-gpl/parsing6.h, tc_state_fill_from_nexthdr in parsing.h, v3.27 to master.
+    """
+    proto = kind = raw[at + 6]
+    l4 = at + 40
+    for _ in range(_CALICO_MOST):
+        if proto == _NONE or len(raw) < l4 + 2:
+            return None
+        proto, units = raw[l4], raw[l4 + 1]
+        if kind == _FRAGMENT:
+            l4 += 16
+        elif kind in _CALICO_EXTENSIONS:
+            l4 += (units + 1) * 8
+        if proto in _WITHOUT_EXTENSIONS:
+            ports = struct.unpack_from("!HH", raw, l4) if len(raw) >= l4 + (20 if proto == TCP else 8) else (0, 0)
+            return proto, *ports
+    return 0, 0, 0
 
 
 def _bracket(address: IPv4Address | IPv6Address) -> str:

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.root
 PORT, RULE = 40001, 0x1234
 SIX = {"left": "fd00::1", "right": "fd00::2"}
 _SKB_MODE = 2  # XDP_FLAGS_SKB_MODE
-# Drops UDP, as Calico's first program, and leaves a state that the test has written.
+# Drops UDP, and IPv6 with extension headers, as Calico's first program, and leaves a state that the test has written.
 CALICO = """
 BPF_PERCPU_ARRAY(%(map)s, struct { u8 bytes[%(size)d]; }, %(entries)d);
 int cali_tc_preamble(struct __sk_buff *skb) {
@@ -44,8 +44,8 @@ int cali_tc_preamble(struct __sk_buff *skb) {
     if (skb->protocol == bpf_htons(0x0800))
         proto = load_byte(skb, 14 + 9);
     else if (skb->protocol == bpf_htons(0x86dd))
-        proto = load_byte(skb, 14 + 6);
-    return proto == 17 ? %(verdict)s : -1;
+        proto = load_byte(skb, 14 + 6) ?: 60;
+    return proto == 17 || proto == 44 || proto == 60 ? %(verdict)s : -1;
 }
 """
 
@@ -78,22 +78,26 @@ def with_ipv6(pair: Pair) -> None:
             route.neigh("add", dst=SIX[other], lladdr=macs[other], ifindex=index, state="permanent")
 
 
-def send(namespace: str, source: str, target: str, count: int = 1) -> None:
-    """Datagrams from PORT to port 9."""
+def send(
+    namespace: str, source: str, target: str, count: int = 1, payload: bytes = b"x", option: int | None = None
+) -> None:
+    """Datagrams from PORT to port 9. *option*: IPV6_HOPOPTS or the like, for an extension header of 8 bytes."""
     family = socket.AF_INET6 if ":" in source else socket.AF_INET
     with netns.inside(namespace), socket.socket(family, socket.SOCK_DGRAM) as sender:
         sender.bind((source, PORT))
+        if option is not None:
+            sender.setsockopt(socket.IPPROTO_IPV6, option, b"\0\0\1\4" + bytes(4))
         for _ in range(count):
             with contextlib.suppress(ConnectionRefusedError):  # the ICMP error for an earlier one
-                sender.sendto(b"x", (target, 9))
+                sender.sendto(payload, (target, 9))
 
 
-def causes_of(pair: Pair, source: str, target: str, where: str = "") -> tuple[list[Cause], Topology]:
+def causes_of(pair: Pair, source: str, target: str, where: str = "", **how: Any) -> tuple[list[Cause], Topology]:
     """Send one datagram from the left; the causes of its drops in the namespace *where*, the left by default."""
     topology = discover.topology()
     with Collectors(Plan(hop=False, log="", drop_all=True, state_bytes=discover.state_sizes(topology))) as collectors:
         assert collectors.watch_state(discover.state_maps(topology, everywhere=True)) == {}
-        send(pair.left, source, target)
+        send(pair.left, source, target, **how)
         joiner = Joiner()
         found: list[Dropped] = []
         for raw in collectors.poll(50):
@@ -150,6 +154,25 @@ def test_the_state_of_each_release_names_the_cause(pair: Pair, table: Layout, ve
     (chain,) = [each for each in cause.evidence if each.startswith("at this hook: ")]
     assert chain.startswith(f"at this hook: {'tcx' if tcx else 'tc pref'} ")
     assert " cali_tc_preambl id " in chain
+
+
+@pytest.mark.parametrize(
+    ("how", "ports"),
+    [
+        ({"option": socket.IPV6_HOPOPTS}, (PORT, 9)),
+        ({"option": socket.IPV6_DSTOPTS}, (PORT, 9)),
+        ({"payload": b"\1\2\3\4" * 500}, (0x102, 0x304)),  # fragments, whose ports Calico reads from what follows
+    ],
+)
+def test_a_packet_with_ipv6_extension_headers(pair: Pair, how: dict[str, Any], ports: tuple[int, int]) -> None:
+    with_ipv6(pair)
+    table, (source, target) = LAYOUTS[0], SIX.values()
+    bpf = calico(table)
+    flow = (source, ports[0], target, ports[1])
+    write_state(bpf, table, state_of(table, flow, UDP, pol_rc=2, rules=(RULE,), reason=4))
+    pair.attach(bpf, "cali_tc_preamble", pair.left, "left0", "egress")
+    (cause,), _ = causes_of(pair, source, target, **how)
+    assert (cause.calico_reason, cause.sources) == ("DROPPED_BY_POLICY", ("state",))
 
 
 @pytest.mark.parametrize("pinned", [False, True])

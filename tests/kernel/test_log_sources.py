@@ -8,6 +8,7 @@ import re
 import secrets
 import select
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -36,6 +37,7 @@ pytestmark = pytest.mark.root
 
 COMMAND = (sys.executable, "-W", "ignore", "-c", "from calitrace.cli.main import run; run()", "log")
 TIMEOUT_S = 60
+HASH = 1  # enum bpf_map_type
 NONCE = secrets.randbelow(1 << 30)  # the global buffer may still hold lines of an earlier run
 TALKATIVE = """
 BPF_ARRAY(printed, u64, 1);
@@ -215,6 +217,22 @@ def test_a_recording_is_the_run_again(pair: Pair, talkative: Any, tmp_path: Path
     )
     assert again.stdout == shown + rest
     assert shown.count(b'"form": "other"') == shown.count(b'"type": "passage"') == 50
+
+
+@pytest.mark.parametrize("source", ["bpf", "tracefs"])
+@pytest.mark.parametrize(("flags", "hook"), [(1, "ingress"), (8, "egress")])
+def test_which_interfaces_are_pods_is_asked_of_calico(
+    pair: Pair, talkative: Any, source: str, flags: int, hook: str
+) -> None:
+    state = syscall.map_create(HASH, 4, 52, 10, name="cali_iface4")
+    try:
+        syscall.map_update(state, struct.pack("<I", 7), struct.pack("<I16s32x", flags, b"left7"))
+        with listening("--source", source, "-i", "left0", "-o", "json", "-c", "1") as process:
+            send_udp(pair, 1)
+            output, errors = process.communicate(timeout=TIMEOUT_S)
+    finally:
+        os.close(state)
+    assert json.loads(output)["hook"] == hook, errors
 
 
 def test_programs_are_gone_after_kill() -> None:

@@ -108,6 +108,8 @@ def test_no_backend(healed: Lab, level: str) -> None:
     assert only([p["verdict"] for p in probes]) == "no-backend"
     assert only([p["confidence"] for p in probes]) == ("proven" if level == "debug" else "likely")
     assert only([p["place"]["namespace"] for p in probes]) == healed.namespace("node-a")
+    said = "Calico's maps after it: NAT backend service 1: none: refused with an ICMP error"
+    assert all(said in probe["evidence"] for probe in probes)
 
 
 @pytest.mark.parametrize("proto", ["tcp", "udp"])

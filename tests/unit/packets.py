@@ -34,6 +34,14 @@ def udp(src: str, sport: int, dst: str, dport: int, payload: bytes = b"") -> byt
     return ip(src, dst, UDP, struct.pack("!HHHH", sport, dport, 8 + len(payload), 0) + payload)
 
 
+def ip6(src: str, dst: str, proto: int, *headers: tuple[int, bytes], payload: bytes) -> bytes:
+    """An IPv6 packet. *headers*: extension headers, each its kind and what follows the kind of the next one."""
+    kinds = [kind for kind, _ in headers] + [proto]
+    chain = b"".join(bytes([following]) + rest for following, (_, rest) in zip(kinds[1:], headers, strict=True))
+    head = struct.pack("!IHBB", 6 << 28, len(chain) + len(payload), kinds[0], 64)
+    return head + ip_address(src).packed + ip_address(dst).packed + chain + payload
+
+
 def vxlan(src: str, dst: str, inner: bytes, vni: int = 0xCA11C0) -> bytes:
     """*inner* in VXLAN."""
     head = struct.pack("!BBHI", 8, 0, 0, vni << 8) + bytes(12) + b"\x08\x00"

@@ -46,7 +46,7 @@ def test_each_layout(table: Layout) -> None:
     ]  # fmt: skip
     assert (held.sport, held.dport, held.pre_nat_dport, held.post_nat_dport) == (1000, 80, before_port, 8080)
     assert held.nat == "10.0.0.4:8080"
-    assert held.conntrack == ("MID_FLOW_MISS" if table.has_pre_nat else "ESTABLISHED")  # v3.20 renumbered them
+    assert held.conntrack == ("MID_FLOW_MISS" if table.has_pre_nat else "ESTABLISHED")  # v3.18 renumbered them
     assert (held.proto, held.pol_rc, held.flags, held.ct_rc) == (6, 2, 4, 1)
     assert held.rule_ids == ((6, 7) if table.rules_hit is not None else ())
     assert (held.result, held.calico_reason) == ((2, 11) if table.fwd is not None else (None, None))
@@ -61,6 +61,19 @@ def test_each_layout_in_a_program_for_ipv6(table: Layout) -> None:
     assert held.holds(6, "a00:1::1", 1000, "a00:2::1", 80)
     assert (held.proto, held.flags, held.ct_rc) == (6, 4, 1)
     assert (held.result, held.calico_reason) == ((2, 11) if table.fwd is not None else (None, None))
+
+
+@pytest.mark.parametrize("table", LAYOUTS, ids=lambda t: t.releases)
+def test_an_ipv6_packet_in_any_release(table: Layout) -> None:
+    held = state.decode(bytes(table.size), table, 6)
+    assert not held.holds(17, "fd00::1", 1, "fd00::2", 2)
+
+
+def test_every_release_has_a_layout() -> None:
+    spans = [each.releases.split("..") for each in LAYOUTS]
+    minors = [int(end[-1].removeprefix("v3.")) + 1 for end in spans[1:]]
+    assert minors == [int(begin[0].removeprefix("v3.")) for begin in spans[:-1]]
+    assert spans[-1][0] == "v3.13"
 
 
 def test_a_packet_without_addresses_or_ports() -> None:

@@ -14,6 +14,9 @@ from typing import IO, Any
 
 import pytest
 
+from calitrace.journal import TEXT, Writer
+from calitrace.model import Link, Namespace, Role, Topology
+
 DATA = Path(__file__).resolve().parent.parent / "data"
 MASTER = DATA / "trace-master.log"
 OLD = DATA / "real-calico" / "trace-v3.28.log"
@@ -219,3 +222,16 @@ def test_pods_interfaces_of_another_cni() -> None:
         (passage,) = objects(log("-r", "-", "-o", "json", *words, given=text).stdout)
         assert (passage["interface"], passage["hook"], passage["verdict"]) == ("eni1234", hook, "DENY")
     assert log("-r", "-", "--interface-prefix", "eni,", given=text).returncode == 2
+
+
+def test_pods_interfaces_by_what_a_journal_has(tmp_path: Path) -> None:
+    links = {i: Link(i, name, workload=i == 2) for i, name in ((1, "ens5"), (2, "eni5a10c2e7f31"))}
+    node = Namespace(7, "node", Role.NODE, links)
+    path = tmp_path / "a.calitrace"
+    with path.open("wb") as stream:
+        writer = Writer(stream, {"topology": Topology({7: node}).to_map()})
+        for name in ("eni0777--------E", "ens5-----------E"):
+            text = f"curl-7 [000] ..s2. 5.000001: bpf_trace_printk: {name}: DENY due to policy\n"
+            writer.write(TEXT, {"raw": text.encode()})
+    found = [(each["interface"], each["hook"]) for each in objects(log("-r", str(path), "-o", "json").stdout)]
+    assert found == [("eni0777", "ingress"), ("ens5", "egress")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,53 @@ def test_ipv6_fragments_and_short_packets() -> None:
     assert str(dissect(bytes(fragment)).inner) == "udp 1.0.0.1:0 > 1.0.0.2:0"
     assert str(dissect(packets.ip("1.0.0.1", "1.0.0.2", 47, b"")).inner) == "47 1.0.0.1 > 1.0.0.2"
     assert dissect(b"\x45" + bytes(10)).layers == ()
+
+
+BY_HOP, DESTINATION, ROUTING = (0, bytes(7)), (60, b"\1" + bytes(14)), (43, b"\2" + bytes(22))
+FIRST, LATER = (44, b"\0\0\1" + bytes(4)), (44, b"\0\0\x09" + bytes(4))
+UDP_HEAD = struct.pack("!HHHH", 1, 2, 16, 0) + struct.pack("!HHHH", 3, 4, 0, 0)
+TCP_HEAD = struct.pack("!HHIIBBHHH", 1, 2, 0, 0x30004, 0x50, 2, 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("proto", "headers", "payload", "shown", "calico"),
+    [
+        (17, (), UDP_HEAD, "udp [::1]:1 > [::2]:2", None),
+        (17, (BY_HOP,), UDP_HEAD, "udp [::1]:1 > [::2]:2", (17, 1, 2)),
+        (6, (BY_HOP, DESTINATION, ROUTING), TCP_HEAD, "tcp SYN [::1]:1 > [::2]:2", (6, 1, 2)),
+        (58, (BY_HOP,), b"\1\4" + bytes(6), "icmp6 ::1 > ::2 type 1 code 4", (58, 0x104, 0)),
+        (17, (FIRST,), UDP_HEAD, "udp [::1]:1 > [::2]:2", (17, 3, 4)),  # 8 bytes too far
+        (17, (FIRST,), UDP_HEAD[:8], "udp [::1]:1 > [::2]:2", (17, 0, 0)),  # nothing is there
+        (6, (FIRST,), TCP_HEAD, "tcp SYN [::1]:1 > [::2]:2", (6, 0, 0)),
+        (6, (FIRST,), TCP_HEAD + bytes(8), "tcp SYN [::1]:1 > [::2]:2", (6, 3, 4)),
+        (17, (LATER,), UDP_HEAD, "udp [::1]:0 > [::2]:0", (17, 3, 4)),
+        (17, (BY_HOP, LATER), UDP_HEAD, "udp [::1]:0 > [::2]:0", (17, 1, 2)),
+        (17, ((51, b"\4" + bytes(22)),), UDP_HEAD + bytes(30), "udp [::1]:1 > [::2]:2", (17, 0, 0)),
+        (50, (BY_HOP,), bytes(200), "50 ::1 > ::2", (0, 0, 0)),
+        (132, (), bytes(16), "132 ::1 > ::2", (0, 0, 0)),
+        (59, (), b"", "59 ::1 > ::2", None),
+        (59, (BY_HOP,), b"", "59 ::1 > ::2", None),
+        (17, (BY_HOP,), b"", "udp [::1]:0 > [::2]:0", (17, 0, 0)),
+    ],
+)
+def test_ipv6_extension_headers(
+    proto: int,
+    headers: tuple[tuple[int, bytes], ...],
+    payload: bytes,
+    shown: str,
+    calico: tuple[int, int, int] | None,
+) -> None:
+    layer = dissect(packets.ip6("::1", "::2", proto, *headers, payload=payload)).inner
+    assert layer is not None
+    assert (str(layer), layer.calico) == (shown, calico)
+
+
+def test_ipv6_extension_headers_that_are_cut_off() -> None:
+    whole = packets.ip6("::1", "::2", 17, BY_HOP, DESTINATION, payload=UDP_HEAD)
+    for size in range(40, len(whole)):
+        layer = dissect(whole[:size]).inner
+        assert layer is not None
+        assert layer.proto == (0 if size < 48 else 60 if size < 56 else 17)
 
 
 @pytest.mark.parametrize("words", [0, 4])

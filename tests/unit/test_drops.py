@@ -93,6 +93,30 @@ def test_what_calicos_state_tells(kept: bytes, reason: str, detail: str, confide
     assert cause.text == f"dropped by Calico{seems}: {detail}"
 
 
+@pytest.mark.parametrize(
+    ("kind", "ports", "said"),
+    [
+        (60, (SPORT, TARGET_PORT), True),
+        (44, (3, 4), True),  # those that Calico reads, 8 bytes too far
+        (44, (SPORT, TARGET_PORT), False),
+    ],
+)
+def test_ipv6_extension_headers_as_calico_reads_them(kind: int, ports: tuple[int, int], said: bool) -> None:
+    payload = struct.pack("!8H", SPORT, TARGET_PORT, 16, 0, 3, 4, 0, 0)
+    raw = packets.ip6("fd00::1", "fd00::2", 17, (kind, bytes(7)), payload=payload)
+    recorder = Recorder()
+    recorder.drop(B_NS, CALI, raw, TC_EGRESS)
+    recorder.state(B_NS, state_of(state.LAYOUTS[0], ("fd00::1", ports[0], "fd00::2", ports[1]), 17, reason=11))
+    recorder.log(
+        "IPv6 cali1-----------I: New packet at ifindex=3; mark=0",
+        f"IPv6 cali1-----------I: UDP; ports: s={ports[0]} d={ports[1]}",
+        "IPv6 cali1-----------I: Final result=DENY (11). Program execution time: 7ns",
+    )
+    recorder.drop(B_NS, CALI, raw, TC_EGRESS)
+    for cause, source in zip(causes(recorder), ("state", "log"), strict=True):
+        assert (cause.calico_reason, cause.sources) == (("UNAUTH_SOURCE", (source,)) if said else ("", ("hook",)))
+
+
 def test_the_capture_is_what_a_filter_reads() -> None:
     recorder = Recorder()
     recorder.drop(B_NS, CALI, SYN, TC_EGRESS)
@@ -565,3 +589,17 @@ def test_pods_of_interfaces() -> None:
     for other in (b"", b"[]", b"{}", b'{"cniArgs": [], "result": null}', b"\xff"):
         assert pods.from_cni_result(other) == {}
     assert pods.interface_of("default", "podA") == "cali7f94ce7c295"  # as in Calico's own tests
+
+
+@pytest.mark.parametrize(
+    ("workloads", "hosts", "found"),
+    [
+        ("eni5a1 enifd02 eni0b3", "eth0 ens5", "eni enifd"),
+        ("azv5a1 cali9c2", "eth0", "azv cali"),
+        ("veth5a1 p4p1 LXC7", "veth0 p1p1", "LXC7 p4p1 veth5a1"),  # the host's begin so too, or there is no beginning
+        ("", "eth0", ""),
+    ],
+)
+def test_how_pods_interfaces_begin(workloads: str, hosts: str, found: str) -> None:
+    rows = [(each, True) for each in workloads.split()] + [(each, False) for each in hosts.split()]
+    assert pods.prefixes(rows) == tuple(found.split())

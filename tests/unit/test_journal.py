@@ -22,6 +22,7 @@ _FRAMES: tuple[tuple[str, dict[str, Any]], ...] = (
     (journal.PROBES, {"probes": [_PROBE]}),
     (journal.SYMBOLS, {"names": {1: "f+0x1"}}),
     (journal.STATEMENT, {"ktime_ns": 5, "skbaddr": 7, "said": {"back": "eth1"}}),
+    (journal.WALK, {"netns": 9, "steps": [{"lookup": "route"}]}),
     (journal.TOTALS, {"lost": {"hop": 2}}),
     (journal.END, {}),
 )
@@ -44,6 +45,7 @@ def test_all_comes_back() -> None:
     assert (found.events, found.probes, found.symbols) == ([b"one", b"two"], {1: _PROBE}, {1: "f+0x1"})
     assert (found.totals, dict(found.unknown)) == ({"lost": {"hop": 2}}, {"from the future": 1})
     assert found.statements == {(5, 7): {"back": "eth1"}}
+    assert found.walks == {9: [{"lookup": "route"}]}
     assert (found.complete, found.cut_at) == (True, None)
 
 
@@ -67,7 +69,7 @@ def test_cut_short(cut: int) -> None:
     found = journal.read(io.BytesIO(raw[:cut]))
     assert (found.complete, found.cut_at) == (False, max(end for end in ends if end <= cut))
     assert found.events == ([b"one", b"two"] if cut >= ends[1] else [])
-    assert found.totals == ({"lost": {"hop": 2}} if cut >= ends[6] else {})
+    assert found.totals == ({"lost": {"hop": 2}} if cut >= ends[7] else {})
 
 
 _START = journal.frame(journal.HEADER, {"schema": journal.SCHEMA})

@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.known_maps import KNOWN, PERCPU_HASH, Known
 
 from calitrace.calico import bpftool, maptables, reasons
 from calitrace.calico.maps import RawMap, identify
+from calitrace.cli import maps as maps_command
 from calitrace.correlate import mapdiff, walk
 from calitrace.errors import LayoutMismatch, Malformed
-from calitrace.journal import Stored
+from calitrace.journal import END, MAPS, Stored, Writer, map_bodies
 from calitrace.report import conntrack_json, mapdump
 
 DATA = Path(__file__).resolve().parent.parent / "data" / "maps"
@@ -446,6 +448,24 @@ def test_a_service_with_all_of_its_frontends() -> None:
     assert drop["backends"] == []
     lost = [e for e in mapdump.with_backends(nat("a", "fe3")) if e["port"] == 30080]
     assert lost[0]["backends"] == [None]
+
+
+def test_pods_interfaces_that_ifstate_lacks(tmp_path: Path) -> None:
+    names = {2: "ens5", 3: "eni5a10c2e7f31", 4: "eni07cbd1a42f0", 5: "enp9s0", 6: "cali1a2b3c4d5e6"}
+    known = ((2, 8), (3, 1))
+    rows = [(struct.pack("<I", i), struct.pack("<I16s32x", flags, names[i].encode())) for i, flags in known]
+    raw = made("cali_iface4", *rows)
+    snapshot = tmp_path / "snapshot"
+    with snapshot.open("wb") as stream:
+        writer = Writer(stream, {"interfaces": names})
+        for body in map_bodies(raw, maptables.blocks(raw)):
+            writer.write(MAPS, body)
+        writer.write(END, {})
+    done = CliRunner().invoke(maps_command.command, ["ifstate", "dump", "-r", str(snapshot)])
+    assert [line for line in done.stderr.splitlines() if "not in ifstate" in line] == [
+        "note: interface eni07cbd1a42f0 (ifindex 4) is not in ifstate: its packets are dropped",
+        "note: interface cali1a2b3c4d5e6 (ifindex 6) is not in ifstate: its packets are dropped",
+    ]
 
 
 def test_the_other_maps() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from tests.unit import packets
 from tests.unit.packets import CLIENT, NODE_A, NODE_B, NODEPORT, POD, RUN_ID, SPORT, TARGET_PORT, Recorder
 
 from calitrace import events, identity, journal
+from calitrace.correlate import walk
 from calitrace.correlate.analysis import analyse
 from calitrace.correlate.drops import Confidence, Place
 from calitrace.correlate.verdict import Kind, Verdict
@@ -60,7 +62,7 @@ def topology(*, without_b: bool = False, foreign: bool = False, calico: bool = T
 def judged(
     recorder: Recorder, outcome: Outcome = Outcome.UNANSWERED, *, lost: int = 0, where: Topology | None = None,
     detail: str = "", rules: dict[int, str] | None = None, reasons: dict[int, str] | None = None,
-    symbols: dict[int, str] | None = None,
+    symbols: dict[int, str] | None = None, walks: dict[int, list[dict[str, Any]]] | None = None,
 ) -> Verdict:  # fmt: skip
     """The verdict on probe 0; rendering it must work and fit 80 columns."""
     probe: dict[str, Any] = {
@@ -73,7 +75,13 @@ def judged(
         "rules": rules or {}, "topology": (where or topology()).to_map(),
     }  # fmt: skip
     recorded = journal.Journal(
-        header, recorder.records, {0: probe}, symbols or {}, totals={"lost": {"hop": lost}}, complete=True
+        header,
+        recorder.records,
+        {0: probe},
+        symbols or {},
+        totals={"lost": {"hop": lost}},
+        complete=True,
+        walks=walks or {},
     )
     analysis = analyse(recorded, short_names=True)
     for verbose in (False, True):
@@ -356,6 +364,43 @@ def test_a_service_address_without_service_is_not_one_without_endpoints() -> Non
     verdict = judged(recorder, Outcome.REFUSED, detail="ICMP port unreachable from 10.10.0.1")
     assert (verdict.kind, verdict.by_calico, verdict.calico_reason) == (Kind.REFUSED, True, "BLACK_HOLE")
     assert verdict.cause == ("no service uses 10.10.0.1:30080: Calico at node-a refuses it (serviceLoopPrevention)")
+    assert verdict.confidence is Confidence.PROVEN
+
+
+ICMP = "refused with an ICMP error"
+UNUSED = walk.Step("route", NODE_A, "10.10.0.0/16 blackhole-reject", walk.NO_FRONTEND, f"{ICMP}, BLACK_HOLE: none")
+EMPTY = walk.Step("NAT backend", "service 7", "none", walk.NO_BACKEND, ICMP)
+ELSEWHERE = walk.Step("route", NODE_A, "local host", walk.NO_FRONTEND, "the host itself answers")
+
+
+@pytest.mark.parametrize(
+    ("step", "log", "kind", "confidence"),
+    [
+        (UNUSED, False, Kind.REFUSED, "likely"),
+        (UNUSED, True, Kind.NO_BACKEND, "proven"),  # the maps have changed since
+        (EMPTY, False, Kind.NO_BACKEND, "likely"),
+        (ELSEWHERE, False, Kind.NO_BACKEND, "likely"),
+    ],
+)
+def test_without_its_log_calicos_maps_tell_why_it_refused(
+    step: walk.Step, log: bool, kind: Kind, confidence: str
+) -> None:
+    recorder = Recorder()
+    recorder.hop(RECEIVE, A_NS, UPLINK, packets.syn())
+    if log:
+        recorder.log(
+            f"ens192----------I: TCP; ports: s={SPORT} d={NODEPORT}",
+            "ens192----------I: NAT: no backend",
+            "ens192----------I: Final result=ALLOW rc -1. Program execution time: 37786ns",
+        )
+    recorder.hop(QUEUE, A_NS, UPLINK, packets.icmp_error(NODE_A, CLIENT, packets.syn()))
+    verdict = judged(
+        recorder, Outcome.REFUSED, detail="ICMP port unreachable from 10.10.0.1", walks={A_NS: [asdict(step)]}
+    )
+    assert (verdict.kind, verdict.confidence.value, verdict.by_calico) == (kind, confidence, True)
+    assert verdict.calico_reason == ("BLACK_HOLE" if kind is Kind.REFUSED else "")
+    assert f"Calico's maps after it: {step}" in verdict.evidence
+    assert any("not told from" in each for each in verdict.evidence) == (step is ELSEWHERE)
 
 
 def test_refused_by_the_pod() -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from calitrace.calico import WORKLOAD_PREFIX
 from calitrace.calico.release import OLDEST, Release, Version
 
 Value = bool | int | str
@@ -110,7 +111,7 @@ PARAMETERS = {
         _always("vxlanMTU", 0),
         _always("wireguardEnabled", False, (3, 14)),
         _always("wireguardListeningPort", 51820, (3, 14)),
-        _always("interfacePrefix", "cali"),
+        _always("interfacePrefix", WORKLOAD_PREFIX),
         _always("logSeverityScreen", "Info"),
         _always("prometheusMetricsEnabled", False),
     )

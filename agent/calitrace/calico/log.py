@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from calitrace.calico import messages, trace
+from calitrace.calico import WORKLOAD_PREFIX, messages, trace
 from calitrace.calico.trace import Context
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 K = TypeVar("K")
 V = TypeVar("V")
-WORKLOAD_PREFIXES = ("cali",)  # Felix's interfacePrefix, as it is by default
 _OLD_WIDTH = 8
 _TAG = re.compile(
     r"(?P<ipv6>IPv6 )?(?:(?P<name>[^ :]{1,16})-(?P<direction>[IEXC])|(?P<other>CTLB|CTLB-V46|CTLB-V6|CT-CLEANER)-+)"
@@ -78,7 +77,7 @@ class Tag:
         return interface.startswith(self.interface) if self.cut else interface == self.interface
 
 
-def tag(text: str, prefixes: tuple[str, ...] = WORKLOAD_PREFIXES) -> Tag | None:
+def tag(text: str, prefixes: tuple[str, ...] = (WORKLOAD_PREFIX,)) -> Tag | None:
     """The parts of what stands before the first ``": "``, or None when it is no tag of Calico's.
 
     *prefixes*: how the names of pods' interfaces begin.
@@ -155,11 +154,11 @@ _EMPTY = Line("", trace.UNKNOWN, Printed(None, "", None, Form.BLANK))
 class Reader:
     """Turns text into lines, and counts them by their form. All that it is given comes out again, in order.
 
-    *prefixes*: how the names of pods' interfaces begin.
+    *prefixes*: how the names of pods' interfaces begin; what is added counts for lines read from then on.
     """
 
-    def __init__(self, prefixes: tuple[str, ...] = WORKLOAD_PREFIXES) -> None:
-        self._prefixes = prefixes
+    def __init__(self, prefixes: tuple[str, ...] = (WORKLOAD_PREFIX,)) -> None:
+        self.prefixes = prefixes
         self.counts: Counter[Form] = Counter()
         self.events_lost = 0  # by what the kernel says in the text itself; a place of unknown size counts as one
         self._contexts: dict[str, Context] = {}  # by what stands before the time
@@ -258,7 +257,7 @@ class Reader:
         before, colon, message_text = text.partition(": ")
         found = self._tags.get(before)
         if found is None:
-            found = tag(before, self._prefixes) if colon else None
+            found = tag(before, self.prefixes) if colon else None
             if found is None:
                 untagged = messages.classify_untagged(text)
                 return Printed(None, text, untagged, Form.CALICO if untagged else Form.OTHER)

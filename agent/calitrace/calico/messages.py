@@ -233,7 +233,7 @@ MESSAGES = (
         for text in ("ifindex {ifindex:d} != {expected:d}", "invalidating ifindex")
     ),
     Message("conntrack", "CT: result: 0x{result:x}", "low byte: outcome; then flags (0x100 related, 0x200 reverse path failed, 0x400 tunnel changed)", "v3.21"),
-    Message("conntrack", "CT-{proto:d} result: {result:d}", "the outcome's number, which v3.20 renumbered", until="v3.20"),
+    Message("conntrack", "CT-{proto:d} result: {result:d}", "the outcome's number, which v3.18 renumbered", until="v3.20"),
     Message("conntrack", "CT-{proto:d} result: 0x{result:x}", "low byte: outcome; then flags", "v3.21", "v3.24"),
     Message("conntrack", "CT: result.flags 0x{flags:x}", "flags of the outcome", "v3.32"),
     Message("conntrack", "conntrack entry flags 0x{flags:x}", "flags of the entry", "v3.18"),

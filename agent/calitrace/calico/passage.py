@@ -139,7 +139,7 @@ _HEX = re.compile(r"[0-9a-f]{1,8}")
 
 NO_BACKEND = ("NAT: no backend", "NAT: backend miss")
 _POLICY_RESULTS = {0: "", 1: "allow", 2: "deny"}  # felix/bpf-gpl/policy.h; 0 also where policy was not asked
-# felix/bpf-gpl/conntrack_types.h, v3.20 and later; before, there is no MID_FLOW_MISS.
+# felix/bpf-gpl/conntrack_types.h, v3.18 and later; before, there is no MID_FLOW_MISS.
 CT_RESULTS = {
     0: "new",
     1: "mid-flow miss",

@@ -7,16 +7,38 @@ k8s/conversion VethNameForWorkload).
 
 from __future__ import annotations
 
-import hashlib
 import json
+import re
+from collections.abc import Iterable
 from typing import Any
 
-_PREFIX = "cali"
+from calitrace.calico import WORKLOAD_PREFIX
+
+WORKLOAD = 0x1  # flag in the ifstate map, of every version. Source: felix/bpf/ifstate/map.go
+_LETTERS = re.compile("[a-z]{3,}")  # before a hash
+
+
+def prefixes(interfaces: Iterable[tuple[str, bool]]) -> tuple[str, ...]:
+    """How the names of pods' interfaces begin, as another CNI may have named them: ``azv``, ``eni``.
+
+    *interfaces*: names that Calico's ifstate map has, and whether they are workloads'. What an interface of the host
+    begins with too is not taken: the name is, whole.
+    """
+    found = dict(interfaces)
+    hosts = tuple(name for name, is_workload in found.items() if not is_workload)
+
+    def prefix(name: str) -> str:
+        letters = _LETTERS.match(name)
+        return name if letters is None or any(host.startswith(letters[0]) for host in hosts) else letters[0]
+
+    return tuple(sorted({prefix(name) for name, is_workload in found.items() if is_workload}))
 
 
 def interface_of(namespace: str, pod: str) -> str:
     """The node's end of a pod's veth, with Felix's default interfacePrefix."""
-    return _PREFIX + hashlib.sha1(f"{namespace}.{pod}".encode()).hexdigest()[:11]
+    import hashlib  # which takes longer than all the rest here
+
+    return WORKLOAD_PREFIX + hashlib.sha1(f"{namespace}.{pod}".encode()).hexdigest()[:11]
 
 
 def from_cni_result(raw: bytes) -> dict[str, str]:
@@ -32,7 +54,8 @@ def from_cni_result(raw: bytes) -> dict[str, str]:
         return {
             each["name"]: pod
             for each in cached["result"]["interfaces"]
-            if each["name"].startswith(_PREFIX) or not (each.get("sandbox") or each["name"] == cached.get("ifName"))
+            if each["name"].startswith(WORKLOAD_PREFIX)
+            or not (each.get("sandbox") or each["name"] == cached.get("ifName"))
         }
     except (ValueError, KeyError, TypeError, AttributeError):
         return {}

@@ -36,6 +36,7 @@ REASONS = {
     25: "MAGLEV_NO_BACKEND",
     26: "NO_HOST_IP",
 }
+CODES = {name: code for code, name in REASONS.items()}
 # Codes behind the counters move with every release: the count of counters says where they begin.
 _BEHIND = ("ACCEPTED_BY_XDP", "WEP_NOT_READY", "NATIFACE")
 _COUNTERS = (14, 17, 25, 26, 27)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from ipaddress import IPv4Address, IPv6Address
 
+from calitrace.calico import reasons
 from calitrace.errors import LayoutMismatch
 
 CT_RESULTS = (
@@ -24,10 +25,12 @@ CT_RESULTS = (
     "INVALID",
     "MAGLEV_MID_FLOW_MISS",
 )
-_OLD_CT_RESULTS = tuple(each for each in CT_RESULTS[:7] if each != "MID_FLOW_MISS")  # v3.13 to v3.19
+# v3.13 to v3.17. Host endpoints brought MID_FLOW_MISS: projectcalico/felix b0a1cd05ca3f, bpf-gpl/conntrack_types.h,
+# which is older than v3.19, as it has no CALI_CT_FLAG_EXT_LOCAL; v3.18 prints the lines that go with it.
+_OLD_CT_RESULTS = tuple(each for each in CT_RESULTS[:7] if each != "MID_FLOW_MISS")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Layout:
     """Byte offsets in one release's struct; None for what it does not have.
 
@@ -43,43 +46,49 @@ class Layout:
     pol_rc: int
     ports: int  # sport, dport, pre-NAT dport (with *has_pre_nat*), post-NAT dport
     ip_proto: int
-    rules_hit: int | None
-    rule_ids: int | None
+    rules_hit: int | None = None
+    rule_ids: int | None = None
     flags: tuple[int, int]
-    flags_format: str
+    flags_format: str = "<Q"
     ct_rc: int
-    fwd: tuple[int, int] | None  # res s32, mark u32, reason u32
     nat: int | None = None  # nat_ip, nat_sip, nat_port, nat_sport
     masq: tuple[int, int] | None = None
+    fwd: tuple[int, int] | None = None  # res s32, mark u32, reason u32
     has_pre_nat: bool = True
     ct_results: tuple[str, ...] = CT_RESULTS
 
 
 LAYOUTS = (
     Layout(
-        *("v3.32..master", "cali_state6", 512, 8, 16, 92, 96, 104, 108, 112, (368, 368), "<Q", 376, (444, 492)),
-        nat=384,
-        masq=(424, 472),
+        releases="v3.32..master", map_name="cali_state6", size=512, addresses=8, stride=16, pol_rc=92, ports=96,
+        ip_proto=104, rules_hit=108, rule_ids=112, flags=(368, 368), ct_rc=376, nat=384, masq=(424, 472),
+        fwd=(444, 492),
     ),
     Layout(
-        *("v3.30..v3.31", "cali_state4", 488, 8, 16, 92, 96, 104, 108, 112, (368, 368), "<Q", 376, None),
-        nat=380,
-        masq=(424, 472),
+        releases="v3.30..v3.31", map_name="cali_state4", size=488, addresses=8, stride=16, pol_rc=92, ports=96,
+        ip_proto=104, rules_hit=108, rule_ids=112, flags=(368, 368), ct_rc=376, nat=380, masq=(424, 472),
     ),
     Layout(
-        *("v3.28..v3.29", "cali_state4", 480, 0, 16, 84, 88, 96, 100, 104, (360, 360), "<Q", 368, None),
-        nat=372,
-        masq=(416, 464),
+        releases="v3.28..v3.29", map_name="cali_state4", size=480, addresses=0, stride=16, pol_rc=84, ports=88,
+        ip_proto=96, rules_hit=100, rule_ids=104, flags=(360, 360), ct_rc=368, nat=372, masq=(416, 464),
     ),
-    Layout("v3.27", "cali_state4", 464, 0, 16, 84, 88, 96, 100, 104, (408, 456), "<Q", 360, None, nat=364),
-    Layout("v3.25..v3.26", "cali_state2", 416, 0, 16, 84, 88, 96, 100, 104, (408, 408), "<Q", 360, None, nat=364),
-    Layout("v3.22..v3.24", "cali_v4_state3", 80, 0, 4, 20, 24, 32, None, None, (33, 33), "<B", 36, None),
     Layout(
-        *("v3.13..v3.17", "cali_v4_state", 64, 0, 4, 16, 20, 26, None, None, (27, 27), "<B", 28, None),
-        has_pre_nat=False,
-        ct_results=_OLD_CT_RESULTS,
+        releases="v3.27", map_name="cali_state4", size=464, addresses=0, stride=16, pol_rc=84, ports=88,
+        ip_proto=96, rules_hit=100, rule_ids=104, flags=(408, 456), ct_rc=360, nat=364,
     ),
-)
+    Layout(
+        releases="v3.25..v3.26", map_name="cali_state2", size=416, addresses=0, stride=16, pol_rc=84, ports=88,
+        ip_proto=96, rules_hit=100, rule_ids=104, flags=(408, 408), ct_rc=360, nat=364,
+    ),
+    Layout(
+        releases="v3.18..v3.24", map_name="cali_v4_state3", size=80, addresses=0, stride=4, pol_rc=20, ports=24,
+        ip_proto=32, flags=(33, 33), flags_format="<B", ct_rc=36,
+    ),
+    Layout(
+        releases="v3.13..v3.17", map_name="cali_v4_state", size=64, addresses=0, stride=4, pol_rc=16, ports=20,
+        ip_proto=26, flags=(27, 27), flags_format="<B", ct_rc=28, has_pre_nat=False, ct_results=_OLD_CT_RESULTS,
+    ),
+)  # fmt: skip
 SIZES = tuple(sorted({each.size for each in LAYOUTS}, reverse=True))
 MAX_RULES = 32
 # Of ct_result.rc, whose low byte is one of CT_RESULTS.
@@ -113,8 +122,9 @@ _RPF_FAILED, _TUNNEL_CHANGED, _SYN = 0x200, 0x400, 0x1000  # of CT_FLAGS
 _MAGLEV = 0x10000  # of the flags in ct_result, v3.32 and later
 _NO_MATCH, _ALLOW, _DENY, _TAIL_CALL_FAILED = 0, 1, 2, 10
 _RES_DENY = 2  # TC_ACT_SHOT; of XDP the same number passes
-_BLACK_HOLE = 13  # not a drop where serviceLoopPrevention is Reject: then the packet becomes an ICMP error
-_FRAGMENTS = (20, 21, 22)  # of the reasons
+# Not a drop where serviceLoopPrevention is Reject: then the packet becomes an ICMP error.
+_BLACK_HOLE = reasons.CODES["BLACK_HOLE"]
+_FRAGMENTS = [reasons.CODES[each] for each in ("FRAG_WAIT", "FRAG_REORDER", "FRAG_UNSUPPORTED")]
 _WITH_PORTS = (6, 17)
 _ICMP = (1, 58)
 _NO_POLICY = "no policy program is loaded for the workload"
@@ -308,10 +318,13 @@ def layout(map_name: str, size: int) -> Layout:
 
 
 def decode(raw: bytes, table: Layout, version: int = 4) -> CalicoState:
-    """One state, of a packet of IP *version*. *raw*: the map value. Raises LayoutMismatch for another length."""
+    """One state, of a packet of IP *version*: up to v3.24 all are of IPv4, and an IPv6 packet's has no addresses.
+
+    *raw*: the map value. Raises LayoutMismatch for another length.
+    """
     if len(raw) != table.size:
         raise LayoutMismatch(0, f"{table.size} bytes", f"{len(raw)} bytes", table.map_name)
-    family, width = (IPv4Address, 4) if version == 4 else (IPv6Address, table.stride)
+    family, width = (IPv4Address, 4) if version == 4 or table.stride == 4 else (IPv6Address, table.stride)
 
     def address(at: int) -> IPv4Address | IPv6Address:
         return family(raw[at : at + width])

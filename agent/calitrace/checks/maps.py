@@ -7,6 +7,7 @@ import re
 from calitrace.calico import maptables
 from calitrace.calico.felix_config import Settings, Unset
 from calitrace.calico.maps import identify
+from calitrace.calico.pods import WORKLOAD
 from calitrace.checks import decoded
 from calitrace.checks.decoded import Interface
 from calitrace.checks.felix_log import log_checks
@@ -191,7 +192,7 @@ def interface_state(links: Links, interfaces: tuple[Interface, ...]) -> Said:
                 "flows through this interface are not confirmed and fail by chance (projectcalico/calico#6392)",
                 f"calico-node -bpf ifstate dump; {RESTART}; more than 1000 interfaces: bpfMapSizeIfState",
             )
-        elif link.workload and row.flags & decoded.WORKLOAD and not row.flags & decoded.V4_READY:
+        elif link.workload and row.flags & WORKLOAD and not row.flags & decoded.V4_READY:
             yield Finding(
                 Severity.WARNING,
                 link.name,

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-from calitrace.calico import felix_config, felix_log, release
+from calitrace.calico import WORKLOAD_PREFIX, felix_config, felix_log, release
+from calitrace.calico.pods import WORKLOAD
 from calitrace.checks import cpu, debug_logs, decoded, drops, maps, nat, performance, services
 from calitrace.checks.finding import Check, Finding, Result, Status, Unknown
 from calitrace.checks.objects import calico_environment, image_tags
@@ -119,10 +120,10 @@ def _with_workloads(
     if isinstance(links, Missing):
         return links
     setting = felix_config.Unset("") if isinstance(felix, Missing) else felix.get("interfacePrefix")
-    names = "cali" if isinstance(setting, felix_config.Unset) else str(setting.value)
+    names = WORKLOAD_PREFIX if isinstance(setting, felix_config.Unset) else str(setting.value)
     prefixes = tuple(each.strip() for each in names.split(",") if each.strip())
     rows = () if isinstance(interfaces, Missing) else interfaces
-    flagged = {(row.index, row.name) for row in rows if row.flags & decoded.WORKLOAD}
+    flagged = {(row.index, row.name) for row in rows if row.flags & WORKLOAD}
     return tuple(replace(e, workload=e.name.startswith(prefixes) or (e.index, e.name) in flagged) for e in links)
 
 

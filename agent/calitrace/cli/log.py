@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from calitrace.calico import WORKLOAD_PREFIX
 from calitrace.cli.terminal import columns
 from calitrace.errors import Exit, UsageError
 
@@ -47,9 +48,10 @@ Examples:
 @click.option("-i", "--interface", "interfaces", multiple=True, help="Only this interface; may be a pattern: 'cali*'.")
 @click.option(
     "--interface-prefix",
-    default="cali",
+    default=WORKLOAD_PREFIX,
     show_default=True,
-    help="How the names of pods' interfaces begin, as Felix's interfacePrefix; may be several: eni,azv.",
+    help="How the names of pods' interfaces begin, as Felix's interfacePrefix; may be several: eni,azv. Live, "
+    "Calico's maps tell it too.",
 )
 @click.option("--verdict", type=click.Choice(["allow", "deny", "none"]), help="Only passages that ended so.")
 @click.option("--hook", type=click.Choice(["ingress", "egress", "xdp"]), help="Only this hook, in the kernel's words.")
@@ -187,7 +189,7 @@ class _Session:
     def run(self) -> int:
         """Until the input, the time or the wanted number of packets is at its end."""
         from calitrace.calico.log import Reader
-        from calitrace.cli.logsource import open_file, open_live
+        from calitrace.cli.logsource import open_file, open_live, pods_prefixes
 
         settings = self._settings
         reader = Reader(tuple(settings.interface_prefix.split(",")))
@@ -205,6 +207,7 @@ class _Session:
                 self._level = stack.enter_context(_debug(settings))
             if source.live:
                 click.echo(f"listening to {source.live}", err=True)
+                reader.prefixes += pods_prefixes()  # the kernel keeps what is printed meanwhile
             if settings.output == "table" and not settings.stats:
                 click.echo("\n".join(self._report.header(columns())))
             try:

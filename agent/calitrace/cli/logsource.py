@@ -10,16 +10,18 @@ import select
 import socket
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calitrace import __version__, journal, sources
+from calitrace.calico import pods
 from calitrace.calico.log import Reader
 from calitrace.decode import Decoder
-from calitrace.errors import EnvironmentUnfit, Malformed, UsageError
+from calitrace.errors import EnvironmentUnfit, LayoutMismatch, Malformed, UsageError
 from calitrace.events import Stat
-from calitrace.model import LogLine
+from calitrace.model import LogLine, Topology
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
@@ -137,6 +139,21 @@ def open_file(name: str, reader: Reader, *, follow: bool, path: Path | None, sta
     return Input(reader, recorded.batches(chunks, name), lambda: recorded.lost + reader.events_lost)
 
 
+def pods_prefixes() -> tuple[str, ...]:
+    """How the names of pods' interfaces begin here, as far as Calico's ifstate maps can be asked."""
+    from calitrace.calico import maptables
+    from calitrace.kernel import maps
+
+    rows: list[dict[str, Any]] = []
+    try:
+        for raw in map(maps.read, maps.named("cali_iface")):
+            with suppress(LayoutMismatch):
+                rows += maptables.iter_entries(raw, maptables.resolve(raw))
+    except (EnvironmentUnfit, OSError):  # a log can be read with less privilege than a map
+        return ()
+    return pods.prefixes((each["name"], bool(each["flags"] & pods.WORKLOAD)) for each in rows)
+
+
 def open_live(
     source: str, reader: Reader, *, interfaces: tuple[str, ...], path: Path | None, stack: ExitStack
 ) -> Input:
@@ -250,7 +267,11 @@ class Recorded:
         decoder, lines = Decoder(), sources.Lines()
         try:
             for _, kind, body in journal.iter_frames(chunks):
-                if kind == journal.EVENTS:
+                if kind == journal.HEADER:
+                    known = Topology.from_map(body.get("topology", [])).namespaces.values()
+                    links = [link for each in known for link in each.links.values()]
+                    self._reader.prefixes += pods.prefixes((each.name, each.workload) for each in links)
+                elif kind == journal.EVENTS:
                     yield _lines(decoder, body["raw"], self._reader)
                 elif kind == journal.TEXT:
                     yield self._reader.read(lines.feed(body["raw"]))

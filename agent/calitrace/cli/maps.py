@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from calitrace.calico import WORKLOAD_PREFIX, pods
 from calitrace.cli import map_changes, map_source, map_words
 from calitrace.cli.commands import Commands
 from calitrace.errors import Error, Exit, LayoutMismatch, Malformed, NotCalico, UsageError
@@ -337,12 +338,16 @@ def _debug_files(directory: Path, interface: str, direction: str, *, ipv6: bool)
 
 
 def _missing_interfaces(source: map_source.Source, maps: list[RawMap]) -> None:
-    """Workload interfaces of the node that Calico's map does not have: their packets are dropped."""
-    known = {entry["ifindex"] for entry in map_source.objects(source, maps) if "ifindex" in entry}
+    """Workload interfaces of the node that Calico's map does not have: their packets are dropped.
+
+    They are known by how the names of those begin that it has.
+    """
     if any(map(map_source.only_members, maps)):
         return
+    known = {each["ifindex"]: (each["name"], "workload" in each["flags"]) for each in map_source.objects(source, maps)}
+    names = (WORKLOAD_PREFIX, *pods.prefixes(known.values()))
     for index, name in sorted(source.interfaces.items()):
-        if name.startswith("cali") and index not in known:
+        if name.startswith(names) and index not in known:
             source.note(f"interface {name} (ifindex {index}) is not in ifstate: its packets are dropped")
 
 

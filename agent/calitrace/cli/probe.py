@@ -17,6 +17,7 @@ from calitrace.probes.template import CALICO_VNI
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from calitrace.cli.recording import Recording
     from calitrace.model import Probe
     from calitrace.probes.run import ProbeRun, Settings
 
@@ -167,6 +168,7 @@ def _traced(run: ProbeRun, path: Path | None, vxlan_port: int, output: str, verb
     from calitrace.cli.recording import Recording, say
     from calitrace.cli.report import render
     from calitrace.kernel.collectors import Plan
+    from calitrace.model import Outcome
     from calitrace.probes import results
 
     plan = Plan(run_id=run.run_id, client=(run.src, *run.ports), vxlan_port=vxlan_port)
@@ -178,10 +180,31 @@ def _traced(run: ProbeRun, path: Path | None, vxlan_port: int, output: str, verb
             if verbose:
                 say(results.probe_line(probe))
 
-        run.run(done, recording.probe)
+        refused = [p for p in run.run(done, recording.probe) if p.outcome is Outcome.REFUSED and "ICMP" in p.detail]
+        if refused:
+            _ask_maps(refused[0], recording)
         journal = recording.finish()
     if path is not None:
         say(f"recorded {len(journal.events)} events in {path}")
     if run.own_losses():
         say(f"warning: {run.own_losses()} replies lost in our own receive buffers")
     return render(journal, output=output, verbose=verbose, stories=stories, check=True)
+
+
+def _ask_maps(probe: Probe, recording: Recording) -> None:
+    """Record what each node's maps say about a probe: without Calico's log they alone tell why it was refused."""
+    from calitrace.cli import map_source
+    from calitrace.cli.recording import say
+    from calitrace.correlate import walk
+    from calitrace.errors import Error, LayoutMismatch
+    from calitrace.kernel import discover, maps
+    from calitrace.packet import PROTOCOLS
+
+    packet = walk.Packet(probe.src, probe.sport, probe.dst, probe.dport, PROTOCOLS[probe.proto])
+    for inum, state_map in discover.state_maps(recording.topology).items():
+        node = recording.topology.namespaces[inum]
+        try:
+            source = map_source.of_maps(maps.of_node(state_map), {i: link.name for i, link in node.links.items()})
+            recording.walked(inum, walk.walk(packet, map_source.tables(source, ipv6=False, packet=packet)))
+        except (Error, LayoutMismatch, OSError) as failure:  # Felix replaces its maps
+            say(f"warning: the maps of {node.name} are not asked: {failure}")

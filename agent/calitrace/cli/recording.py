@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from calitrace.btf import Btf
+    from calitrace.correlate import walk
     from calitrace.model import Probe, Topology
 
 _POLL_MS = 50
@@ -108,6 +109,11 @@ class Recording:
         """Write a probe: when it is sent, and again when its outcome is known. After kill -9 both are there."""
         with self._writing:
             self._writer.write(journal.PROBES, {"probes": [_plain(probe)]})
+
+    def walked(self, netns: int, steps: Iterable[walk.Step]) -> None:
+        """Write what the maps of the node in that namespace say about a probe."""
+        with self._writing:
+            self._writer.write(journal.WALK, {"netns": netns, "steps": [asdict(each) for each in steps]})
 
     def finish(self) -> journal.Journal:
         """Write the totals, end the journal, and read it back."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from calitrace.correlate import walk
 from calitrace.correlate.drops import Names
 from calitrace.correlate.journey import Journey, Journeys
 from calitrace.correlate.verdict import Verdict, judge
@@ -45,6 +46,7 @@ def analyse(journal: Journal, *, short_names: bool = False) -> Analysis:
         probes = [_probe(each) for _, each in sorted(journal.probes.items())]
         lost = sum(dict(journal.totals.get("lost", {})).values())
         notes = [f"warning: {each}" for each in header.get("warnings", [])]
+        walks = {netns: [walk.Step(**each) for each in steps] for netns, steps in journal.walks.items()}
     except (KeyError, TypeError, ValueError) as wrong:
         raise Malformed(0, "a complete header", f"{type(wrong).__name__} {wrong}", "journal") from wrong
     if short_names:
@@ -60,7 +62,7 @@ def analyse(journal: Journal, *, short_names: bool = False) -> Analysis:
         topology,
         names,
         found,
-        [judge(each, topology, names, lost) for each in found],
+        [judge(each, topology, names, lost, walks) for each in found],
         lost,
         journeys.outside,
         decoder.malformed,

@@ -133,7 +133,7 @@ _SIDES = {
 }
 _NO_REVERSE_PATH = ("lo", "bpfout.cali", "bpfnatout")  # Calico checks it at all other host interfaces
 _OF_PODS = (state.Side.FROM_WEP, state.Side.TO_WEP)
-_DROPPED_BY_POLICY = 4
+_DROPPED_BY_POLICY = reasons.CODES["DROPPED_BY_POLICY"]
 _IPIP, _TCP = 4, 6
 
 
@@ -327,7 +327,7 @@ def _reason(passage: Passage | None, held: state.CalicoState | None) -> tuple[in
         code = passage.code
     if held is not None:
         code = code or held.calico_reason or 0
-        if held.pol_rc == 2:
+        if _policy(held) == "deny":
             return code or _DROPPED_BY_POLICY, held.rule_ids[-1:]
     if passage is not None and passage.cause() == reasons.MEANING["DROPPED_BY_POLICY"]:
         code = code or _DROPPED_BY_POLICY
@@ -349,7 +349,9 @@ def _meaning(calico_reason: str, packet: Packet, held: state.CalicoState | None,
 
 
 def _flow(layer: Layer) -> tuple[int, str, int, str, int]:
-    return layer.proto, str(layer.src), layer.sport, str(layer.dst), layer.dport
+    """A layer as Calico reads it."""
+    proto, sport, dport = layer.calico or (layer.proto, layer.sport, layer.dport)
+    return proto, str(layer.src), sport, str(layer.dst), dport
 
 
 @dataclass
@@ -423,4 +425,4 @@ def _concerns(passage: Passage, drop: Drop) -> bool:
     pairs = passage.ports()
     if not pairs:
         return passage.may_be_of(drop.packet.layers)
-    return any((layer.sport, layer.dport) in pairs for layer in drop.packet.layers)
+    return any((sport, dport) in pairs for _, _, sport, _, dport in map(_flow, drop.packet.layers))

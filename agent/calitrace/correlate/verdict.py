@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from calitrace.correlate import walk
 from calitrace.correlate.drops import Confidence, Place, explain, place_of
 from calitrace.correlate.journey import Direction, Journey, Step
 from calitrace.events import HopKind
@@ -29,7 +30,7 @@ from calitrace.model import Drop, Hop, Outcome, Role
 from calitrace.packet import PROTOCOLS, TCP
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from calitrace.calico.passage import Passage
     from calitrace.correlate.drops import Names
@@ -68,17 +69,25 @@ class Verdict:
     evidence: tuple[str, ...] = ()
 
 
-def judge(journey: Journey, topology: Topology, names: Names, lost: int = 0) -> Verdict:
-    """The verdict on one probe. *lost*: number of events that were lost while it was on its way."""
-    return _Judge(journey, topology, names, lost).verdict()
+def judge(
+    journey: Journey, topology: Topology, names: Names, lost: int, walks: Mapping[int, Sequence[walk.Step]]
+) -> Verdict:
+    """The verdict on one probe. *lost*: number of events that were lost while it was on its way.
+
+    *walks*: by namespace, what the maps of a node say about such a probe.
+    """
+    return _Judge(journey, topology, names, lost, walks).verdict()
 
 
 class _Judge:
-    def __init__(self, journey: Journey, topology: Topology, names: Names, lost: int) -> None:
+    def __init__(
+        self, journey: Journey, topology: Topology, names: Names, lost: int, walks: Mapping[int, Sequence[walk.Step]]
+    ) -> None:
         self.journey = journey
         self.topology = topology
         self.names = names
         self.lost = lost
+        self.walks = walks
 
     def verdict(self) -> Verdict:
         probe = self.journey.probe
@@ -130,19 +139,26 @@ class _Judge:
         if by_calico and error.proto == TCP:
             return self._reset(name, last, became)
         rejected = self._lines("Packet hit a black hole route: REJECT")
-        if by_calico and rejected:
+        # Calico answers both alike: a service without endpoints, and an address that no service uses.
+        steps = self.walks.get(first.event.netns, ()) if by_calico and error.is_port_unreachable else ()
+        maps = tuple(f"Calico's maps after it: {each}" for each in steps if each.suffers)
+        unused = any(s.broken == walk.NO_FRONTEND and s.suffers.startswith(walk.REFUSED) for s in steps)
+        if by_calico and (rejected or (unused and not said)):
             return Verdict(
                 Kind.REFUSED,
-                Confidence.PROVEN,
+                Confidence.PROVEN if rejected else Confidence.LIKELY,
                 f"no service uses {probe.dst}:{probe.dport}: Calico at {name} refuses it (serviceLoopPrevention)",
                 place=self._place(last, "tc ingress"),
                 by_calico=True,
                 calico_reason="BLACK_HOLE",
-                evidence=(became, *(f"{p.name}: {line}" for p, line in rejected), *self._path()),
+                evidence=(became, *(f"{p.name}: {line}" for p, line in rejected), *maps, *self._path()),
             )
         if (by_calico and error.is_port_unreachable) or (namespace and namespace.role is Role.NODE and said):
             evidence = [became]
             evidence += [f"{p.name}: {line}" for p, line in self._lines("NAT: ")]
+            evidence += maps
+            if not said and not any(each.broken == walk.NO_BACKEND for each in steps):
+                evidence.append("not told from an address that no service uses, where serviceLoopPrevention is Reject")
             return Verdict(
                 Kind.NO_BACKEND,
                 Confidence.PROVEN if said else Confidence.LIKELY,

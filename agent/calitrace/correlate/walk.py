@@ -27,6 +27,7 @@ STALE, DISAGREE, BAD_SOURCE, BLACKHOLE = (
 )
 SPOOFED, NO_POLICY = "not an address of this pod", "no policy program"
 _BLACKHOLES = {"blackhole-drop", "blackhole-reject"}
+REFUSED = "refused with an ICMP error"
 _INGRESS, _EGRESS = "ingress", "egress"
 # Interfaces at which Calico neither makes nor opens NodePort tunnels.
 _TUNNELS = {"vxlan", "ipip", "wg", "l3"}
@@ -85,6 +86,10 @@ class Step:
     found: str
     broken: str = ""
     suffers: str = ""
+
+    def __str__(self) -> str:
+        suffers = f": {self.suffers}" if self.suffers else ""
+        return f"{self.lookup} {self.key}: {self.found}{suffers}"
 
 
 def walk(packet: Packet, tables: Tables) -> list[Step]:
@@ -423,7 +428,7 @@ class _Walk:
         found = _BLACKHOLES & set(route["flags"]) if route is not None else set()
         if not found:
             return False
-        suffers = "dropped, BLACK_HOLE" if "blackhole-drop" in found else "refused with an ICMP error, BLACK_HOLE"
+        suffers = "dropped, BLACK_HOLE" if "blackhole-drop" in found else f"{REFUSED}, BLACK_HOLE"
         if backend:
             self._break("route", address, _shown(route), BLACKHOLE, suffers)
         else:
@@ -440,7 +445,7 @@ class _Walk:
         count = front["local"] if not maglev and (self.tunnelled or only in front["flags"]) else front["count"]
         if not count:
             limited = f" on this node ({only})" if front["count"] else ""
-            self._break("NAT backend", key, f"none{limited}", NO_BACKEND, "refused with an ICMP error")
+            self._break("NAT backend", key, f"none{limited}", NO_BACKEND, REFUSED)
             return []
         chosen = self._sticky(front)
         if chosen is not None:
@@ -463,7 +468,7 @@ class _Walk:
             found.append(backend)
         if missing:
             key = f"{front['id']}:{missing[0]}" + (f" and {len(missing) - 1} others" if len(missing) > 1 else "")
-            self._break("NAT backend", key, "missing", NO_BACKEND, "refused with an ICMP error", len(missing))
+            self._break("NAT backend", key, "missing", NO_BACKEND, REFUSED, len(missing))
         return found
 
     def _local_only(self) -> str:

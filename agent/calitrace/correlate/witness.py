@@ -77,8 +77,7 @@ def weigh(cause: Cause, said: Statement) -> Cause:
         found = ("counters", "", "no row for this interface and hook in Calico's counters")
     broken = [step for step in said.steps if step.broken]
     for step in broken or said.steps[-1:]:
-        suffers = f": {step.suffers}" if step.suffers else ""
-        evidence.append(f"Calico's maps now: {step.lookup} {step.key}: {step.found}{suffers}")
+        evidence.append(f"Calico's maps now: {step}")
     silent = next((step for step in broken if step.broken in _SILENT), None)
     if found is None and silent is not None:
         found = ("maps", "", f"{silent.broken}: {silent.key}: {silent.found}")

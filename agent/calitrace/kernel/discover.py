@@ -15,14 +15,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from calitrace.calico import state
-from calitrace.calico.log import WORKLOAD_PREFIXES
+from calitrace.calico import WORKLOAD_PREFIX, state
+from calitrace.calico.pods import WORKLOAD
 from calitrace.errors import EnvironmentUnfit, UsageError
 from calitrace.events import STATE_BYTES
 from calitrace.kernel import maps, netns, syscall, tc
 from calitrace.model import Link, Namespace, Role, Topology
 
-_WORKLOAD = 1  # flag in the ifstate map, of every version. Source: felix/bpf/ifstate/map.go
 _ATTEMPTS = 10
 _NO_ROUTE = {
     errno.ENETUNREACH,
@@ -101,7 +100,7 @@ def _namespace(route: Any, inum: int, name: str, files: Mapping[int, str]) -> Na
         )
     flagged = _flagged(its.ifstate, links)
     links = {
-        i: replace(each, workload=i in flagged or each.name.startswith(WORKLOAD_PREFIXES)) for i, each in links.items()
+        i: replace(each, workload=i in flagged or each.name.startswith(WORKLOAD_PREFIX)) for i, each in links.items()
     }
     return Namespace(
         inum,
@@ -125,7 +124,7 @@ def _flagged(ifstate: int, links: Iterable[int]) -> set[int]:
         rows = {index: syscall.map_lookup(descriptor, index.to_bytes(4, "little"), size) for index in links}
     finally:
         os.close(descriptor)
-    return {index for index, row in rows.items() if row and row[0] & _WORKLOAD}
+    return {index for index, row in rows.items() if row and row[0] & WORKLOAD}
 
 
 def is_calico(program: str) -> bool:

@@ -156,6 +156,17 @@ def of_node(state_map: int) -> list[Found]:
     return [*found.values(), *(Found(i.name, "", None, i, True, btf) for i, btf in used.values() if i.id not in found)]
 
 
+def named(beginning: str) -> list[Found]:
+    """All maps of this machine whose names begin so, whichever node's. Raises OSError."""
+    found = []
+    for identifier in syscall.map_ids():
+        with suppress(FileNotFoundError):  # it went while we looked
+            info = syscall.map_by_id(identifier)
+            if info.name.startswith(beginning):
+                found.append(Found(info.name, "", None, info, True))
+    return found
+
+
 def _no_privilege() -> EnvironmentUnfit:
     return EnvironmentUnfit("no permission to read BPF maps", "run as root or with CAP_BPF and CAP_SYS_ADMIN")
 

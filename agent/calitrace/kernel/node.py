@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from calitrace.calico import maptables
+from calitrace.calico import WORKLOAD_PREFIX, maptables
 from calitrace.calico.maps import identify
 from calitrace.checks.snapshot import (
     Counters,
@@ -345,7 +345,9 @@ def _with_hardware(links: list[Link]) -> Iterator[Link]:
 
 def _likely_first(links: list[Link]) -> list[Link]:
     """Those that may not be pods': behind the others veths, as another CNI names its pods' as it likes."""
-    return sorted((link for link in links if not link.name.startswith("cali")), key=lambda link: link.kind == "veth")
+    return sorted(
+        (link for link in links if not link.name.startswith(WORKLOAD_PREFIX)), key=lambda link: link.kind == "veth"
+    )
 
 
 # BPF

@@ -17,7 +17,7 @@ from calitrace.errors import EnvironmentUnfit
 
 _NR_BPF = {"x86_64": 321, "aarch64": 280}
 _MAP_CREATE, _OBJ_PIN, _OBJ_GET = 0, 6, 7
-_PROG_GET_NEXT_ID = 11
+_PROG_GET_NEXT_ID, _MAP_GET_NEXT_ID = 11, 12
 _PROG_GET_FD_BY_ID, _MAP_GET_FD_BY_ID = 13, 14
 _OBJ_GET_INFO_BY_FD = 15
 _PROG_LOAD, _RAW_TRACEPOINT_OPEN = 5, 17
@@ -482,12 +482,21 @@ def enable_stats() -> int:
 
 def program_ids() -> list[int]:
     """Ids of all loaded programs. Raises OSError."""
+    return _ids(_PROG_GET_NEXT_ID)
+
+
+def map_ids() -> list[int]:
+    """Ids of all maps. Raises OSError."""
+    return _ids(_MAP_GET_NEXT_ID)
+
+
+def _ids(command: int) -> list[int]:
     found: list[int] = []
     while True:
         attr = Attr()
         attr.u32[0] = found[-1] if found else 0
         try:
-            call(_PROG_GET_NEXT_ID, attr)
+            call(command, attr)
         except OSError as failure:
             if failure.errno == errno.ENOENT:
                 return found
