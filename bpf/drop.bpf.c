@@ -313,13 +313,13 @@ int collect_drop(struct bpf_raw_tracepoint_args *ctx)
 	if (by_tc)
 		recorder_flush();
 #endif
+#ifdef WITH_STACK
+	send_stack(ctx, &s->event);
+#endif
 	if (!send_drop(&s->event, by_tc)) {
 		count(STAT_DROP_LOST, 1);
 		return 0;
 	}
-#ifdef WITH_STACK
-	send_stack(ctx, &s->event);
-#endif
 	return 0;
 forget: __attribute__((unused))
 #ifdef WITH_LOG

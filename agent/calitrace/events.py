@@ -148,7 +148,7 @@ STATE = Record(
 )
 STACK = Record(
     "stack_event",
-    "The kernel's stack at the drop event just before.",
+    "The kernel's stack at the drop event that comes next.",
     (
         *_HEADER,
         Field("skbaddr", "u64", "of that drop"),

@@ -251,7 +251,7 @@ _Static_assert(__builtin_offsetof(struct state_event, pad) == 28, "state_event.p
 _Static_assert(__builtin_offsetof(struct state_event, state) == 32, "state_event.state");
 _Static_assert(sizeof(struct state_event) == 544, "state_event");
 
-/* The kernel's stack at the drop event just before. */
+/* The kernel's stack at the drop event that comes next. */
 struct stack_event {
 	u64 ktime_ns; /* CLOCK_MONOTONIC */
 	u16 type; /* enum event_type */

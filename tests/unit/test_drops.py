@@ -414,13 +414,13 @@ def test_conntrack_in_words() -> None:
 
 def test_the_stack_begins_where_the_packet_was_dropped() -> None:
     recorder = Recorder()
-    recorder.drop(B_NS, CALI, SYN, TC_EGRESS, location=7)
     recorder.stack(B_NS, 5, 7, 8)
+    recorder.drop(B_NS, CALI, SYN, TC_EGRESS, location=7)
     recorder.state(B_NS, calico_state(pol_rc=2, rules=(RULE,)))
+    recorder.stack(B_NS, 8, skb=1)
     recorder.drop(B_NS, CALI, SYN, TC_EGRESS, skb=1, location=7)
     recorder.stack(B_NS, 8, skb=1)
     recorder.drop(B_NS, CALI, SYN, TC_EGRESS, skb=2)
-    recorder.stack(B_NS, 8, skb=1)
     found = joined(recorder)
     assert [list(stack(each, Names(symbols={7: "f+0x1"}))) for each in found] == [["f+0x1", "0x8"], ["0x8"], []]
     assert [each.state is not None for each in found] == [True, False, False]

@@ -381,12 +381,13 @@ def stack(dropped: Dropped, names: Names) -> Iterator[str]:
 
 
 class Joiner:
-    """Puts drops together with the log lines before them and the stack and state after them; in ring-buffer order."""
+    """Puts drops together with the log lines and stack before them and the state after them; in ring-buffer order."""
 
     def __init__(self) -> None:
         self._reader = Reader()
         self._assembler = Assembler()
         self._passages: dict[int, Passage] = {}  # by CPU: the last one, since only that can have led to the drop
+        self._stacks: dict[int, StackCopy] = {}  # by CPU: of the drop that comes next
         self._waiting: dict[int, Dropped] = {}  # by CPU: for the state that may follow
         self._fresh: set[int] = set()
 
@@ -399,17 +400,19 @@ class Joiner:
             return
         waiting = self._waiting.get(event.cpu)
         if waiting is not None:
-            if isinstance(event, StackCopy) and event.skbaddr == waiting.event.skbaddr:
-                waiting.stack = event.addresses
-                return  # the state comes behind it
             if isinstance(event, StateCopy) and event.skbaddr == waiting.event.skbaddr:
                 waiting.state = event
             yield self._waiting.pop(event.cpu)
+        if isinstance(event, StackCopy):
+            self._stacks[event.cpu] = event
         if isinstance(event, Drop):
             cut = self._assembler.cut(event.cpu)
             last = deque([self._passages.pop(event.cpu, None), *cut], maxlen=1)
             passages = [each for each in last if each is not None and _concerns(each, event)]
-            self._waiting[event.cpu] = Dropped(event, raw, passages)
+            self._waiting[event.cpu] = found = Dropped(event, raw, passages)
+            stack = self._stacks.pop(event.cpu, None)
+            if stack is not None and stack.skbaddr == event.skbaddr:
+                found.stack = stack.addresses
             self._fresh.add(event.cpu)
 
     def flush(self, *, everything: bool = False) -> Iterator[Dropped]:
