@@ -16,6 +16,7 @@ from calitrace.identity import Identity
 TCP, UDP, ICMP, ICMP6 = 6, 17, 1, 58
 PROTOCOLS = {ICMP: "icmp", TCP: "tcp", UDP: "udp", ICMP6: "icmp6"}
 FIN, SYN, RST, PSH, ACK = 0x01, 0x02, 0x04, 0x08, 0x10
+_ICMP_UNREACHABLE = {0: "net", 1: "host", 2: "protocol", 3: "port", 13: "prohibited"}
 _FLAG_NAMES = ((SYN, "SYN"), (FIN, "FIN"), (RST, "RST"), (PSH, "PSH"), (ACK, "ACK"))
 _ICMP_ERRORS = {ICMP: (3, 11, 12), ICMP6: (1, 2, 3, 4)}
 _MAX_LAYERS = 3
@@ -92,6 +93,18 @@ class Layer:
     def is_port_unreachable(self) -> bool:
         """Whether it says that nobody listens: RFC 792, RFC 4443."""
         return (self.proto, self.icmp_type, self.icmp_code) in ((ICMP, 3, 3), (ICMP6, 1, 4))
+
+    @property
+    def refusal(self) -> str:
+        """An ICMP error or RST in words: ``ICMP port unreachable from 10.0.0.1``."""
+        if self.proto == TCP:
+            return f"TCP RST from {self.src}"
+        name = f"type {self.icmp_type} code {self.icmp_code}"
+        if self.is_too_big:
+            name = "fragmentation needed" + (f" (MTU {self.mtu})" if self.mtu else "")
+        elif self.proto == ICMP and self.icmp_type == 3:
+            name = f"{_ICMP_UNREACHABLE.get(self.icmp_code, f'code {self.icmp_code}')} unreachable"
+        return f"ICMP {name} from {self.src}"
 
 
 @dataclass(frozen=True)

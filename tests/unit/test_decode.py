@@ -146,6 +146,22 @@ def test_what_an_icmp_error_quotes() -> None:
     assert (len(echo.layers), echo.quoted) == (1, None)
 
 
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        (packets.icmp_error("1.0.0.1", "1.0.0.2", packets.syn()), "ICMP port unreachable from 1.0.0.1"),
+        (packets.icmp_error("1.0.0.1", "1.0.0.2", packets.syn(), code=9), "ICMP code 9 unreachable from 1.0.0.1"),
+        (packets.icmp_error("1.0.0.1", "1.0.0.2", packets.syn(), code=4), "ICMP fragmentation needed from 1.0.0.1"),
+        (packets.icmp_error("1.0.0.1", "1.0.0.2", packets.syn(), kind=11, code=0), "ICMP type 11 code 0 from 1.0.0.1"),
+        (packets.tcp("1.0.0.1", 1, "1.0.0.2", 2, 0x14), "TCP RST from 1.0.0.1"),
+    ],
+)
+def test_a_refusal_in_words(raw: bytes, said: str) -> None:
+    packet = dissect(raw).inner
+    assert packet is not None
+    assert packet.refusal == said
+
+
 def test_an_icmp_error_inside_vxlan() -> None:
     error = packets.icmp_error("2.0.0.1", "2.0.0.2", packets.vxlan("3.0.0.1", "3.0.0.2", packets.syn()))
     packet = dissect(packets.vxlan("1.0.0.1", "1.0.0.2", error))

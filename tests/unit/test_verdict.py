@@ -306,6 +306,48 @@ def test_too_big_for_a_router(mtu: int) -> None:
     assert verdict.cause == "the probe's 40 bytes are too many for 10.10.0.254" + ("; MTU 1400" if mtu else "")
 
 
+@pytest.mark.parametrize(("code", "kind"), [(3, Kind.NO_BACKEND), (4, Kind.TOO_BIG)])
+def test_a_refusal_that_is_lost_on_its_way_back(code: int, kind: Kind) -> None:
+    """The client sees a timeout; what happened is known all the same."""
+    recorder = Recorder()
+    recorder.hop(RECEIVE, A_NS, UPLINK, packets.syn())
+    error = packets.icmp_error(NODE_A, CLIENT, packets.syn(), code=code, mtu=1450 if code == 4 else 0)
+    recorder.hop(QUEUE, A_NS, UPLINK, error)
+    recorder.hop(XMIT, A_NS, UPLINK, error)
+    verdict = judged(recorder)
+    assert (verdict.kind, verdict.by_calico, verdict.to) == (kind, True, Place("client"))
+    assert "that ICMP error left node-a ens192 as 10.10.0.1 and never reached client" in verdict.cause
+    assert verdict.cause.endswith("(projectcalico/calico#4439)") == (kind is Kind.TOO_BIG)
+    recorder.hop(RECEIVE, CLIENT_NS, UPLINK, error)
+    assert "that ICMP error reached client, which did not take it: a firewall there" in judged(recorder).cause
+    recorder.drop(CLIENT_NS, UPLINK, error, NO_SOCKET)
+    assert "was lost at client eth0: dropped by the kernel, not by Calico: NO_SOCKET" in judged(recorder).cause
+
+
+def test_a_lost_refusal_of_a_client_that_is_not_observed() -> None:
+    where = topology()
+    del where.namespaces[CLIENT_NS]
+    recorder = Recorder()
+    to_pod(recorder)
+    reset = packets.tcp(POD, TARGET_PORT, CLIENT, SPORT, 0x14, 0, identity.tcp_sequence(RUN_ID, 0) + 1)
+    recorder.hop(QUEUE, POD_NS, UPLINK, reset, skb=0xBB)
+    verdict = judged(recorder, where=where)
+    assert (verdict.kind, verdict.confidence) == (Kind.REFUSED, Confidence.LIKELY)
+    assert verdict.cause == (
+        "the pod (pod-b) refused: TCP RST from 10.65.1.2; nothing listens there; "
+        "that RST left pod-b eth0 as 10.65.1.2 and never reached 10.10.0.100"
+    )
+
+
+def test_an_error_about_the_answer_refuses_nothing() -> None:
+    recorder = Recorder()
+    to_pod(recorder)
+    back_to_node_b(recorder)
+    answer = packets.syn_ack(src=POD, sport=TARGET_PORT)
+    recorder.hop(QUEUE, B_NS, CALI, packets.icmp_error(NODE_B, POD, answer, code=1), skb=0xCC)
+    assert judged(recorder).kind is Kind.UNKNOWN
+
+
 def test_another_error_in_place_is_not_for_want_of_endpoints() -> None:
     recorder = Recorder()
     recorder.hop(RECEIVE, A_NS, UPLINK, packets.syn())

@@ -9,6 +9,7 @@
 | reply left B, never reached A or client| RETURN_PATH                                                |
 | refused by Calico: no endpoints        | NO_BACKEND                                                 |
 | an ICMP error says that it does not fit| TOO_BIG: who has no room for it, and how much there is     |
+| refused, and that never reached A      | what refused it, and where that was lost                   |
 | evidence does not carry                | UNKNOWN                                                    |
 
 An absence proves something only where we looked and lost nothing: with lost events, or at a node that is not
@@ -18,7 +19,7 @@ does, or when Calico's own log or state says so of this very packet. "I don't kn
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -88,7 +89,10 @@ class _Judge:
             took = f" in {probe.rtt_ns / 1e6:.2f} ms" if probe.rtt_ns is not None else ""
             return Verdict(Kind.ANSWERED, Confidence.PROVEN, f"answered{took}", evidence=self._path())
         if probe.outcome is Outcome.REFUSED:
-            return self._refused()
+            return self._refused(probe.detail)
+        refusals = [step for step in self.journey.way(Direction.REPLY) if self._is_refusal(step)]
+        if refusals:
+            return self._refusal_lost(refusals[-1])
         for direction in (Direction.REPLY, Direction.REQUEST):
             way = list(_iter_conclusive(self.journey.way(direction)))
             if way:
@@ -104,7 +108,39 @@ class _Judge:
 
     # -- refused ----------------------------------------------------------------------------------------
 
-    def _refused(self) -> Verdict:
+    def _is_refusal(self, step: Step) -> bool:
+        """Whether it is an error about the probe, not about an answer to it."""
+        quoted = step.event.packet.quoted
+        return step.error and (quoted is None or str(quoted.dst) != self.journey.probe.src)
+
+    def _refusal_lost(self, last: Step) -> Verdict:
+        """Refused, and the one who asked never heard of it: what it sees is a timeout."""
+        probe = self.journey.probe
+        error, event = last.event.packet.inner, last.event
+        assert error is not None  # or it would have joined no probe
+        verdict = self._refused(error.refusal)
+        what = "that ICMP error" if error.is_icmp_error else "that RST"
+        target = self.topology.owner(probe.src)
+        name = target.name if target else probe.src
+        sure = self._absence() if target else Confidence.LIKELY
+        if isinstance(event, Drop):
+            how = explain(event, last.passages, last.state, self.topology, self.names).text
+            lost = f"{what} was lost at {self._place(last)}: {how}"
+        elif event.netns == (target.inum if target else -1) and event.kind is not HopKind.QUEUE:
+            lost = f"{what} reached {name}, which did not take it: a firewall there"
+        else:
+            lost = f"{what} left {self._place(last)} as {error.src} and never reached {name}"
+        if error.is_too_big:
+            lost += "; it goes on sending packets of that size (projectcalico/calico#4439)"
+        return replace(
+            verdict,
+            confidence=sure if verdict.confidence is Confidence.PROVEN else verdict.confidence,
+            cause=f"{verdict.cause}; {lost}",
+            to=Place(name),
+        )
+
+    def _refused(self, detail: str) -> Verdict:
+        """The verdict on a probe that was refused. *detail*: by what, in words."""
         probe = self.journey.probe
         errors = [s for s in self.journey.way(Direction.REPLY) if s.error]
         requests = self.journey.way(Direction.REQUEST)
@@ -112,7 +148,7 @@ class _Judge:
             return Verdict(
                 Kind.REFUSED,
                 Confidence.LIKELY,
-                f"refused: {probe.detail}; where, was not seen",
+                f"refused: {detail}; where, was not seen",
                 evidence=self._path(),
             )
         first = errors[0]
@@ -147,7 +183,7 @@ class _Judge:
                 Kind.NO_BACKEND,
                 Confidence.PROVEN if said else Confidence.LIKELY,
                 f"the service at {probe.dst}:{probe.dport} has no endpoint that {name} may use: "
-                f"Calico there answered {probe.detail or 'ICMP port unreachable'}",
+                f"Calico there answered {detail or 'ICMP port unreachable'}",
                 place=self._place(last, "tc ingress"),
                 by_calico=True,
                 evidence=tuple(evidence) + self._path(),
@@ -156,14 +192,14 @@ class _Judge:
         seen_at = namespace.role if namespace else Role.OTHER
         by_itself = namespace is not None and seen_at is Role.CLIENT and namespace.has(str(error.src))
         if by_itself:
-            cause = f"{name} itself refused: {probe.detail}"
+            cause = f"{name} itself refused: {detail}"
             if drops and self.names.drop_reason(drops[-1]) == "NEIGH_FAILED":
                 cause += "; the next hop does not answer ARP"
         elif seen_at is Role.CLIENT:
-            cause = f"refused: {probe.detail}; the side that refused is not observed"
+            cause = f"refused: {detail}; the side that refused is not observed"
         else:
             where = "the pod" if seen_at is Role.POD else "the node itself"
-            cause = f"{where} ({name}) refused: {probe.detail}"
+            cause = f"{where} ({name}) refused: {detail}"
             if error.proto == TCP or error.is_port_unreachable:
                 cause += "; nothing listens there"
         return Verdict(
