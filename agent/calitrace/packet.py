@@ -20,6 +20,7 @@ _ICMP_UNREACHABLE = {0: "net", 1: "host", 2: "protocol", 3: "port", 13: "prohibi
 _FLAG_NAMES = ((SYN, "SYN"), (FIN, "FIN"), (RST, "RST"), (PSH, "PSH"), (ACK, "ACK"))
 _ICMP_ERRORS = {ICMP: (3, 11, 12), ICMP6: (1, 2, 3, 4)}
 _MAX_LAYERS = 3
+CALICO_VNI = 0xCA11C0  # of Calico's NodePort tunnel; felix/bpf-gpl/nat_types.h, all releases since v3.13
 _VXLAN_BYTES = 20 + 8 + 8 + 14  # an IPv4 header without options, UDP, VXLAN, Ethernet
 
 

@@ -93,6 +93,42 @@ def test_what_calicos_state_tells(kept: bytes, reason: str, detail: str, confide
     assert cause.text == f"dropped by Calico{seems}: {detail}"
 
 
+@pytest.mark.parametrize(
+    ("vni", "calico", "left"),
+    [
+        (4096, True, "VXLAN on UDP 4789 with VNI 4096: Calico's NodePort tunnel has 13242816, and no VXLAN device here "
+         "that one"),
+        (0xCA11C0, False, "VXLAN on UDP 4789: no Calico program is at eth0 tc ingress to take it out of its tunnel"),
+        (0xCA11C0, True, "VXLAN on UDP 4789: Calico's program did not take it for its tunnel: has this node another "
+         "vxlanPort?"),
+    ],
+)  # fmt: skip
+def test_a_tunnel_that_is_left_to_the_host(vni: int, calico: bool, left: str) -> None:
+    """What the packet inside has in common with NO_SOCKET is nothing: the tunnel was not recognised."""
+    recorder = Recorder()
+    recorder.drop(B_NS, UPLINK, packets.vxlan(NODE_A, NODE_B, packets.syn(), vni), NO_SOCKET, location=0xF00)
+    where = topology()
+    if not calico:
+        node = where.namespaces[B_NS]
+        node.links[UPLINK] = replace(node.links[UPLINK], calico={})
+    (dropped,) = joined(recorder)
+    cause = explain(dropped.event, [], None, where, Names(REASONS, {0xF00: "__udp4_lib_rcv+0x4bc"}))
+    assert cause.text == f"dropped by the kernel, not by Calico: NO_SOCKET in __udp4_lib_rcv+0x4bc; {left}"
+    assert cause.detail == f"{left} in __udp4_lib_rcv"
+
+
+def test_the_kernels_reasons_in_words() -> None:
+    recorder = Recorder()
+    recorder.drop(B_NS, UPLINK, SYN, NO_SOCKET)
+    recorder.drop(B_NS, UPLINK, packets.udp(*FLOW), NO_SOCKET, location=0xF00)
+    names = Names(REASONS, {0xF00: "__udp4_lib_rcv+0x4bc"})
+    texts = [explain(each.event, [], None, topology(), names).text for each in joined(recorder)]
+    assert [text.partition(" in ")[2] for text in texts] == [
+        "0x0 (nothing listens there)",
+        "__udp4_lib_rcv+0x4bc (nothing listens there)",
+    ]
+
+
 def test_the_capture_is_what_a_filter_reads() -> None:
     recorder = Recorder()
     recorder.drop(B_NS, CALI, SYN, TC_EGRESS)
