@@ -59,13 +59,13 @@ def topology(*, without_b: bool = False, foreign: bool = False, calico: bool = T
 
 def judged(
     recorder: Recorder, outcome: Outcome = Outcome.UNANSWERED, *, lost: int = 0, where: Topology | None = None,
-    detail: str = "", rules: dict[int, str] | None = None, reasons: dict[int, str] | None = None,
+    detail: str = "", size: int = 40, rules: dict[int, str] | None = None, reasons: dict[int, str] | None = None,
     symbols: dict[int, str] | None = None,
 ) -> Verdict:  # fmt: skip
     """The verdict on probe 0; rendering it must work and fit 80 columns."""
     probe: dict[str, Any] = {
         "number": 0, "proto": 6, "src": CLIENT, "sport": SPORT, "dst": NODE_A, "dport": NODEPORT, "sent_ns": 1_000_000,
-        "size_bytes": 40, "outcome": outcome.value, "rtt_ns": 5 if outcome is Outcome.ANSWERED else None,
+        "size_bytes": size, "outcome": outcome.value, "rtt_ns": 5 if outcome is Outcome.ANSWERED else None,
         "detail": detail,
     }  # fmt: skip
     header = {
@@ -437,6 +437,29 @@ def test_return_path() -> None:
     assert (verdict.kind, verdict.to) == (Kind.RETURN_PATH, Place("client"))
     recorder.hop(RECEIVE, CLIENT_NS, UPLINK, packets.syn_ack(), skb=0xBB)
     assert judged(recorder).cause.startswith("the reply reached client and was not taken")
+
+
+def test_a_reply_that_goes_past_the_tunnel() -> None:
+    """In DSR it has to; where it may not (a source/destination check), or should not, that is the finding."""
+    recorder = Recorder()
+    to_pod(recorder)
+    back_to_node_b(recorder)
+    recorder.hop(QUEUE, B_NS, UPLINK, packets.syn_ack(), skb=0xBB)
+    verdict = judged(recorder)
+    assert (verdict.kind, verdict.confidence, verdict.to) == (Kind.RETURN_PATH, Confidence.PROVEN, Place("client"))
+    assert verdict.cause.startswith("the reply left node-b itself as 10.10.0.1 (node-a), as DSR does, and never")
+    where = topology()
+    del where.namespaces[A_NS]
+    assert "as 10.10.0.1 (another node), as DSR does" in judged(recorder, where=where).cause
+
+
+@pytest.mark.parametrize("observed", [True, False])
+def test_a_large_probe_may_be_lost_for_its_size(observed: bool) -> None:
+    recorder = Recorder()
+    to_node_b(recorder)
+    verdict = judged(recorder, size=1428, where=topology(without_b=not observed))
+    assert verdict.kind is Kind.UNDERLAY
+    assert verdict.cause.endswith("; of 1428 bytes: does a small probe come through (MTU)?")
 
 
 def test_other_ends() -> None:

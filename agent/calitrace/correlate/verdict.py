@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from calitrace.packet import Layer
 
 
+_SMALL = 576  # bytes: what any IPv4 network carries; RFC 791
+
+
 class Kind(str, Enum):
     """What is claimed."""
 
@@ -308,12 +311,12 @@ class _Judge:
         )
         cause = (
             f"the underlay loses VXLAN (UDP {outer.dport}) from {namespace.name} ({outer.src}) "
-            f"to {target.name if target else 'the node'} ({outer.dst}){back}"
+            f"to {target.name if target else 'the node'} ({outer.dst}){back}{self._by_size()}"
         )
         if target is None:
             cause = (
                 f"left {namespace.name} ({outer.src}) in VXLAN (UDP {outer.dport}) for {outer.dst}, which is "
-                f"not observed: the underlay or that node{back}"
+                f"not observed: the underlay or that node{back}{self._by_size()}"
             )
         confidence = self._absence() if target else Confidence.LIKELY
         if target and any("xdp" in link.foreign or "xdp" in link.calico for link in target.links.values()):
@@ -336,8 +339,17 @@ class _Judge:
         what = "the reply" if reply else "the probe"
         name = target.name if target else destination
         cause = f"{what} left {namespace.name} and never reached {name}"
-        if reply:
-            cause += ": return path (source/destination check, rp_filter, load balancer)"
+        if reply and layer and not namespace.has(str(layer.src)) and namespace.role is Role.NODE:
+            owner = self.topology.owner(str(layer.src))
+            whose = owner.name if owner else "another node"
+            cause = (
+                f"the reply left {namespace.name} itself as {layer.src} ({whose}), as DSR does, and never reached "
+                f"{name}: what is between must let a node send as another "
+                "(source/destination check, anti-spoofing, stateful firewall, load balancer)"
+            )
+        elif reply:
+            cause += ": return path (a firewall or load balancer between, or rp_filter there)"
+        cause += self._by_size()
         return Verdict(
             Kind.RETURN_PATH if reply else Kind.UNDERLAY,
             self._absence() if target else Confidence.LIKELY,
@@ -364,6 +376,11 @@ class _Judge:
         )
 
     # -- shared -----------------------------------------------------------------------------------------
+
+    def _by_size(self) -> str:
+        """What to try where a large probe was lost without a word."""
+        size = self.journey.probe.size_bytes
+        return f"; of {size} bytes: does a small probe come through (MTU)?" if size > _SMALL else ""
 
     def _absence(self) -> Confidence:
         """How far "not seen" can be trusted."""
