@@ -76,7 +76,10 @@ from calitrace.report import check as shown
 PROXY = (*HEALTHY.processes, Process(99, "kube-proxy", "kube-proxy --config=/x"))  # type: ignore[misc]
 FOREIGN = Program(8, "cil_from_netdev", 300)
 BOND = Link(20, "bond0", "bond", addresses=("192.0.2.11/24",))
+VLAN = Link(22, "eth0.10", "vlan", addresses=("192.0.2.11/24",), parent="eth0", programs=BOTH)
+UNDER_VLAN = (*with_link(ETH0, programs={}), VLAN)
 WG = Link(21, "wg0", "wireguard", 1420, addresses=("10.9.0.1/24",), udp_port=51820)
+MESH = with_map("cali_v4_routes", raw=[*NODE_ROUTES, route("10.9.0.2/32", 0x10)])
 VIA_WG = (*ROUTES, Route("10.65.1.0/26", "wg0", "10.9.0.2"))
 VIA_BOND = (Route("default", "bond0", "192.0.2.1"),)
 OLD_BROKEN = {"felix_objects": Missing("no API"), "felix_env": Missing("no process")}
@@ -154,10 +157,28 @@ FIRES: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("services.data-iface-pattern", {"links": (*LINKS, WG), "routes": VIA_WG}, "wg0: wireguard"),
     (
-        "services.data-iface-pattern",
-        {"links": (*LINKS, WG), "routes": VIA_WG, "felix_objects": felix(bpfDataIfacePattern="^(eth|wg)")},
-        "wg0: wireguard",
+        "services.data-iface-pattern",  # no gateway and no API server, but the way to another node
+        {"links": (*LINKS, WG), "routes": (*ROUTES, Route("10.9.0.0/24", "wg0")), "kubernetes": Missing("no")}
+        | {"maps": MESH, "calico_version": "v3.31"},
+        "other nodes are behind it, such as 10.9.0.2",
     ),
+    (
+        "services.l3-as-ethernet",  # it need not be on the way to anything
+        {"links": (*LINKS, WG), "felix_objects": felix(bpfDataIfacePattern="^(eth|wg)"), "calico_version": "v3.25"},
+        "wg0: wireguard; ingress: nothing",
+    ),
+    (
+        "services.l3-as-ethernet",
+        {"links": (*LINKS, WG), "felix_objects": felix(bpfDataIfacePattern="^(eth|wg)"), "maps": ()}
+        | {"kubernetes": Missing("no")},
+        "Calico's release is not known",
+    ),
+    (
+        "services.tunnel-over-l3",
+        {"links": (*LINKS, WG), "routes": (*ROUTES, Route("10.9.0.0/24", "wg0")), "maps": MESH},
+        "wg0: wireguard; other nodes are behind it, such as 10.9.0.2",
+    ),
+    ("services.uplink-programs", {"links": UNDER_VLAN}, "eth0.10: vlan on eth0; ingress: cali_tc_preambl (id 7)"),
     (
         "services.data-iface-pattern",
         {
@@ -607,6 +628,21 @@ QUIET: list[tuple[str, dict[str, Any]]] = [
         {"links": (*LINKS, Link(50, "docker0", "bridge", addresses=("172.17.0.1/16",))), "kubernetes": Missing("no")}
         | {"calico_version": "v3.31"},
     ),
+    (
+        "services.l3-as-ethernet",  # Felix sees what it is
+        {"links": (*LINKS, WG), "felix_objects": felix(bpfDataIfacePattern="^(eth|wg)"), "calico_version": "v3.30"},
+    ),
+    (
+        "services.l3-as-ethernet",
+        {"links": (*LINKS, WG), "calico_version": "v3.25"}
+        | {"felix_objects": felix(bpfDataIfacePattern="^(eth|wg)", bpfL3IfacePattern="^wg")},
+    ),
+    ("services.tunnel-over-l3", {"routes": (*ROUTES, Route("10.9.0.0/24", "gone"), Route("::/0", "x")), "maps": MESH}),
+    (
+        "services.uplink-programs",  # its VLAN is what carries
+        {"links": UNDER_VLAN, "routes": (Route("default", "eth0.10", "192.0.2.1"),), "kubernetes": Missing("no")}
+        | {"calico_version": "v3.31"},
+    ),
     ("services.enslaved-programs", {"links": (*LINKS, BOND)}),
     ("services.vlan-parent", {"links": (*LINKS, Link(22, "x.10", "vlan", parent="x"))}),
     ("services.foreign-program", {"links": with_link(ETH0, programs=BOTH | {"ingress": (PREAMBLE, FOREIGN)})}),
@@ -955,6 +991,7 @@ UNKNOWN += [
     (check, ENV_ONLY, "")
     for check in (
         *(
+            "services.l3-as-ethernet",
             "services.healthz-port",
             "services.data-iface-pattern",
             "services.vxlan-port-clash",
@@ -1089,6 +1126,35 @@ def test_how_grave_an_unmatched_interface_is(routes: tuple[Route, ...], severity
     links = (*LINKS, replace(WG, addresses=(address,)))
     found = result("services.data-iface-pattern", links=links, routes=routes)
     assert [(each.subject, each.severity) for each in found.findings] == [("wg0", severity)]
+
+
+def test_the_longest_prefix_is_the_way_to_another_node() -> None:
+    routes = (Route("default", "eth0", "192.0.2.1"), Route("10.9.0.0/16", "eth0"), Route("10.9.0.0/24", "wg0"))
+    changes: dict[str, Any] = {"links": (*LINKS, WG), "routes": routes, "maps": MESH}
+    assert [each.subject for each in result("services.tunnel-over-l3", **changes).findings] == ["wg0"]
+    changes["maps"] = with_map("cali_v4_routes", raw=NODE_ROUTES)
+    assert result("services.tunnel-over-l3", **changes).findings == ()
+
+
+def test_the_other_nodes_are_known_of_the_api_as_well() -> None:
+    changes: dict[str, Any] = {"maps": (), "routes": (Route("192.0.2.12/32", "wg0"),), "links": (*LINKS, WG)}
+    assert [each.subject for each in result("services.tunnel-over-l3", **changes).findings] == ["wg0"]
+    found = result("services.tunnel-over-l3", kubernetes=Missing("no"), **changes)
+    assert found.why == ("the other nodes' addresses are not known: there is no map cali_v4_routes",)
+    assert result("services.tunnel-over-l3", routes=Missing("no routes")).why == ("no routes",)
+
+
+def test_a_tunnel_is_not_to_be_widened() -> None:
+    """A WireGuard mesh that carries the nodes' traffic has less room than the network below it."""
+    changes: dict[str, Any] = {"links": (*LINKS, WG), "routes": (*ROUTES, Route("10.9.0.0/24", "wg0")), "maps": MESH}
+    (found,) = result("services.mtu", **changes).findings
+    assert (found.subject, found.fix.partition(" --type")[0]) == ("wg0", "kubectl patch installation default")
+    assert '"mtu":1370' in found.fix
+
+
+def test_programs_of_tcx_are_unpinned_as_well() -> None:
+    (found,) = result("services.enslaved-programs", links=(*with_link(ETH0, master="bond0"), BOND)).findings
+    assert "tc qdisc del dev eth0 clsact; rm -f /sys/fs/bpf/tcx/eth0_ingress /sys/fs/bpf/tcx/eth0_egress" in found.fix
 
 
 def test_a_later_start_cures_the_fallback() -> None:

@@ -96,13 +96,14 @@ KNOWN = (
         "services.log-attach",
         "Failed to apply policy to (?:interface|endpoint)|Failed to attach to TC section",
         "the programs of that interface are not in place, or are old: its traffic is not handled as policy says",
-        "look at the line's error= and the libbpf lines above it; tc filter show dev IFACE ingress",
+        "look at the line's error= and the libbpf lines above it; bpftool net show dev IFACE",
     ),
     Known(
         "services.log-master-ignored",
         r"Master interface '[^']+' ignored\. Add it to the bpfDataIfacePattern config",
-        "the bond or bridge carries traffic that no Calico program sees (projectcalico/calico#8917)",
-        "add the interface to bpfDataIfacePattern in FelixConfiguration",
+        "what the device on top (a bond, bridge or VLAN) carries is seen at its port, if anywhere, where reverse path "
+        "checks fail (projectcalico/calico#8917)",
+        "add the interface to bpfDataIfacePattern in FelixConfiguration, unless it carries nothing of the cluster's",
     ),
     Known(
         "services.log-nat-devices",

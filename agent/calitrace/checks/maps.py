@@ -11,7 +11,7 @@ from calitrace.checks import decoded
 from calitrace.checks.decoded import Interface
 from calitrace.checks.felix_log import log_checks
 from calitrace.checks.finding import Check, Finding, Said, Section, Severity, Unknown
-from calitrace.checks.objects import OWN_DEVICES, RESTART, ebpf_on, grep_log, patch
+from calitrace.checks.objects import OWN_DEVICES, RESTART, detach, ebpf_on, grep_log, patch
 from calitrace.checks.snapshot import Host, Link, Map, Program
 
 Links = tuple[Link, ...]
@@ -146,7 +146,7 @@ def replaced(links: Links, maps: Maps) -> Said:
                         f"{link.name} {hook}",
                         (f"program {program.name} (id {program.id})", *wrong),
                         "this program reads maps that Felix no longer writes (projectcalico/calico#6739, #9651)",
-                        f"{RESTART}; if it stays; tc qdisc del dev {link.name} clsact; {RESTART}",
+                        f"{RESTART}; if it stays; {detach(link.name)}; {RESTART}",
                     )
 
 
