@@ -260,6 +260,16 @@ FIRES: list[tuple[str, dict[str, Any], str]] = [
         {"links": tuple(each for each in LINKS if each is not BPFOUT)},
         "bpfout.cali: not there",
     ),
+    (
+        "services.host-without-nat",
+        {"felix_objects": felix(bpfHostNetworkedNATWithoutCTLB="Disabled")},
+        "bpfConnectTimeLoadBalancing: TCP",
+    ),
+    (
+        "services.host-without-nat",
+        {"felix_objects": felix(bpfHostNetworkedNATWithoutCTLB="Disabled", bpfConnectTimeLoadBalancingEnabled=False)},
+        "bpfConnectTimeLoadBalancingEnabled: false",
+    ),
     ("services.dsr-cloud", {"felix_objects": felix(bpfExternalServiceMode="DSR")}, "i-0123456789abcdef0"),
     (
         "services.dsr-cloud",
@@ -306,6 +316,16 @@ FIRES: list[tuple[str, dict[str, Any], str]] = [
         "services.local-without-backend",
         {"maps": with_map("cali_v4_nat_fe3", raw=[*FRONTENDS, frontend("192.0.2.11", 30081, 2, 2, 0, 1)])},
         "192.0.2.11:30081",
+    ),
+    (
+        "services.internal-local-without-backend",
+        {"maps": with_map("cali_v4_nat_fe3", raw=[*FRONTENDS, frontend("10.96.0.53", 53, 2, 2, 0, 2, proto=17)])},
+        "10.96.0.53:53 proto 17: backends 2, on this node 0",
+    ),
+    (
+        "services.conntrack-stale",
+        {"maps": with_map("cali_v4_ct4", raw=[connection(5000, 1, 0, 1, proto=17, server="10.65.1.9")])},
+        "UDP 198.51.100.9:5000 -> 10.65.1.9:8080",
     ),
     (
         "services.source-ranges",
@@ -441,6 +461,12 @@ FIRES: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("cpu.kube-proxy-fight", {"processes": PROXY}, "process 99: kube-proxy"),
     ("cpu.kube-proxy-rules", {"chains": ("KUBE-SERVICES", "KUBE-SVC-ABC")}, "2 chains of kube-proxy"),
+    ("cpu.kube-proxy-rules", {"chains": ("kube-proxy/services", "services")}, "1 chains of kube-proxy"),
+    (
+        "cpu.kube-proxy-rules",
+        {"links": (*LINKS, Link(61, "kube-ipvs0", "dummy", addresses=("10.96.0.1/32", "10.96.0.10/32")))},
+        "kube-ipvs0: 2 addresses",
+    ),
     ("cpu.kube-proxy-rules-return", {"chains_later": ("KUBE-SERVICES", "INPUT")}, "KUBE-SERVICES"),
     (
         "cpu.conntrack-sweep",
@@ -525,6 +551,11 @@ FIRES: list[tuple[str, dict[str, Any], str]] = [
         "v4Ready (0x2) is not set",
     ),
     ("maps.conntrack-smaller", {"felix_objects": felix(bpfMapSizeConntrack=1_000_000)}, "512000 entries at most"),
+    (
+        "maps.conntrack-smaller",  # nothing makes it grow before v3.30
+        {"felix_objects": felix(bpfMapSizeConntrack=256_000), "calico_version": "v3.27"},
+        "512000 entries at most",
+    ),
     ("maps.conntrack-smaller", {"felix_objects": felix(bpfMapSizePerCpuConntrack=100_000)}, "PerCpuConntrack: 100000"),
     ("maps.jit-limit", {"programs": (replace(PREAMBLE, jited_bytes=500_000_000),)}, "500000000 bytes of machine code"),
     ("performance.ipip", {"kubernetes": kubernetes(ip_pools=(pool(ipipMode="Always"),))}, "IPPool default: ipipMode"),
@@ -689,6 +720,35 @@ QUIET: list[tuple[str, dict[str, Any]]] = [
                 Link(70, "eth1", up=False),
                 Link(71, "eth2", master="br0"),
                 Link(72, "docker0", "bridge", addresses=("172.17.0.1/16",)),
+            )
+        },
+    ),
+    (
+        "services.host-without-nat",
+        {"felix_objects": felix(bpfHostNetworkedNATWithoutCTLB="Disabled"), "processes": PROXY},
+    ),
+    (
+        "services.host-without-nat",
+        {"felix_objects": felix(bpfHostNetworkedNATWithoutCTLB="Disabled", bpfConnectTimeLoadBalancing="Enabled")},
+    ),
+    (
+        "services.host-without-nat",
+        {"felix_objects": felix(bpfHostNetworkedNATWithoutCTLB="Disabled", bpfConnectTimeLoadBalancingEnabled=True)},
+    ),
+    (
+        "services.internal-local-without-backend",
+        {"maps": with_map("cali_v4_nat_fe3", raw=[*FRONTENDS, frontend("10.96.0.53", 53, 2, 2, 1, 2, proto=17)])},
+    ),
+    (
+        "services.conntrack-stale",  # TCP may end what it began with a pod that is being stopped
+        {
+            "maps": with_map(
+                "cali_v4_ct4",
+                raw=[
+                    connection(5000, 1, 0, 1, server="10.65.1.9"),
+                    connection(5001, 1, 0, 1, proto=17),
+                    connection(5002, 1, 0, 1, 0x100, type=0, proto=17, server="10.65.1.9"),
+                ],
             )
         },
     ),
@@ -968,6 +1028,7 @@ UNKNOWN: list[tuple[str, dict[str, Any], str]] = [
     ("services.data-iface-pattern", GONE_ALL, "depends on Calico's release"),
     ("services.data-iface-pattern", {"felix_objects": felix(bpfDataIfacePattern="(")}, "not a pattern"),
     ("services.nat-interfaces", {"kubernetes": kubernetes(calico_node=image("v3.26.4"))}, "are of v3.27"),
+    ("services.host-without-nat", {"kubernetes": kubernetes(calico_node=image("v3.26.4"))}, "are of v3.27"),
     ("services.felix-started", {"felix_lines": (line("something"),)}, "does not go back"),
     ("services.host-conntrack-bypass", GONE_ALL, "depends on Calico's release"),
     ("drops.silent", {"drops": Drops(1.0), "links": bare()}, "no clsact qdisc on any interface"),
@@ -996,6 +1057,7 @@ UNKNOWN += [
             "services.data-iface-pattern",
             "services.vxlan-port-clash",
             "services.nat-interfaces",
+            "services.host-without-nat",
         ),
         *("services.dsr-cloud", "services.dsr-load-balancer", "services.host-conntrack-bypass"),
         *("services.node-local-dns", "services.wireguard-port", "cpu.kube-proxy-fight", "cpu.min-sync-period"),
@@ -1142,6 +1204,35 @@ def test_the_other_nodes_are_known_of_the_api_as_well() -> None:
     found = result("services.tunnel-over-l3", kubernetes=Missing("no"), **changes)
     assert found.why == ("the other nodes' addresses are not known: there is no map cali_v4_routes",)
     assert result("services.tunnel-over-l3", routes=Missing("no routes")).why == ("no routes",)
+
+
+def test_what_to_run_names_what_was_seen() -> None:
+    """Commands to paste: the NodePort that was asked for, the interface by which that node is reached, the port."""
+    changes: dict[str, Any] = {"maps": with_map("cali_v4_ct4", raw=[connection(40001, 4, 0, 100)])}
+    (found,) = result("services.nodeport-unanswered", **changes).findings
+    assert found.fix == (
+        "calitrace probe vxlan 192.0.2.12 --inner 192.0.2.11:30080 --trace; "
+        "tcpdump -ni eth0 udp port 4789  # on both nodes"
+    )
+    changes |= {"routes": (Route("192.0.2.12/32", "wg0"),), "links": (*LINKS, WG)}
+    (found,) = result("services.nodeport-unanswered", felix_objects=felix(vxlanPort=4790), **changes).findings
+    assert "--inner 192.0.2.11:30080 --vxlan-port 4790 --trace; tcpdump -ni wg0 udp port 4790" in found.fix
+    assert "get no answer: wg0 is a layer-3 device" in found.meaning
+    (found,) = result("services.nodeport-unanswered", **changes | {"routes": ()}).findings
+    assert "tcpdump -ni any udp port 4789" in found.fix
+    raw = [
+        connection(5000, 1, 0, 1, 0x100, type=0, **DNS_FLOW),
+        connection(6000, 1, 0, 1, proto=17, server="10.65.1.9"),
+    ]
+    frontends = [*FRONTENDS, frontend("10.96.0.99", 53, 2, 2, 1, proto=17)]
+    maps = (*with_map("cali_v4_ct4", raw=raw)[:1], *with_map("cali_v4_nat_fe3", raw=frontends)[1:])
+    for check, server in (("services.conntrack-untranslated", "10.96.0.99"), ("services.conntrack-stale", "10.65.1.9")):
+        (found,) = result(check, maps=maps).findings
+        assert f"calitrace maps conntrack remove udp 198.51.100.9 {server} --allow-system-changes" in found.fix.split(
+            "; "
+        )
+    (found,) = result("performance.ipip", kubernetes=kubernetes(ip_pools=(pool(ipipMode="Always"),))).findings
+    assert found.fix.startswith("kubectl patch ippool default --type merge")
 
 
 def test_a_tunnel_is_not_to_be_widened() -> None:

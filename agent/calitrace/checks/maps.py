@@ -7,6 +7,7 @@ import re
 from calitrace.calico import maptables
 from calitrace.calico.felix_config import Settings, Unset
 from calitrace.calico.maps import identify
+from calitrace.calico.release import Release
 from calitrace.checks import decoded
 from calitrace.checks.decoded import Interface
 from calitrace.checks.felix_log import log_checks
@@ -205,11 +206,11 @@ def _row_of(name: str, interfaces: tuple[Interface, ...]) -> list[str]:
     return [f"a row for {each.name} has ifindex {each.index}" for each in interfaces if each.name == name]
 
 
-def conntrack_smaller(maps: Maps, felix: Settings, host: Host | None = None) -> Said:
+def conntrack_smaller(maps: Maps, felix: Settings, host: Host | None = None, release: Release | None = None) -> Said:
     """Compares the conntrack map's size with bpfMapSizeConntrack: a smaller map has not been resized.
 
-    A larger one is right: it doubles by itself when it fills up (v3.30). bpfMapSizePerCpuConntrack, times the number
-    of CPUs, stands in its place where it is set (v3.30).
+    A larger one is right from v3.30 on: it doubles by itself when it fills up. bpfMapSizePerCpuConntrack, times the
+    number of CPUs, stands in its place where it is set (v3.30).
     """
     setting, share = felix.get("bpfMapSizeConntrack"), felix.get("bpfMapSizePerCpuConntrack")
     if isinstance(share, Unset) or not isinstance(share.value, int):
@@ -226,7 +227,8 @@ def conntrack_smaller(maps: Maps, felix: Settings, host: Host | None = None) -> 
         setting, wanted = share, share.value * host.cpus
     for each in maps:
         base, _version, old = identify(each.name)
-        if base == "cali_v4_ct" and not old and each.max_entries < wanted:
+        larger = each.max_entries > wanted and release is not None and release.newest < (3, 30)
+        if base == "cali_v4_ct" and not old and (each.max_entries < wanted or larger):
             yield Finding(
                 Severity.WARNING,
                 each.name,

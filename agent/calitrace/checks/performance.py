@@ -42,16 +42,18 @@ def ipip(links: Links, routes: tuple[Route, ...], ip_pools: Objects | None = Non
     The eBPF dataplane is made for VXLAN or no overlay; IPIP costs a detour through the host's stack.
     """
     modes = _modes(ip_pools or (), "ipipMode")
-    used = [f"IPPool {name}: ipipMode {mode}" for name, mode in modes.items() if mode != "Never"]
+    wanting = [name for name, mode in modes.items() if mode != "Never"]
+    used = [f"IPPool {name}: ipipMode {modes[name]}" for name in wanting]
     ways = (f"route {each.dst} via {each.gateway} dev tunl0" for each in routes if each.interface == "tunl0")
     used += iter_numbered(ways, 3)
+    spec = '{"spec":{"ipipMode":"Never","vxlanMode":"CrossSubnet"}}'
     if used and ebpf_on(links):
         yield Finding(
             WARNING,
             "",
             tuple(used),
             "IPIP is slow in eBPF mode",
-            'kubectl patch ippool NAME --type merge -p \'{"spec":{"ipipMode":"Never","vxlanMode":"CrossSubnet"}}\'',
+            "; ".join(f"kubectl patch ippool {name} --type merge -p '{spec}'" for name in wanting or ["NAME"]),
         )
 
 

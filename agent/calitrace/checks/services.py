@@ -654,6 +654,35 @@ def nat_interfaces(links: Links, felix: Settings, release: Release) -> Said:
             )
 
 
+def host_without_nat(
+    links: Links, felix: Settings, release: Release, processes: tuple[Process, ...] | None = None
+) -> Said:
+    """Looks for a node whose own processes reach services in no way: bpfHostNetworkedNATWithoutCTLB Disabled, and
+    connect-time load balancing that leaves out UDP (TCP) or everything (Disabled), without kube-proxy (v3.27).
+    """
+    if release.oldest < (3, 27):
+        yield Unknown(f"the switches for it are of v3.27, and this is {release}")
+        return
+    ctlb, without = felix.get("bpfConnectTimeLoadBalancing"), felix.get("bpfHostNetworkedNATWithoutCTLB")
+    legacy = felix.get("bpfConnectTimeLoadBalancingEnabled")
+    if isinstance(ctlb, Unset) or isinstance(without, Unset) or isinstance(legacy, Unset):
+        yield Unknown("bpfConnectTimeLoadBalancing or bpfHostNetworkedNATWithoutCTLB is not known")
+        return
+    proxy = any(each.name == "kube-proxy" for each in processes or ())
+    everything = not ctlb.says("TCP") if legacy.value is None else not legacy.value
+    balanced = ctlb.says("Enabled") if legacy.value is None else legacy.value
+    what = "" if everything else " over UDP, such as DNS"
+    if without.says("Disabled") and not balanced and ebpf_on(links) and not proxy:
+        yield Finding(
+            WARNING,
+            "",
+            (str(without), str(ctlb if legacy.value is None else legacy)),
+            f"the node itself, and pods on its network, reach no service{what} "
+            "(metal-stack/gardener-extension-provider-metal#506)",
+            patch('"bpfHostNetworkedNATWithoutCTLB":"Enabled"', without),
+        )
+
+
 def dsr_cloud(felix: Settings, cloud: Cloud) -> Said:
     """Looks for bpfExternalServiceMode DSR on AWS or GCP, where a node may answer for another only if allowed to.
 
@@ -855,6 +884,7 @@ CHECKS = (
     Check("services.checksum-offload", Section.SERVICES, checksum_offload),
     Check("services.rp-filter", Section.SERVICES, rp_filter),
     Check("services.nat-interfaces", Section.SERVICES, nat_interfaces),
+    Check("services.host-without-nat", Section.SERVICES, host_without_nat),
     Check("services.dsr-cloud", Section.SERVICES, dsr_cloud),
     Check("services.dsr-load-balancer", Section.SERVICES, dsr_load_balancer),
     Check("services.host-conntrack-bypass", Section.SERVICES, host_conntrack_bypass),
