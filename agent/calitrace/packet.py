@@ -43,7 +43,8 @@ def inside_vxlan(packet: bytes, port: int) -> bytes:
 class Layer:
     """One IP packet. Ports are 0 where the protocol has none; *flags*, *seq*, *ack* are TCP's.
 
-    *mtu*: what the sender of an ICMP error has room for, 0 where it does not say.
+    *mtu*: what the sender of an ICMP error has room for, 0 where it does not say. *fragment*: it is not the first of
+    its packet, and has neither ports nor flags.
     """
 
     src: IPv4Address | IPv6Address
@@ -60,9 +61,12 @@ class Layer:
     vni: int | None = None  # of the VXLAN header that it carries
     ttl: int = 0
     mtu: int = 0
+    fragment: bool = False
 
     def __str__(self) -> str:
         name = PROTOCOLS.get(self.proto, str(self.proto))
+        if self.fragment:
+            return f"{name} later fragment {self.src} > {self.dst}"
         if self.proto in _ICMP_ERRORS:
             return f"{name} {self.src} > {self.dst} type {self.icmp_type} code {self.icmp_code}"
         ports = self.proto in (TCP, UDP)
@@ -158,8 +162,9 @@ def _layer(raw: bytes, at: int, vxlan_port: int) -> tuple[Layer | None, int | No
     if version == 4 and len(raw) >= at + 20:
         size, proto, ttl = (raw[at] & 15) * 4, raw[at + 9], raw[at + 8]
         src, dst = ip_address(raw[at + 12 : at + 16]), ip_address(raw[at + 16 : at + 20])
-        if size < 20 or (raw[at + 6] & 0x1F) << 8 | raw[at + 7]:  # malformed, or a later fragment: no ports here
-            return Layer(src, dst, proto, ttl=ttl), None
+        later = bool((raw[at + 6] & 0x1F) << 8 | raw[at + 7])
+        if size < 20 or later:  # malformed, or without ports
+            return Layer(src, dst, proto, ttl=ttl, fragment=later), None
     elif version == 6 and len(raw) >= at + 40:
         size, proto, ttl = 40, raw[at + 6], raw[at + 7]
         src, dst = ip_address(raw[at + 8 : at + 24]), ip_address(raw[at + 24 : at + 40])

@@ -117,6 +117,23 @@ def test_a_tunnel_that_is_left_to_the_host(vni: int, calico: bool, left: str) ->
     assert cause.detail == f"{left} in __udp4_lib_rcv"
 
 
+def test_a_later_fragment_has_no_ports() -> None:
+    """What Calico takes for ports in it is payload: the state is known by its addresses."""
+    recorder = Recorder()
+    fragment = bytearray(packets.udp(CLIENT, 1, POD, 2, bytes(64)))
+    fragment[7] = 100
+    recorder.drop(B_NS, CALI, bytes(fragment), TC_EGRESS)
+    recorder.state(B_NS, state_of(state.LAYOUTS[0], (CLIENT, 777, POD, 888), 17, reason=4, result=2, pol_rc=2))
+    recorder.drop(B_NS, CALI, bytes(fragment), TC_EGRESS)
+    recorder.state(B_NS, state_of(state.LAYOUTS[0], (CLIENT, 777, POD, 888), 17, reason=21, result=2))
+    cause, reordered = causes(recorder)
+    assert reordered.detail == "a fragment came before the first one of its packet"
+    assert (cause.calico_reason, cause.sources) == ("DROPPED_BY_POLICY", ("state",))
+    assert cause.detail.startswith("denied by policy; a later fragment has no ports")
+    dropped, _ = joined(recorder)
+    assert str(dropped.event.packet.inner) == f"udp later fragment {CLIENT} > {POD}"
+
+
 def test_the_kernels_reasons_in_words() -> None:
     recorder = Recorder()
     recorder.drop(B_NS, UPLINK, SYN, NO_SOCKET)

@@ -125,7 +125,7 @@ _UDP_RECEIVES = ("__udp4_lib_rcv", "udp_unicast_rcv", "udp_queue_rcv", "udp_rcv"
 # The kernel's reasons that an operator can do something about. Source: include/net/dropreason-core.h
 _KERNEL = {
     "FRAG_REASM_TIMEOUT": "the rest of its fragments never came",
-    "IP_INADDRERRORS": "its address is not of this machine, which does not forward it",
+    "IP_INADDRERRORS": "not this machine's address, and it does not forward: net.ipv4.ip_forward",
     "IP_INNOROUTES": "no route",
     "IP_OUTNOROUTES": "no route",
     "IP_RPFILTER": "the kernel's own reverse path filter, rp_filter",
@@ -150,6 +150,10 @@ _SIDES = {
 _NO_REVERSE_PATH = ("lo", "bpfout.cali", "bpfnatout")  # Calico checks it at all other host interfaces
 _OF_PODS = (state.Side.FROM_WEP, state.Side.TO_WEP)
 _DROPPED_BY_POLICY = 4
+_OF_A_FRAGMENT = (
+    "a later fragment has no ports, which rules and services ask for; Calico puts fragments together from v3.31 on "
+    "(projectcalico/calico#8821, #10737)"
+)
 _IPIP, _TCP = 4, 6
 
 
@@ -233,6 +237,9 @@ def explain(drop: Drop, passages: Sequence[Passage], copy: StateCopy | None, top
         evidence.append(f"the log and the state disagree: the state says reason {held.calico_reason}")
     named = tuple(names.rule(rule) for rule in rules)
     detail = ": ".join(part for part in (detail or "cause not recorded", ", ".join(named)) if part)
+    inner = drop.packet.inner
+    if inner is not None and inner.fragment and not calico_reason.startswith("FRAG_"):
+        detail += "; " + _OF_A_FRAGMENT
     found = {"log": passage, "state": held}
     sure = said and not inferred and not (passage is None and held and held.unread)
     return Cause(
@@ -317,7 +324,7 @@ def _held(
     # What an ICMP error quotes is another packet, whose state may still be there.
     for layer in (each for each in packet.layers if each is not packet.quoted):
         held = state.decode(copy.raw, table, layer.src.version)
-        if held.holds(*_flow(layer)):
+        if held.holds(*_flow(layer), layer.fragment):
             evidence.append(f"Calico's state of this packet: {_shown(held, namespace, names)}")
             if held.passed(side):
                 evidence.append("Calico's program that wrote this state let the packet pass")
