@@ -209,6 +209,8 @@ HEALTHY = Snapshot(
         "net.core.bpf_jit_enable": "1",
         "net.core.bpf_jit_limit": "528482304",
         "kernel.bpf_stats_enabled": "0",
+        "net.ipv4.ip_forward": "1",
+        "net.ipv4.conf.eth0.forwarding": "1",
         "net.ipv4.conf.all.rp_filter": "0",
         "net.ipv4.conf.eth0.rp_filter": "0",
     },

@@ -254,6 +254,12 @@ FIRES: list[tuple[str, dict[str, Any], str]] = [
         {"sysctls": HEALTHY.sysctls | {"net.ipv4.conf.eth0.rp_filter": "1"}},  # type: ignore[operator]
         "net.ipv4.conf.eth0.rp_filter = 1",
     ),
+    ("services.ip-forward", {"sysctls": {"net.ipv4.ip_forward": "0"}, "routes": ()}, "net.ipv4.ip_forward = 0"),
+    (
+        "services.ip-forward",
+        {"sysctls": {"net.ipv4.ip_forward": "1", "net.ipv4.conf.eth0.forwarding": "0"}},
+        "net.ipv4.conf.eth0.forwarding = 0",
+    ),
     ("services.nat-interfaces", {"links": with_link(BPFIN, up=False)}, "bpfin.cali: down"),
     (
         "services.nat-interfaces",
@@ -752,6 +758,7 @@ QUIET: list[tuple[str, dict[str, Any]]] = [
             )
         },
     ),
+    ("services.ip-forward", {"sysctls": {"net.ipv4.ip_forward": "0"}, "links": bare()}),
     ("services.dsr-cloud", {"felix_objects": DSR, "cloud": Cloud("azure")}),
     ("services.dsr-load-balancer", {"felix_objects": DSR}),
     ("services.host-conntrack-bypass", {"felix_objects": felix(bpfHostConntrackBypass=True)}),
@@ -1029,6 +1036,7 @@ UNKNOWN: list[tuple[str, dict[str, Any], str]] = [
     ("services.data-iface-pattern", {"felix_objects": felix(bpfDataIfacePattern="(")}, "not a pattern"),
     ("services.nat-interfaces", {"kubernetes": kubernetes(calico_node=image("v3.26.4"))}, "are of v3.27"),
     ("services.host-without-nat", {"kubernetes": kubernetes(calico_node=image("v3.26.4"))}, "are of v3.27"),
+    ("services.ip-forward", {"sysctls": {}}, "could not be read"),
     ("services.felix-started", {"felix_lines": (line("something"),)}, "does not go back"),
     ("services.host-conntrack-bypass", GONE_ALL, "depends on Calico's release"),
     ("drops.silent", {"drops": Drops(1.0), "links": bare()}, "no clsact qdisc on any interface"),
@@ -1233,6 +1241,13 @@ def test_what_to_run_names_what_was_seen() -> None:
         )
     (found,) = result("performance.ipip", kubernetes=kubernetes(ip_pools=(pool(ipipMode="Always"),))).findings
     assert found.fix.startswith("kubectl patch ippool default --type merge")
+
+
+def test_forwarding_is_set_where_it_is_off() -> None:
+    vlan = replace(ETH0, name="eth0.10", addresses=("192.0.2.11/24",))
+    sysctls = {"net.ipv4.ip_forward": "1", "net.ipv4.conf.eth0.10.forwarding": "0"}
+    (found,) = result("services.ip-forward", links=(*LINKS, vlan), sysctls=sysctls).findings
+    assert found.fix.startswith("sysctl -w net/ipv4/conf/eth0.10/forwarding=1; ")
 
 
 def test_a_tunnel_is_not_to_be_widened() -> None:

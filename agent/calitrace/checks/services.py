@@ -625,6 +625,45 @@ def rp_filter(
             )
 
 
+def ip_forward(
+    links: Links,
+    routes: Routes,
+    sysctls: dict[str, str],
+    nodes: Objects | None = None,
+    host: Host | None = None,
+    peer_ways: dict[str, str] | None = None,
+) -> Said:
+    """Looks whether the node forwards: net.ipv4.ip_forward, and forwarding of its uplinks and pods' interfaces.
+
+    Calico asks the kernel for the way, which forwards from no interface that may not.
+    """
+    if "net.ipv4.ip_forward" not in sysctls:
+        yield Unknown("net.ipv4.ip_forward could not be read")
+        return
+    found = uplinks(links, routes, _addresses(nodes, host), peer_ways)
+    names = [link.name for link in links if link.workload and link.up]
+    names += [] if isinstance(found, Unknown) else [link.name for link in found]
+    off = [f"net.ipv4.conf.{name}.forwarding" for name in names]
+    off = [name for name in ("net.ipv4.ip_forward", *off) if sysctls.get(name) == "0"]
+    if off and ebpf_on(links):
+        yield Finding(
+            ERROR,
+            "",
+            tuple(iter_numbered((f"{name} = 0" for name in off), 4)),
+            "packets between pods and others are dropped by the kernel: it forwards none that came in there",
+            f"sysctl -w {'net.ipv4.ip_forward=1' if off[0] == 'net.ipv4.ip_forward' else _set(off)}; find who sets it: "
+            "hardening scripts, systemd-networkd, /etc/sysctl.d",
+        )
+
+
+def _set(names: list[str]) -> str:
+    # sysctl separates by points, unless a slash stands first: names of interfaces may have points.
+    prefix = "net.ipv4.conf."
+    return " ".join(
+        f"net/ipv4/conf/{each.removeprefix(prefix).removesuffix('.forwarding')}/forwarding=1" for each in names
+    )
+
+
 def nat_interfaces(links: Links, felix: Settings, release: Release) -> Said:
     """Looks for bpfin.cali and bpfout.cali, through which the node itself reaches services when connect-time load
     balancing does not do it (v3.27 and later; all of it unless bpfConnectTimeLoadBalancing is Enabled, or its older
@@ -883,6 +922,7 @@ CHECKS = (
     Check("services.vxlan-probe", Section.SERVICES, vxlan_probe),
     Check("services.checksum-offload", Section.SERVICES, checksum_offload),
     Check("services.rp-filter", Section.SERVICES, rp_filter),
+    Check("services.ip-forward", Section.SERVICES, ip_forward),
     Check("services.nat-interfaces", Section.SERVICES, nat_interfaces),
     Check("services.host-without-nat", Section.SERVICES, host_without_nat),
     Check("services.dsr-cloud", Section.SERVICES, dsr_cloud),
