@@ -134,6 +134,19 @@ def test_a_later_fragment_has_no_ports() -> None:
     assert str(dropped.event.packet.inner) == f"udp later fragment {CLIENT} > {POD}"
 
 
+@pytest.mark.parametrize(
+    ("port", "meaning"), [(51820, "UDP to WireGuard's port"), (51000, "the source is not allowed")]
+)
+def test_wireguard_from_no_node(port: int, meaning: str) -> None:
+    recorder = Recorder()
+    recorder.drop(B_NS, UPLINK, packets.udp(CLIENT, 51820, NODE_B, port), TC_INGRESS)
+    flow = (CLIENT, 51820, NODE_B, port)
+    recorder.state(B_NS, state_of(state.LAYOUTS[0], flow, 17, reason=11, result=2))
+    (cause,) = causes(recorder)
+    assert cause.calico_reason == "UNAUTH_SOURCE"
+    assert cause.detail.startswith(meaning)
+
+
 def test_the_kernels_reasons_in_words() -> None:
     recorder = Recorder()
     recorder.drop(B_NS, UPLINK, SYN, NO_SOCKET)

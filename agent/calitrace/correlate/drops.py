@@ -23,7 +23,7 @@ from calitrace.calico.passage import Assembler
 from calitrace.errors import LayoutMismatch
 from calitrace.events import CAPTURE_BYTES, DROP
 from calitrace.model import Drop, LogLine, StackCopy, StateCopy
-from calitrace.packet import CALICO_VNI
+from calitrace.packet import CALICO_VNI, UDP
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -386,6 +386,8 @@ def _meaning(calico_reason: str, packet: Packet, held: state.CalicoState | None,
             return reasons.IPIP_OF_A_POD if of_pod else f"{reasons.IPIP_OF_NO_NODE}, or inside a tunnel"
         if tunnel is not None and held.holds(*_flow(tunnel)):
             return reasons.VXLAN_OF_NO_NODE
+        if side is state.Side.FROM_HEP and held.proto == UDP and held.dport in reasons.WIREGUARD_PORTS:
+            return reasons.WIREGUARD_OF_NO_NODE
         if inner is not None and held.holds(*_flow(inner)) and (tunnel or inner.proto == _TCP):
             return reasons.NOT_IN_SOURCE_RANGES
     return reasons.MEANING.get(calico_reason, calico_reason)
