@@ -301,6 +301,26 @@ FIRES: list[tuple[str, dict[str, Any], str]] = [
         {"felix_objects": felix(bpfHostConntrackBypass=True), "chains": ("CNI-HOSTPORT-DNAT", "INPUT")},
         "chain CNI-HOSTPORT-DNAT",
     ),
+    (
+        "services.host-conntrack-bypass",
+        {"felix_objects": felix(bpfHostConntrackBypass=True), "chains": ("cni_hostport/hostports", "hostports")},
+        "chain cni_hostport/hostports",
+    ),
+    (
+        "services.macvtap",
+        {"links": (*LINKS, Link(62, "macvtap0", "macvtap", parent="eth0")), "calico_version": "v3.26"},
+        "macvtap0: macvtap on eth0",
+    ),
+    (
+        "maps.programs-left",
+        {"programs": tuple(Program(n, ("cali_tc_preambl", "p4i_cali123")[n % 2], 100) for n in range(800))},
+        "800 programs of Calico's for 4 interfaces, 80000 bytes",
+    ),
+    (
+        "services.log-attach",  # its programs are there, and Felix tries again and again
+        {"felix_lines": (line('Failed to apply policy to endpoint, leaving it dirty error=x name="eth0"'),) * 5},
+        "5 times, last:",
+    ),
     ("services.node-local-dns", {"links": (*LINKS, DNS)}, "169.254.20.10/32"),
     (
         "services.wireguard-port",
@@ -759,6 +779,11 @@ QUIET: list[tuple[str, dict[str, Any]]] = [
         },
     ),
     ("services.ip-forward", {"sysctls": {"net.ipv4.ip_forward": "0"}, "links": bare()}),
+    (
+        "services.macvtap",
+        {"links": (*LINKS, Link(62, "macvtap0", "macvtap", parent="eth0"), Link(63, "macvlan0", "macvlan"))},
+    ),
+    ("maps.programs-left", {"programs": (PREAMBLE,) * 600}),
     ("services.dsr-cloud", {"felix_objects": DSR, "cloud": Cloud("azure")}),
     ("services.dsr-load-balancer", {"felix_objects": DSR}),
     ("services.host-conntrack-bypass", {"felix_objects": felix(bpfHostConntrackBypass=True)}),
@@ -1037,6 +1062,11 @@ UNKNOWN: list[tuple[str, dict[str, Any], str]] = [
     ("services.nat-interfaces", {"kubernetes": kubernetes(calico_node=image("v3.26.4"))}, "are of v3.27"),
     ("services.host-without-nat", {"kubernetes": kubernetes(calico_node=image("v3.26.4"))}, "are of v3.27"),
     ("services.ip-forward", {"sysctls": {}}, "could not be read"),
+    (
+        "services.macvtap",
+        {"links": (*LINKS, Link(62, "macvtap0", "macvtap", parent="eth0")), "kubernetes": Missing("no"), "maps": ()},
+        "Calico's release is not known",
+    ),
     ("services.felix-started", {"felix_lines": (line("something"),)}, "does not go back"),
     ("services.host-conntrack-bypass", GONE_ALL, "depends on Calico's release"),
     ("drops.silent", {"drops": Drops(1.0), "links": bare()}, "no clsact qdisc on any interface"),
@@ -1248,6 +1278,13 @@ def test_forwarding_is_set_where_it_is_off() -> None:
     sysctls = {"net.ipv4.ip_forward": "1", "net.ipv4.conf.eth0.10.forwarding": "0"}
     (found,) = result("services.ip-forward", links=(*LINKS, vlan), sysctls=sysctls).findings
     assert found.fix.startswith("sysctl -w net/ipv4/conf/eth0.10/forwarding=1; ")
+
+
+def test_what_felix_fails_to_change_is_less_grave_than_what_it_fails_to_attach() -> None:
+    failing = line('Failed to apply policy to endpoint, leaving it dirty error=x name="eth0"')
+    for links, severity in ((LINKS, Severity.WARNING), (bare(), Severity.ERROR)):
+        (found,) = result("services.log-attach", links=links, felix_lines=(failing,) * 5).findings
+        assert found.severity is severity
 
 
 def test_a_tunnel_is_not_to_be_widened() -> None:

@@ -15,8 +15,8 @@ _OR_REFUSED = {"BLACK_HOLE": ", or refused where serviceLoopPrevention is Reject
 _FIXES = {
     "DROPPED_BY_POLICY": "calitrace probe nodeport HOST:PORT --trace  # names the rule; "
     "calico-node -bpf policy dump IFACE all",
-    "UNAUTH_SOURCE": "compare loadBalancerSourceRanges with the clients, and the nodes' addresses; "
-    "kubectl get nodes -o wide",
+    "UNAUTH_SOURCE": "calitrace drops --reason UNAUTH_SOURCE  # which packets?; compare loadBalancerSourceRanges with "
+    "the clients, and the senders of tunnels with the nodes' addresses; kubectl get nodes -o wide",
     "RT_UNKNOWN": "calico-node -bpf routes dump  # is the backend's address there?",
     "BLACK_HOLE": "calico-node -bpf nat dump  # does any service have that address and port?",
     "CT_CREATE_FAILED": "calitrace check maps  # is the conntrack map full?",

@@ -19,6 +19,7 @@ Links = tuple[Link, ...]
 Maps = tuple[Map, ...]
 NEARLY_FULL, FULL = 0.8, 0.95
 _LRU, _PROGRAMS = (9, 10), 3
+_MOST_PROGRAMS, _MOST_OF_INTERFACE = 500, 40
 _NEEDED = ("ct", "nat_fe", "nat_be", "routes")
 _SETTINGS = {
     "ct": "bpfMapSizeConntrack",
@@ -251,7 +252,7 @@ def jit_limit(programs: tuple[Program, ...], sysctls: dict[str, str]) -> Said:
         return
     used = sum(each.jited_bytes for each in programs)
     if used > NEARLY_FULL * int(limit):
-        calico = sum(each.is_calico or re.match(r"p[46][ie]_", each.name) is not None for each in programs)
+        calico = sum(map(_is_calicos, programs))
         yield Finding(
             Severity.ERROR,
             "",
@@ -266,6 +267,33 @@ def jit_limit(programs: tuple[Program, ...], sysctls: dict[str, str]) -> Said:
         )
 
 
+def programs_left(programs: tuple[Program, ...], links: Links) -> Said:
+    """Counts Calico's loaded programs against the interfaces that have any: far more are left of earlier ones.
+
+    Before v3.27 each hook has a chain of about ten programs of its own, since then one or two and a share in common
+    ones. Each takes kernel memory, and counts against net.core.bpf_jit_limit. Those of all nodes on one machine count.
+    """
+    here = sum(link.any_calico for link in links)
+    mine = [each for each in programs if _is_calicos(each)]
+    used = sum(each.jited_bytes for each in mine)
+    if here and len(mine) > _MOST_PROGRAMS + _MOST_OF_INTERFACE * here:
+        yield Finding(
+            Severity.WARNING,
+            "",
+            (
+                f"{len(mine)} programs of Calico's for {here} interfaces, {used} bytes",
+                f"{len(programs)} programs in all",
+            ),
+            "programs are not unloaded: calico-node's CPU and memory grow until none can be loaded and pods fail to "
+            "start (projectcalico/calico#6784)",
+            f"{RESTART}; bpftool prog show | grep -c cali  # and again an hour later",
+        )
+
+
+def _is_calicos(program: Program) -> bool:
+    return program.is_calico or re.match(r"p[46][ie]_", program.name) is not None
+
+
 CHECKS = (
     Check("maps.pinned", Section.TOOL, pinned),
     Check("maps.unknown-layout", Section.TOOL, unknown_layout),
@@ -276,5 +304,6 @@ CHECKS = (
     Check("maps.interface-state", Section.TOOL, interface_state),
     Check("maps.conntrack-smaller", Section.TOOL, conntrack_smaller),
     Check("maps.jit-limit", Section.TOOL, jit_limit),
+    Check("maps.programs-left", Section.TOOL, programs_left),
     *log_checks("maps"),
 )

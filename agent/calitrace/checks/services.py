@@ -344,6 +344,29 @@ def vlan_parent(links: Links) -> Said:
             )
 
 
+def macvtap(links: Links, release: Release | None = None) -> Said:
+    """Looks for macvtap and macvlan devices, such as virtual machines have, on interfaces with Calico's programs.
+
+    Before v3.27.4 and v3.28.1 the programs forwarded packets that are for such a machine, and did not leave them alone.
+    """
+    by_name = {link.name: link for link in links}
+    for link in links:
+        parent = by_name.get(link.parent)
+        if link.kind not in ("macvtap", "macvlan") or parent is None or not parent.any_calico:
+            continue
+        if release is None:
+            yield Unknown(f"{link.name} is on {parent.name}, and Calico's release is not known")
+        elif release.newest <= (3, 27):
+            yield Finding(
+                WARNING,
+                link.name,
+                (f"{link.name}: {link.kind} on {parent.name}", f"{parent.name}: {hooks(parent)}", str(release)),
+                "packets for the machine behind it can be forwarded by Calico and lost; v3.27.4 and later leave them "
+                "alone (projectcalico/calico#6450, #8918)",
+                "update Calico; or put that machine on an interface that bpfDataIfacePattern does not match",
+            )
+
+
 def foreign_program(links: Links) -> Said:
     """Looks for tc or tcx programs of others that run before Calico's on the same hook.
 
@@ -847,7 +870,7 @@ def host_conntrack_bypass(felix: Settings, chains: tuple[str, ...]) -> Said:
     if isinstance(bypass, Unset):
         yield Unknown(bypass.why)
         return
-    hostports = [chain for chain in chains if chain.startswith(("CNI-HOSTPORT-DNAT", "CNI-DN-"))]
+    hostports = [chain for chain in chains if chain.startswith(("CNI-HOSTPORT-DNAT", "CNI-DN-", "cni_hostport/"))]
     if bypass.value and hostports:
         yield Finding(
             WARNING,
@@ -914,6 +937,7 @@ CHECKS = (
     Check("services.tunnel-over-l3", Section.SERVICES, tunnel_over_l3),
     Check("services.enslaved-programs", Section.SERVICES, enslaved_programs),
     Check("services.vlan-parent", Section.SERVICES, vlan_parent),
+    Check("services.macvtap", Section.SERVICES, macvtap),
     Check("services.foreign-program", Section.SERVICES, foreign_program),
     Check("services.bandwidth-plugin", Section.SERVICES, bandwidth_plugin),
     Check("services.api-endpoint", Section.SERVICES, api_endpoint),
