@@ -407,6 +407,27 @@ def test_a_reader_of_trace_pipe_is_named(lab: Lab, felix: tuple[str, str], tmp_p
     assert findings(run(lab, "debug", *felix)) == set()
 
 
+@pytest.mark.parametrize("level", ["debug", "off"])
+def test_programs_that_print_are_told_by_their_time(lab: Lab, felix: tuple[str, str], level: str) -> None:
+    """Felix's settings say Off; what is attached may say otherwise."""
+    assert on(lab, "log-level", level).returncode == 0
+    over = threading.Event()
+
+    def talk() -> None:
+        while not over.is_set():
+            udp_echo(lab, "client", "10.10.0.1", 30054, b"hello")
+
+    client = threading.Thread(target=talk)
+    client.start()
+    try:
+        found = findings(run(lab, "debug", *felix, interval="1"))
+    finally:
+        over.set()
+        client.join()
+        assert on(lab, "log-level", "off").returncode == 0
+    assert found == ({("debug.slow-programs", None)} if level == "debug" else set())
+
+
 def test_run_time_is_measured_only_meanwhile(lab: Lab) -> None:
     """The kernel's statistics are off again afterwards, and drops of the interval are counted."""
     where = node.Where(lab.namespace("node-a"), lab.pins / "node-a")

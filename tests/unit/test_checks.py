@@ -79,6 +79,9 @@ BOND = Link(20, "bond0", "bond", addresses=("192.0.2.11/24",))
 VLAN = Link(22, "eth0.10", "vlan", addresses=("192.0.2.11/24",), parent="eth0", programs=BOTH)
 UNDER_VLAN = (*with_link(ETH0, programs={}), VLAN)
 WG = Link(21, "wg0", "wireguard", 1420, addresses=("10.9.0.1/24",), udp_port=51820)
+PRINTING = ProgramTimes(
+    1.0, (ProgramTime(9, "cali_from_hep", 7_800_000, 200), ProgramTime(10, "cali_to_hep", 180_000, 200))
+)
 MESH = with_map("cali_v4_routes", raw=[*NODE_ROUTES, route("10.9.0.2/32", 0x10)])
 VIA_WG = (*ROUTES, Route("10.65.1.0/26", "wg0", "10.9.0.2"))
 VIA_BOND = (Route("default", "bond0", "192.0.2.1"),)
@@ -320,6 +323,13 @@ FIRES: list[tuple[str, dict[str, Any], str]] = [
         "services.log-attach",  # its programs are there, and Felix tries again and again
         {"felix_lines": (line('Failed to apply policy to endpoint, leaving it dirty error=x name="eth0"'),) * 5},
         "5 times, last:",
+    ),
+    ("debug.slow-programs", {"program_times": PRINTING}, "cali_from_hep (id 9): 200 runs, 39.0 µs each"),
+    ("debug.slow-programs", {"program_times": PRINTING} | OLD_BROKEN, "bpfLogLevel is not known"),
+    (
+        "debug.slow-programs",
+        {"program_times": PRINTING, "felix_objects": Missing("no API"), "felix_env": {"FELIX_BPFENABLED": "true"}},
+        "bpfLogLevel is not known",
     ),
     ("services.node-local-dns", {"links": (*LINKS, DNS)}, "169.254.20.10/32"),
     (
@@ -784,6 +794,15 @@ QUIET: list[tuple[str, dict[str, Any]]] = [
         {"links": (*LINKS, Link(62, "macvtap0", "macvtap", parent="eth0"), Link(63, "macvlan0", "macvlan"))},
     ),
     ("maps.programs-left", {"programs": (PREAMBLE,) * 600}),
+    ("debug.slow-programs", {"program_times": PRINTING, "felix_objects": felix(bpfLogLevel="Debug")}),
+    (
+        "debug.slow-programs",  # another's, and too few to tell
+        {
+            "program_times": ProgramTimes(
+                1.0, (ProgramTime(9, "cil_from_netdev", 7_800_000, 200), ProgramTime(10, "cali_to_hep", 300_000, 20))
+            )
+        },
+    ),
     ("services.dsr-cloud", {"felix_objects": DSR, "cloud": Cloud("azure")}),
     ("services.dsr-load-balancer", {"felix_objects": DSR}),
     ("services.host-conntrack-bypass", {"felix_objects": felix(bpfHostConntrackBypass=True)}),
