@@ -141,6 +141,8 @@ def test_rpf(healed: Lab, level: str, proto: str) -> None:
     }
     said = "reverse path check" if level == "debug" else "it seems: reverse path"
     assert all(said in probe["cause"] for probe in probes)
+    back = f"{healed.namespace('node-a')} reaches 10.10.0.100 by cali1a2b3c4d5e6"
+    assert all(probe["cause"].endswith(back) for probe in probes)
 
 
 def test_no_route_to_the_backend(lab: Lab, level: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -247,6 +248,42 @@ def test_reverse_path_check(log: bool) -> None:
     else:
         assert verdict.confidence is Confidence.LIKELY
         assert verdict.cause == "dropped by Calico: cause not recorded"
+
+
+def by(way: str) -> Topology:
+    """Node-a reaches the client by this interface."""
+    where = topology()
+    where.namespaces[A_NS] = replace(where.namespaces[A_NS], way_back=way)
+    return where
+
+
+@pytest.mark.parametrize(
+    ("way", "said"), [("bond0", "; node-a reaches 10.10.0.100 by bond0"), ("ens192", ""), ("", "")]
+)
+def test_a_reverse_path_says_which_way_back_there_is(way: str, said: str) -> None:
+    reasons = {**REASONS, 60: "SKB_DROP_REASON_IP_RPFILTER"}
+    recorder = Recorder()
+    recorder.hop(RECEIVE, A_NS, UPLINK, packets.syn())
+    recorder.drop(A_NS, UPLINK, packets.syn(), 60)
+    cause = judged(recorder, where=by(way), reasons=reasons).cause
+    assert cause.endswith(f"(the kernel's own reverse path filter, rp_filter){said}")
+    recorder.drop(A_NS, UPLINK, packets.syn(), NO_SOCKET)
+    assert "reaches" not in judged(recorder, where=by(way), reasons=reasons).cause
+
+
+@pytest.mark.parametrize(("way", "said"), [("cali1", "; node-a reaches the client by cali1"), ("", "")])
+def test_a_reply_that_ends_at_a_node(way: str, said: str) -> None:
+    """It is no request for a service: it waits for a next hop, or is taken for the node's own."""
+    recorder = Recorder()
+    recorder.hop(RECEIVE, A_NS, UPLINK, packets.syn())
+    recorder.hop(RECEIVE, A_NS, CALI, packets.syn_ack(), skb=0xBB)
+    recorder.hop(CONSUME, A_NS, CALI, packets.syn_ack(), skb=0xBB)
+    verdict = judged(recorder, where=by(way))
+    assert (verdict.kind, verdict.confidence) == (Kind.RETURN_PATH, Confidence.LIKELY)
+    assert verdict.cause == (
+        "the reply ended at node-a: it took it for its own, or the next hop towards 10.10.0.100 does not answer "
+        f"ARP{said}"
+    )
 
 
 def test_a_kernel_drop_is_never_blamed_on_calico() -> None:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from calitrace.calico.passage import Passage
-    from calitrace.correlate.drops import Names
+    from calitrace.correlate.drops import Cause, Names
     from calitrace.model import Namespace, Topology
     from calitrace.packet import Layer
 
@@ -288,6 +288,16 @@ class _Judge:
                 place=self._place(last),
                 evidence=self._path(),
             )
+        if last.event.kind is HopKind.CONSUME and reply:
+            way = f"; {namespace.name} reaches the client by {namespace.way_back}" if namespace.way_back else ""
+            return Verdict(
+                Kind.RETURN_PATH,
+                Confidence.LIKELY,
+                f"the reply ended at {namespace.name}: it took it for its own, or the next hop towards "
+                f"{self.journey.probe.src} does not answer ARP{way}",
+                place=self._place(last),
+                evidence=self._path(),
+            )
         if last.event.kind is HopKind.CONSUME:
             return Verdict(
                 Kind.NO_REPLY,
@@ -363,10 +373,11 @@ class _Judge:
 
     def _dropped(self, step: Step, drop: Drop) -> Verdict:
         cause = explain(drop, step.passages, step.state, self.topology, self.names)
+        back = self._way_back(step, cause)
         return Verdict(
             Kind.DROPPED,
             cause.confidence,
-            cause.text,
+            cause.text + back,
             place=cause.place,
             by_calico=cause.by_calico,
             calico_reason=cause.calico_reason,
@@ -374,6 +385,15 @@ class _Judge:
             rules=cause.rules,
             evidence=cause.evidence + self._path(),
         )
+
+    def _way_back(self, step: Step, cause: Cause) -> str:
+        """Why a reverse path fails: the node reaches the client by another interface than it came in by."""
+        namespace = self.topology.namespace(step.event.netns)
+        if namespace is None or step.direction is not Direction.REQUEST or step.tunnelled:
+            return ""
+        if "reverse path" not in cause.text or namespace.way_back in ("", cause.place.interface):
+            return ""
+        return f"; {namespace.name} reaches {self.journey.probe.src} by {namespace.way_back}"
 
     # -- shared -----------------------------------------------------------------------------------------
 
