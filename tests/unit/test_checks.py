@@ -1257,8 +1257,10 @@ def test_the_longest_prefix_is_the_way_to_another_node() -> None:
 
 def test_the_other_nodes_are_known_of_the_api_as_well() -> None:
     changes: dict[str, Any] = {"maps": (), "routes": (Route("192.0.2.12/32", "wg0"),), "links": (*LINKS, WG)}
+    six = {"status": {"addresses": [{"type": "InternalIP", "address": "2001:db8::3"}]}, "metadata": {"name": "six"}}
+    changes["kubernetes"] = kubernetes(nodes=(*NODES, six))
     assert [each.subject for each in result("services.tunnel-over-l3", **changes).findings] == ["wg0"]
-    found = result("services.tunnel-over-l3", kubernetes=Missing("no"), **changes)
+    found = result("services.tunnel-over-l3", **changes | {"kubernetes": Missing("no")})
     assert found.why == ("the other nodes' addresses are not known: there is no map cali_v4_routes",)
     assert result("services.tunnel-over-l3", routes=Missing("no routes")).why == ("no routes",)
 

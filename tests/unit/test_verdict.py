@@ -484,10 +484,30 @@ def test_a_reply_that_goes_past_the_tunnel() -> None:
     recorder.hop(QUEUE, B_NS, UPLINK, packets.syn_ack(), skb=0xBB)
     verdict = judged(recorder)
     assert (verdict.kind, verdict.confidence, verdict.to) == (Kind.RETURN_PATH, Confidence.PROVEN, Place("client"))
-    assert verdict.cause.startswith("the reply left node-b itself as 10.10.0.1 (node-a), as DSR does, and never")
+    said = "the request came to node-b in the tunnel, the reply left it as 10.10.0.1"
+    assert verdict.cause.startswith(f"{said} (node-a) outside, as DSR does, and never reached client")
     where = topology()
     del where.namespaces[A_NS]
-    assert "as 10.10.0.1 (another node), as DSR does" in judged(recorder, where=where).cause
+    assert judged(recorder, where=where).cause.startswith(f"{said} outside, as DSR does")
+
+
+def test_a_reply_that_came_back_through_the_tunnel_is_no_dsr() -> None:
+    recorder = Recorder()
+    recorder.hop(RECEIVE, B_NS, UPLINK, to_node_b(recorder))
+    recorder.hop(RECEIVE, A_NS, UPLINK, packets.vxlan(NODE_B, NODE_A, packets.syn_ack()), skb=0xBB)
+    recorder.hop(QUEUE, A_NS, UPLINK, packets.syn_ack(), skb=0xBB)
+    assert judged(recorder).cause.startswith("the reply left node-a and never reached client: return path")
+
+
+def test_a_reply_from_an_address_of_no_interface_is_no_dsr() -> None:
+    """A load balancer's address is on no interface, and the node that was asked answers with it."""
+    recorder = Recorder()
+    recorder.hop(RECEIVE, A_NS, UPLINK, packets.syn(dst="203.0.113.5"))
+    recorder.hop(QUEUE, A_NS, UPLINK, packets.syn_ack(src="203.0.113.5"), skb=0xBB)
+    assert judged(recorder).cause == (
+        "the reply left node-a and never reached client: return path (a firewall or load balancer between, or "
+        "rp_filter there)"
+    )
 
 
 @pytest.mark.parametrize("observed", [True, False])

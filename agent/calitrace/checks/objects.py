@@ -83,9 +83,7 @@ def ways_to(routes: Iterable[Route], addresses: Iterable[str]) -> dict[str, str]
         target = _network(address)
         if target is not None:
             ways = [(net.prefixlen, name) for net, name in networks if net is not None and target.subnet_of(net)]
-            for length, name in ways:
-                if length == max(ways)[0]:
-                    found.setdefault(name, address)
+            found = {name: address for length, name in ways if length == max(ways)[0]} | found
     return found
 
 

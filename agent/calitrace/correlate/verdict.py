@@ -349,12 +349,12 @@ class _Judge:
         what = "the reply" if reply else "the probe"
         name = target.name if target else destination
         cause = f"{what} left {namespace.name} and never reached {name}"
-        if reply and layer and not namespace.has(str(layer.src)) and namespace.role is Role.NODE:
+        if reply and layer and self._came_in_a_tunnel(last.event.netns):
             owner = self.topology.owner(str(layer.src))
-            whose = owner.name if owner else "another node"
+            whose = f" ({owner.name})" if owner else ""
             cause = (
-                f"the reply left {namespace.name} itself as {layer.src} ({whose}), as DSR does, and never reached "
-                f"{name}: what is between must let a node send as another "
+                f"the request came to {namespace.name} in the tunnel, the reply left it as {layer.src}{whose} outside, "
+                f"as DSR does, and never reached {name}: what is between must let a node send as another "
                 "(source/destination check, anti-spoofing, stateful firewall, load balancer)"
             )
         elif reply:
@@ -368,6 +368,10 @@ class _Judge:
             to=Place(name),
             evidence=self._path(),
         )
+
+    def _came_in_a_tunnel(self, netns: int) -> bool:
+        received = (step for step in self.journey.way(Direction.REQUEST) if _is_received(step, netns))
+        return any(step.tunnelled for step in received)
 
     # -- dropped ----------------------------------------------------------------------------------------
 
@@ -388,10 +392,9 @@ class _Judge:
 
     def _way_back(self, step: Step, cause: Cause) -> str:
         """Why a reverse path fails: the node reaches the client by another interface than it came in by."""
-        namespace = self.topology.namespace(step.event.netns)
-        if namespace is None or step.direction is not Direction.REQUEST or step.tunnelled:
-            return ""
-        if "reverse path" not in cause.text or namespace.way_back in ("", cause.place.interface):
+        namespace = self.topology.namespaces[step.event.netns]  # steps are of observed namespaces only
+        of_the_client = step.direction is Direction.REQUEST and not step.tunnelled and "reverse path" in cause.text
+        if not of_the_client or namespace.way_back in ("", cause.place.interface):
             return ""
         return f"; {namespace.name} reaches {self.journey.probe.src} by {namespace.way_back}"
 
@@ -434,6 +437,10 @@ class _Judge:
             if not places or places[-1] != place:
                 places.append(place)
         return (f"path: {' > '.join(places)}",) if places else ()
+
+
+def _is_received(step: Step, netns: int) -> bool:
+    return step.event.netns == netns and isinstance(step.event, Hop) and step.event.kind is HopKind.RECEIVE
 
 
 def _iter_conclusive(way: Iterable[Step]) -> Iterator[Step]:
