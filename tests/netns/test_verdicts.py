@@ -173,6 +173,15 @@ def test_a_refusal_that_never_comes_back(lab: Lab, proto: str, size: int, kind: 
     assert all(lost in p["cause"] for p in probes)
 
 
+def test_a_reply_that_the_fabric_takes(lab: Lab) -> None:
+    """As a stateful firewall does that saw no request; it came back through the tunnel, so DSR is not blamed."""
+    with fabric(lab, "ip daddr 10.10.0.100 tcp sport 30080 drop"):
+        probes = verdicts(lab, "tcp", TARGETS["tcp"])
+    assert only([p["verdict"] for p in probes]) == "return-path"
+    assert only([p["place"]["namespace"] for p in probes]) == lab.namespace("node-a")
+    assert all("the reply left" in p["cause"] and "DSR" not in p["cause"] for p in probes)
+
+
 def test_another_vni_is_not_calicos_tunnel(lab: Lab) -> None:
     with fabric(lab, "udp dport 4789 @th,96,24 set 4096"):
         probes = verdicts(lab, "tcp", TARGETS["tcp"])
