@@ -95,7 +95,9 @@ def nearly_full(maps: Maps) -> Said:
             "when it is full the oldest entries are forgotten, with the connections they stand for"
             if lru
             else "when it is full, new connections, routes, services or interfaces are not known to the dataplane",
-            patch(f'"{setting}":{each.max_entries * 2}') if setting else "read what fills it: calico-node -bpf help",
+            patch(f'"{setting}":{each.max_entries * 2}')
+            if setting
+            else f"calitrace maps versions  # {each.name}: whose is it, and what fills it?",
         )
 
 
@@ -191,7 +193,7 @@ def interface_state(links: Links, interfaces: tuple[Interface, ...]) -> Said:
                 link.name,
                 (f"{link.name}: ifindex {link.index}, no row among {len(rows)}", *_row_of(link.name, interfaces)),
                 "flows through this interface are not confirmed and fail by chance (projectcalico/calico#6392)",
-                f"calico-node -bpf ifstate dump; {RESTART}; more than 1000 interfaces: bpfMapSizeIfState",
+                f"calitrace maps ifstate dump; {RESTART}; more than 1000 interfaces: bpfMapSizeIfState",
             )
         elif link.workload and row.flags & decoded.WORKLOAD and not row.flags & decoded.V4_READY:
             yield Finding(

@@ -31,7 +31,7 @@ PROTOCOLS = {"TCP": 6, "UDP": 17}
 _MOST = 5
 _UDP = 17
 _LEAST_LOST = 3  # fewer are clients that gave up
-_DUMP = "calico-node -bpf nat dump"
+_DUMP = "calitrace maps nat dump"
 
 
 def backends_complete(nat: Nat) -> Said:
@@ -84,7 +84,7 @@ def backends_routed(nat: Nat, node_routes: tuple[NodeRoute, ...]) -> Said:
             "",
             tuple(iter_numbered(lines, _MOST)),
             "packets from outside for these backends are dropped with RT_UNKNOWN: Felix does not know the address",
-            "calico-node -bpf routes dump; is the backend outside the cluster, or its pod's IP of another IPAM?",
+            "calitrace maps routes dump; is the backend outside the cluster, or its pod's IP of another IPAM?",
         )
 
 

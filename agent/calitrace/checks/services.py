@@ -83,7 +83,7 @@ def ebpf_off(links: Links, felix: Settings | None = None, processes: tuple[Proce
             "",
             (str(wanted), *(f"{link.name}: {hooks(link)}" for link in links if link.any_calico)),
             "eBPF mode was switched off and its programs are still attached; nobody keeps their maps up to date",
-            f"{RESTART}; if they stay, from v3.30 on; calico-node -bpf cleanup; or reboot",
+            f"{RESTART}; if they stay, in its container from v3.30 on; calico-node -bpf cleanup; or reboot",
         )
     elif not on:
         yield Finding(
