@@ -1308,6 +1308,26 @@ def test_what_felix_fails_to_change_is_less_grave_than_what_it_fails_to_attach()
         assert found.severity is severity
 
 
+def test_what_a_finding_means_is_no_command() -> None:
+    """It may begin with the name of one; a backslash would be read as part of it."""
+    text = line(LOG_LINES["services.log-healthz-port"], "ERROR")
+    lines = list(shown.iter_table([result("services.log-healthz-port", felix_lines=(text,))]))
+    assert any("kube-proxy owns the health port" in each for each in lines)
+    assert not any(each.endswith("eBPF \\") for each in lines)
+
+
+def test_the_interface_of_a_log_line_is_in_the_command() -> None:
+    failing = line('Failed to apply policy to interface, will retry error=x iface="eth7"')
+    (found,) = result("services.log-attach", felix_lines=(failing,), links=(*LINKS, Link(77, "eth7"))).findings
+    assert found.fix.endswith("bpftool net show dev eth7")
+
+
+@pytest.mark.parametrize(("name", "setting"), [("tunl0", "ipipMTU"), ("wireguard.cali", "wireguardMTU")])
+def test_each_tunnel_has_its_own_mtu(name: str, setting: str) -> None:
+    (found,) = result("performance.mtu-chain", links=(*LINKS, Link(78, name))).findings
+    assert f'{{"spec":{{"{setting}":0}}}}' in found.fix
+
+
 def test_a_tunnel_is_not_to_be_widened() -> None:
     """A WireGuard mesh that carries the nodes' traffic has less room than the network below it."""
     changes: dict[str, Any] = {"links": (*LINKS, WG), "routes": (*ROUTES, Route("10.9.0.0/24", "wg0")), "maps": MESH}

@@ -56,7 +56,7 @@ KNOWN = (
         UNSUPPORTED,
         "Felix found the kernel unsupported and fell back to the standard dataplane; where kube-proxy has gone, no "
         "service works on this node",
-        "read error= in that line; update the kernel (5.3 or later; RHEL 4.18.0-193 or later; v3.31 and later: 5.10), "
+        "read error= in that line; update the kernel (5.3 or later, RHEL 4.18.0-193 or later, v3.31 and later: 5.10), "
         "or run kube-proxy again; kubectl patch ds -n kube-system kube-proxy --type merge -p "
         """'{"spec":{"template":{"spec":{"nodeSelector":{"non-calico": null}}}}}'""",
         cured=re.escape(STARTED),

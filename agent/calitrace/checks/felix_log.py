@@ -48,7 +48,8 @@ def _from_log(known: log.Known, felix_log: tuple[log.Line, ...], links: Links | 
     if found:
         times = f"{len(found)} times, last:" if len(found) > 1 else "once:"
         severity = Severity.ERROR if grave else Severity.WARNING
-        yield Finding(severity, "", (times, found[-1].raw), known.meaning, known.fix)
+        fix = known.fix.replace("IFACE", log.interface(found[-1]) or "IFACE")
+        yield Finding(severity, "", (times, found[-1].raw), known.meaning, fix)
 
 
 def _recovered(line: log.Line, links: Links) -> bool:

@@ -24,6 +24,13 @@ from calitrace.checks.snapshot import Cloud, Host, Link, Route
 Links = tuple[Link, ...]
 Objects = tuple[dict[str, Any], ...]
 WARNING, INFO = Severity.WARNING, Severity.INFO
+_MTU_SETTINGS = {
+    "tunl0": "ipipMTU",
+    "vxlan.calico": "vxlanMTU",
+    "vxlan-v6.calico": "vxlanMTUV6",
+    "wireguard.cali": "wireguardMTU",
+    "wg-v6.cali": "wireguardMTUV6",
+}
 _OVERHEAD = {"tunl0": 20, "vxlan.calico": 50, "vxlan-v6.calico": 70, "wireguard.cali": 60, "wg-v6.cali": 80}
 
 
@@ -120,7 +127,7 @@ def mtu_chain(links: Links, routes: tuple[Route, ...]) -> Said:
         return
     pods = [link for link in links if link.workload and link.up]
     for tunnel in (link for link in links if link.name in _OVERHEAD and link.up):
-        overhead = _OVERHEAD[tunnel.name]
+        overhead, setting = _OVERHEAD[tunnel.name], _MTU_SETTINGS[tunnel.name]
         for uplink in found:
             if tunnel.mtu + overhead > uplink.mtu:
                 yield Finding(
@@ -128,7 +135,7 @@ def mtu_chain(links: Links, routes: tuple[Route, ...]) -> Said:
                     tunnel.name,
                     (f"{tunnel.name}: MTU {tunnel.mtu} + {overhead}", f"{uplink.name}: MTU {uplink.mtu}"),
                     "full-size packets of the overlay do not fit on the uplink",
-                    "let Felix choose; " + patch('"vxlanMTU":0') + "; look at mtuIfacePattern, which ignores bonds",
+                    "let Felix choose; " + patch(f'"{setting}":0') + "; look at mtuIfacePattern, which ignores bonds",
                 )
         large = [pod for pod in pods if pod.mtu > tunnel.mtu]
         if large:
