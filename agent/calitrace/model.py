@@ -126,7 +126,10 @@ class Link:
 
 @dataclass(frozen=True)
 class Namespace:
-    """A network namespace and its interfaces by ifindex. *state_map*: id of its cali_state map, 0 for none."""
+    """A network namespace and its interfaces by ifindex. *state_map*: id of its cali_state map, 0 for none.
+
+    *way_back*: the interface by which it reaches the client of the probes; empty where that was not asked, or none.
+    """
 
     inum: int
     name: str
@@ -136,6 +139,7 @@ class Namespace:
     state_name: str = ""
     state_bytes: int = 0
     reasons: int = 0  # number of counters in its counters map: tells the release's numbering
+    way_back: str = ""
 
     def has(self, address: str) -> bool:
         """Whether one of its interfaces has it."""

@@ -16,6 +16,7 @@ from calitrace.identity import Identity
 TCP, UDP, ICMP, ICMP6 = 6, 17, 1, 58
 PROTOCOLS = {ICMP: "icmp", TCP: "tcp", UDP: "udp", ICMP6: "icmp6"}
 FIN, SYN, RST, PSH, ACK = 0x01, 0x02, 0x04, 0x08, 0x10
+_ICMP_UNREACHABLE = {0: "net", 1: "host", 2: "protocol", 3: "port", 13: "prohibited"}
 _FLAG_NAMES = ((SYN, "SYN"), (FIN, "FIN"), (RST, "RST"), (PSH, "PSH"), (ACK, "ACK"))
 _ICMP_ERRORS = {ICMP: (3, 11, 12), ICMP6: (1, 2, 3, 4)}
 _FRAGMENT, _AUTH, _NONE = 44, 51, 59
@@ -23,6 +24,7 @@ _EXTENSIONS = (0, 43, _FRAGMENT, _AUTH, 60, 135)  # hop-by-hop, routing, destina
 _WITHOUT_EXTENSIONS = (TCP, UDP, ICMP6)
 _CALICO_EXTENSIONS, _CALICO_MOST = (*_EXTENSIONS, 47, 50), 8  # GRE and ESP too
 _MAX_LAYERS = 3
+CALICO_VNI = 0xCA11C0  # of Calico's NodePort tunnel; felix/bpf-gpl/nat_types.h, all releases since v3.13
 _VXLAN_BYTES = 20 + 8 + 8 + 14  # an IPv4 header without options, UDP, VXLAN, Ethernet
 
 
@@ -45,8 +47,9 @@ def inside_vxlan(packet: bytes, port: int) -> bytes:
 class Layer:
     """One IP packet. Ports are 0 where the protocol has none; *flags*, *seq*, *ack* are TCP's.
 
-    *mtu*: what the sender of an ICMP error has room for, 0 where it does not say. *calico*: of IPv6 with extension
-    headers the protocol and ports that Calico's programs read, which go through them in a way of their own.
+    *mtu*: what the sender of an ICMP error has room for, 0 where it does not say. *fragment*: it is not the first of
+    its packet, and has neither ports nor flags. *calico*: of IPv6 with extension headers the protocol and ports that
+    Calico's programs read, which go through them in a way of their own.
     """
 
     src: IPv4Address | IPv6Address
@@ -63,10 +66,13 @@ class Layer:
     vni: int | None = None  # of the VXLAN header that it carries
     ttl: int = 0
     mtu: int = 0
+    fragment: bool = False
     calico: tuple[int, int, int] | None = None
 
     def __str__(self) -> str:
         name = PROTOCOLS.get(self.proto, str(self.proto))
+        if self.fragment:
+            return f"{name} later fragment {self.src} > {self.dst}"
         if self.proto in _ICMP_ERRORS:
             return f"{name} {self.src} > {self.dst} type {self.icmp_type} code {self.icmp_code}"
         ports = self.proto in (TCP, UDP)
@@ -98,6 +104,18 @@ class Layer:
     def is_port_unreachable(self) -> bool:
         """Whether it says that nobody listens: RFC 792, RFC 4443."""
         return (self.proto, self.icmp_type, self.icmp_code) in ((ICMP, 3, 3), (ICMP6, 1, 4))
+
+    @property
+    def refusal(self) -> str:
+        """An ICMP error or RST in words: ``ICMP port unreachable from 10.0.0.1``."""
+        if self.proto == TCP:
+            return f"TCP RST from {self.src}"
+        name = f"type {self.icmp_type} code {self.icmp_code}"
+        if self.is_too_big:
+            name = "fragmentation needed" + (f" (MTU {self.mtu})" if self.mtu else "")
+        elif self.proto == ICMP and self.icmp_type == 3:
+            name = f"{_ICMP_UNREACHABLE.get(self.icmp_code, f'code {self.icmp_code}')} unreachable"
+        return f"ICMP {name} from {self.src}"
 
 
 @dataclass(frozen=True)
@@ -152,17 +170,18 @@ def _layer(raw: bytes, at: int, vxlan_port: int) -> tuple[Layer | None, int | No
     if version == 4 and len(raw) >= at + 20:
         l4, proto, ttl = at + (raw[at] & 15) * 4, raw[at + 9], raw[at + 8]
         src, dst = ip_address(raw[at + 12 : at + 16]), ip_address(raw[at + 16 : at + 20])
-        if l4 < at + 20 or (raw[at + 6] & 0x1F) << 8 | raw[at + 7]:  # malformed, or a later fragment: no ports here
-            return Layer(src, dst, proto, ttl=ttl), None
+        later = bool((raw[at + 6] & 0x1F) << 8 | raw[at + 7])
+        if l4 < at + 20 or later:  # malformed, or without ports
+            return Layer(src, dst, proto, ttl=ttl, fragment=later), None
     elif version == 6 and len(raw) >= at + 40:
         l4, proto, ttl = at + 40, raw[at + 6], raw[at + 7]
         src, dst = ip_address(raw[at + 8 : at + 24]), ip_address(raw[at + 24 : at + 40])
         while proto in _EXTENSIONS and len(raw) >= l4 + 8:
             header, l4 = l4, l4 + _extension_bytes(proto, raw[l4 + 1])
-            later = proto == _FRAGMENT and raw[header + 2] << 8 | raw[header + 3] & 0xF8
+            later = proto == _FRAGMENT and bool(raw[header + 2] << 8 | raw[header + 3] & 0xF8)
             proto = raw[header]
             if later:
-                return Layer(src, dst, proto, ttl=ttl), None
+                return Layer(src, dst, proto, ttl=ttl, fragment=True), None
     else:
         return None, None
     if proto == UDP and len(raw) >= l4 + 8:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import socket
 import struct
 import subprocess
 import threading
@@ -23,7 +24,7 @@ from calitrace.kernel import iptables, netns, node, syscall, tc
 from calitrace.lab import deployment, network
 from calitrace.lab import state as record
 from calitrace.lab.topology import NODE_A, Lab
-from tests.netns.conftest import calitrace, on, tcp, udp_echo
+from tests.netns.conftest import calitrace, changed, on, tcp, udp_echo
 
 pytestmark = pytest.mark.root
 # What the lab is not: it has no bpfin.cali, and its conntrack map is small.
@@ -33,8 +34,9 @@ LAB_SPEC = {
     "bpfMapSizeConntrack": 16384,
     "bpfKubeProxyIptablesCleanupEnabled": True,
 }
-# The lab has a service whose backend has no route, for the drop that this causes.
-BASELINE = {("services.nat-backends-routed", None)}
+# The lab has a service whose backend has no route, for the drop that this causes; and its nodes use no services.
+ROUTES_ONLY = {("services.nat-backends-routed", None)}
+BASELINE = ROUTES_ONLY | {("services.host-without-nat", None)}
 Found = set[tuple[str, str | None]]
 
 
@@ -105,6 +107,28 @@ def strict_rp_filter(lab: Lab) -> Iterator[None]:
 
 
 @contextmanager
+def no_forwarding(lab: Lab) -> Iterator[None]:
+    path = Path("/proc/sys/net/ipv4/ip_forward")
+    with netns.inside(lab.namespace("node-a")):
+        path.write_text("0")
+    try:
+        yield
+    finally:
+        with netns.inside(lab.namespace("node-a")):
+            path.write_text("1")
+
+
+@contextmanager
+def replaced_pod(lab: Lab) -> Iterator[None]:
+    """A client of UDP service 30054 has been heard; then its only backend is another pod."""
+    assert udp_echo(lab, "client", "10.10.0.1", 30054, b"hello") == b"hello"
+    key = struct.pack("<II", 5, 0)
+    other = socket.inet_aton("10.65.0.3") + struct.pack("<Hxx", 5353)
+    with changed(lab.pins / "node-a" / "cali_v4_nat_be", key, other):
+        yield
+
+
+@contextmanager
 def filled_backends(lab: Lab) -> Iterator[None]:
     """The NAT backend map (4096 entries) with 3500 more, of a service id that no frontend has."""
     descriptor = syscall.object_get(lab.pins / "node-a" / "cali_v4_nat_be")
@@ -160,6 +184,8 @@ BREAKS: dict[str, tuple[Callable[[Lab], AbstractContextManager[None]], tuple[str
     ),
     "mtu": (small_mtu, ("services.mtu", NODE_A.interface)),
     "rp-filter": (strict_rp_filter, ("services.rp-filter", NODE_A.interface)),
+    "ip-forward": (no_forwarding, ("services.ip-forward", None)),
+    "replaced-pod": (replaced_pod, ("services.conntrack-stale", None)),
     "map-full": (filled_backends, ("maps.nearly-full", "cali_v4_nat_be")),
     "interface-state": (without_interface_row, ("maps.interface-state", NODE_A.interface)),
     "vxlan-port": (foreign_vxlan, ("services.vxlan-port-clash", "flannel.1")),
@@ -209,12 +235,12 @@ def kube_proxy(lab: Lab, directory: Path) -> Iterator[int]:
 def test_kube_proxy(lab: Lab, tmp_path: Path, felix: tuple[str, str]) -> None:
     with kube_proxy(lab, tmp_path) as pid:
         objects = run(lab, *felix)
-        assert findings(objects) == BASELINE | {("cpu.kube-proxy-fight", "kube-proxy")}
+        assert findings(objects) == ROUTES_ONLY | {("cpu.kube-proxy-fight", "kube-proxy")}  # it serves the node itself
         (fight,) = [each for each in objects if each.get("id") == "cpu.kube-proxy-fight" and each["type"] == "finding"]
         assert any(f"process {pid}: " in each for each in fight["evidence"])
         kept = felix_file(tmp_path, bpfKubeProxyIptablesCleanupEnabled=False, bpfKubeProxyHealthzPort=0)
-        assert findings(run(lab, "--felix-config", kept)) == BASELINE
-        assert findings(run(lab)) == BASELINE | {("services.kube-proxy-beside", None)}
+        assert findings(run(lab, "--felix-config", kept)) == ROUTES_ONLY
+        assert findings(run(lab)) == ROUTES_ONLY | {("services.kube-proxy-beside", None)}
     assert findings(run(lab, *felix)) == BASELINE
 
 
@@ -335,6 +361,19 @@ def test_chains_of_netfilter_are_read(lab: Lab) -> None:
             subprocess.run(["nft", "delete", "table", "ip", "nat"], check=True)
 
 
+def test_the_table_of_kube_proxys_nftables_mode(lab: Lab) -> None:
+    """Its chains have words for names: the table makes them kube-proxy's."""
+    rules = "add table ip kube-proxy\nadd chain ip kube-proxy services\nadd table ip x\nadd chain ip x services\n"
+    with netns.inside(lab.namespace("node-a")):
+        subprocess.run(["nft", "-f", "-"], input=rules, text=True, check=True)
+        try:
+            assert iptables.chains() == ("kube-proxy/services", "services")
+        finally:
+            subprocess.run(
+                ["nft", "-f", "-"], input="delete table ip kube-proxy\ndelete table ip x\n", text=True, check=True
+            )
+
+
 def test_chains_that_come_back_while_we_measure(lab: Lab) -> None:
     nft = shutil.which("nft")
     if nft is None:
@@ -366,6 +405,27 @@ def test_a_reader_of_trace_pipe_is_named(lab: Lab, felix: tuple[str, str], tmp_p
     assert found["id"] == "debug.trace-pipe-readers"
     assert f"process {os.getpid()} " in found["evidence"][0]
     assert findings(run(lab, "debug", *felix)) == set()
+
+
+@pytest.mark.parametrize("level", ["debug", "off"])
+def test_programs_that_print_are_told_by_their_time(lab: Lab, felix: tuple[str, str], level: str) -> None:
+    """Felix's settings say Off; what is attached may say otherwise."""
+    assert on(lab, "log-level", level).returncode == 0
+    over = threading.Event()
+
+    def talk() -> None:
+        while not over.is_set():
+            udp_echo(lab, "client", "10.10.0.1", 30054, b"hello")
+
+    client = threading.Thread(target=talk)
+    client.start()
+    try:
+        found = findings(run(lab, "debug", *felix, interval="1"))
+    finally:
+        over.set()
+        client.join()
+        assert on(lab, "log-level", "off").returncode == 0
+    assert found == ({("debug.slow-programs", None)} if level == "debug" else set())
 
 
 def test_run_time_is_measured_only_meanwhile(lab: Lab) -> None:

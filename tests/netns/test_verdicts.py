@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from calitrace.kernel import netns
 from calitrace.lab.topology import Lab
 from tests.netns.conftest import calitrace, on
 
@@ -47,6 +50,21 @@ def verdicts(lab: Lab, proto: str, target: str, size: int = 0) -> list[dict[str,
     assert [probe["number"] for probe in probes] == list(range(COUNT))
     assert summary["events_lost"] == 0
     return probes
+
+
+@contextlib.contextmanager
+def fabric(lab: Lab, rule: str) -> Iterator[None]:
+    """The fabric forwards by one rule of nftables."""
+    chain = f"table bridge lab {{\nchain way {{\ntype filter hook forward priority 0\n{rule}\n}}\n}}\n"
+    with netns.inside(lab.namespace("fabric")):
+        done = subprocess.run(["nft", "-f", "-"], input=chain, text=True, capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no nftables for bridges: {done.stderr.splitlines()[-1:]}")
+    try:
+        yield
+    finally:
+        with netns.inside(lab.namespace("fabric")):
+            subprocess.run(["nft", "delete", "table", "bridge", "lab"], check=True)
 
 
 def only(values: list[Any]) -> Any:
@@ -125,6 +143,8 @@ def test_rpf(healed: Lab, level: str, proto: str) -> None:
     }
     said = "reverse path check" if level == "debug" else "it seems: reverse path"
     assert all(said in probe["cause"] for probe in probes)
+    back = f"{healed.namespace('node-a')} reaches 10.10.0.100 by cali1a2b3c4d5e6"
+    assert all(probe["cause"].endswith(back) for probe in probes)
 
 
 def test_no_route_to_the_backend(lab: Lab, level: str) -> None:
@@ -140,6 +160,44 @@ def test_too_big_for_the_tunnel(lab: Lab, level: str, proto: str, size: int) -> 
     assert only([p["confidence"] for p in probes]) == ("proven" if level == "debug" else "likely")
     assert only([p["cause"].rpartition("; ")[2] for p in probes]) == "MTU 1450"
     assert only([p["place"]["namespace"] for p in probes]) == lab.namespace("node-a")
+
+
+@pytest.mark.parametrize(("proto", "size", "kind"), [("udp", 1450, "too-big"), ("tcp", 0, "no-backend")])
+def test_a_refusal_that_never_comes_back(lab: Lab, proto: str, size: int, kind: str) -> None:
+    """The client sees a timeout, as behind a firewall that drops ICMP."""
+    target = TARGETS["udp"] if proto == "udp" else "10.10.0.1:30082"
+    with fabric(lab, "icmp type destination-unreachable drop"):
+        probes = verdicts(lab, proto, target, size)
+    assert only([p["outcome"] for p in probes]) == "unanswered"
+    assert only([p["verdict"] for p in probes]) == kind
+    place, client = f"{lab.namespace('node-a')} ens192", lab.namespace("client")
+    lost = f"that ICMP error left {place} as 10.10.0.1 and never reached {client}"
+    assert all(lost in p["cause"] for p in probes)
+
+
+def test_a_reply_that_the_fabric_takes(lab: Lab) -> None:
+    """As a stateful firewall does that saw no request; it came back through the tunnel, so DSR is not blamed."""
+    with fabric(lab, "ip daddr 10.10.0.100 tcp sport 30080 drop"):
+        probes = verdicts(lab, "tcp", TARGETS["tcp"])
+    assert only([p["verdict"] for p in probes]) == "return-path"
+    assert only([p["place"]["namespace"] for p in probes]) == lab.namespace("node-a")
+    assert all("the reply left" in p["cause"] and "DSR" not in p["cause"] for p in probes)
+
+
+def test_another_vni_is_not_calicos_tunnel(lab: Lab) -> None:
+    with fabric(lab, "udp dport 4789 @th,96,24 set 4096"):
+        probes = verdicts(lab, "tcp", TARGETS["tcp"])
+    assert only([p["verdict"] for p in probes]) == "dropped"
+    assert only([p["by_calico"] for p in probes]) is False
+    assert all("VXLAN on UDP 4789 with VNI 4096" in p["cause"] for p in probes)
+
+
+def test_a_path_with_a_smaller_mtu_that_says_nothing(lab: Lab) -> None:
+    with fabric(lab, "ip length > 1450 udp dport 4789 drop"):
+        assert only([p["verdict"] for p in verdicts(lab, "udp", TARGETS["udp"])]) == "answered"
+        probes = verdicts(lab, "udp", TARGETS["udp"], 1400)
+    assert only([p["verdict"] for p in probes]) == "underlay"
+    assert all(p["cause"].endswith("does a small probe come through (MTU)?") for p in probes)
 
 
 def test_a_closed_port_of_the_pod_is_the_pods(lab: Lab) -> None:

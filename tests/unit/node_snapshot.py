@@ -89,7 +89,7 @@ def route(network: str, flags: int) -> tuple[bytes, bytes]:
 
 
 def connection(port: int, sent: int, answered: int, seen: int, flags: int = 0x104, **more: Any) -> tuple[bytes, bytes]:
-    """A row of cali_v4_ct4: a client's NodePort connection to 10.65.1.2:8080, handed to 192.0.2.12; source is B."""
+    """A row of cali_v4_ct4: a client's connection to NodePort 30080 of this node, handed to 192.0.2.12; source is B."""
     key = struct.pack(
         "<I4s4sHH",
         more.get("proto", 6),
@@ -105,6 +105,8 @@ def connection(port: int, sent: int, answered: int, seen: int, flags: int = 0x10
     struct.pack_into("<I", value, forward + 8, sent)
     struct.pack_into("<I", value, back + 8, answered)
     value[72:76] = IPv4Address(more.get("tun_ip", "192.0.2.12")).packed
+    value[76:80] = IPv4Address("192.0.2.11").packed
+    struct.pack_into("<H", value, 80, 30080)
     return key, bytes(value)
 
 
@@ -207,6 +209,8 @@ HEALTHY = Snapshot(
         "net.core.bpf_jit_enable": "1",
         "net.core.bpf_jit_limit": "528482304",
         "kernel.bpf_stats_enabled": "0",
+        "net.ipv4.ip_forward": "1",
+        "net.ipv4.conf.eth0.forwarding": "1",
         "net.ipv4.conf.all.rp_filter": "0",
         "net.ipv4.conf.eth0.rp_filter": "0",
     },

@@ -76,7 +76,13 @@ from calitrace.report import check as shown
 PROXY = (*HEALTHY.processes, Process(99, "kube-proxy", "kube-proxy --config=/x"))  # type: ignore[misc]
 FOREIGN = Program(8, "cil_from_netdev", 300)
 BOND = Link(20, "bond0", "bond", addresses=("192.0.2.11/24",))
+VLAN = Link(22, "eth0.10", "vlan", addresses=("192.0.2.11/24",), parent="eth0", programs=BOTH)
+UNDER_VLAN = (*with_link(ETH0, programs={}), VLAN)
 WG = Link(21, "wg0", "wireguard", 1420, addresses=("10.9.0.1/24",), udp_port=51820)
+PRINTING = ProgramTimes(
+    1.0, (ProgramTime(9, "cali_from_hep", 7_800_000, 200), ProgramTime(10, "cali_to_hep", 180_000, 200))
+)
+MESH = with_map("cali_v4_routes", raw=[*NODE_ROUTES, route("10.9.0.2/32", 0x10)])
 VIA_WG = (*ROUTES, Route("10.65.1.0/26", "wg0", "10.9.0.2"))
 VIA_BOND = (Route("default", "bond0", "192.0.2.1"),)
 OLD_BROKEN = {"felix_objects": Missing("no API"), "felix_env": Missing("no process")}
@@ -154,10 +160,28 @@ FIRES: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("services.data-iface-pattern", {"links": (*LINKS, WG), "routes": VIA_WG}, "wg0: wireguard"),
     (
-        "services.data-iface-pattern",
-        {"links": (*LINKS, WG), "routes": VIA_WG, "felix_objects": felix(bpfDataIfacePattern="^(eth|wg)")},
-        "wg0: wireguard",
+        "services.data-iface-pattern",  # no gateway and no API server, but the way to another node
+        {"links": (*LINKS, WG), "routes": (*ROUTES, Route("10.9.0.0/24", "wg0")), "kubernetes": Missing("no")}
+        | {"maps": MESH, "calico_version": "v3.31"},
+        "other nodes are behind it, such as 10.9.0.2",
     ),
+    (
+        "services.l3-as-ethernet",  # it need not be on the way to anything
+        {"links": (*LINKS, WG), "felix_objects": felix(bpfDataIfacePattern="^(eth|wg)"), "calico_version": "v3.25"},
+        "wg0: wireguard; ingress: nothing",
+    ),
+    (
+        "services.l3-as-ethernet",
+        {"links": (*LINKS, WG), "felix_objects": felix(bpfDataIfacePattern="^(eth|wg)"), "maps": ()}
+        | {"kubernetes": Missing("no")},
+        "Calico's release is not known",
+    ),
+    (
+        "services.tunnel-over-l3",
+        {"links": (*LINKS, WG), "routes": (*ROUTES, Route("10.9.0.0/24", "wg0")), "maps": MESH},
+        "wg0: wireguard; other nodes are behind it, such as 10.9.0.2",
+    ),
+    ("services.uplink-programs", {"links": UNDER_VLAN}, "eth0.10: vlan on eth0; ingress: cali_tc_preambl (id 7)"),
     (
         "services.data-iface-pattern",
         {
@@ -233,11 +257,27 @@ FIRES: list[tuple[str, dict[str, Any], str]] = [
         {"sysctls": HEALTHY.sysctls | {"net.ipv4.conf.eth0.rp_filter": "1"}},  # type: ignore[operator]
         "net.ipv4.conf.eth0.rp_filter = 1",
     ),
+    ("services.ip-forward", {"sysctls": {"net.ipv4.ip_forward": "0"}, "routes": ()}, "net.ipv4.ip_forward = 0"),
+    (
+        "services.ip-forward",
+        {"sysctls": {"net.ipv4.ip_forward": "1", "net.ipv4.conf.eth0.forwarding": "0"}},
+        "net.ipv4.conf.eth0.forwarding = 0",
+    ),
     ("services.nat-interfaces", {"links": with_link(BPFIN, up=False)}, "bpfin.cali: down"),
     (
         "services.nat-interfaces",
         {"links": tuple(each for each in LINKS if each is not BPFOUT)},
         "bpfout.cali: not there",
+    ),
+    (
+        "services.host-without-nat",
+        {"felix_objects": felix(bpfHostNetworkedNATWithoutCTLB="Disabled")},
+        "bpfConnectTimeLoadBalancing: TCP",
+    ),
+    (
+        "services.host-without-nat",
+        {"felix_objects": felix(bpfHostNetworkedNATWithoutCTLB="Disabled", bpfConnectTimeLoadBalancingEnabled=False)},
+        "bpfConnectTimeLoadBalancingEnabled: false",
     ),
     ("services.dsr-cloud", {"felix_objects": felix(bpfExternalServiceMode="DSR")}, "i-0123456789abcdef0"),
     (
@@ -264,6 +304,33 @@ FIRES: list[tuple[str, dict[str, Any], str]] = [
         {"felix_objects": felix(bpfHostConntrackBypass=True), "chains": ("CNI-HOSTPORT-DNAT", "INPUT")},
         "chain CNI-HOSTPORT-DNAT",
     ),
+    (
+        "services.host-conntrack-bypass",
+        {"felix_objects": felix(bpfHostConntrackBypass=True), "chains": ("cni_hostport/hostports", "hostports")},
+        "chain cni_hostport/hostports",
+    ),
+    (
+        "services.macvtap",
+        {"links": (*LINKS, Link(62, "macvtap0", "macvtap", parent="eth0")), "calico_version": "v3.26"},
+        "macvtap0: macvtap on eth0",
+    ),
+    (
+        "maps.programs-left",
+        {"programs": tuple(Program(n, ("cali_tc_preambl", "p4i_cali123")[n % 2], 100) for n in range(800))},
+        "800 programs of Calico's for 4 interfaces, 80000 bytes",
+    ),
+    (
+        "services.log-attach",  # its programs are there, and Felix tries again and again
+        {"felix_lines": (line('Failed to apply policy to endpoint, leaving it dirty error=x name="eth0"'),) * 5},
+        "5 times, last:",
+    ),
+    ("debug.slow-programs", {"program_times": PRINTING}, "cali_from_hep (id 9): 200 runs, 39.0 µs each"),
+    ("debug.slow-programs", {"program_times": PRINTING} | OLD_BROKEN, "bpfLogLevel is not known"),
+    (
+        "debug.slow-programs",
+        {"program_times": PRINTING, "felix_objects": Missing("no API"), "felix_env": {"FELIX_BPFENABLED": "true"}},
+        "bpfLogLevel is not known",
+    ),
     ("services.node-local-dns", {"links": (*LINKS, DNS)}, "169.254.20.10/32"),
     (
         "services.wireguard-port",
@@ -285,6 +352,16 @@ FIRES: list[tuple[str, dict[str, Any], str]] = [
         "services.local-without-backend",
         {"maps": with_map("cali_v4_nat_fe3", raw=[*FRONTENDS, frontend("192.0.2.11", 30081, 2, 2, 0, 1)])},
         "192.0.2.11:30081",
+    ),
+    (
+        "services.internal-local-without-backend",
+        {"maps": with_map("cali_v4_nat_fe3", raw=[*FRONTENDS, frontend("10.96.0.53", 53, 2, 2, 0, 2, proto=17)])},
+        "10.96.0.53:53 proto 17: backends 2, on this node 0",
+    ),
+    (
+        "services.conntrack-stale",
+        {"maps": with_map("cali_v4_ct4", raw=[connection(5000, 1, 0, 1, proto=17, server="10.65.1.9")])},
+        "UDP 198.51.100.9:5000 -> 10.65.1.9:8080",
     ),
     (
         "services.source-ranges",
@@ -420,6 +497,12 @@ FIRES: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("cpu.kube-proxy-fight", {"processes": PROXY}, "process 99: kube-proxy"),
     ("cpu.kube-proxy-rules", {"chains": ("KUBE-SERVICES", "KUBE-SVC-ABC")}, "2 chains of kube-proxy"),
+    ("cpu.kube-proxy-rules", {"chains": ("kube-proxy/services", "services")}, "1 chains of kube-proxy"),
+    (
+        "cpu.kube-proxy-rules",
+        {"links": (*LINKS, Link(61, "kube-ipvs0", "dummy", addresses=("10.96.0.1/32", "10.96.0.10/32")))},
+        "kube-ipvs0: 2 addresses",
+    ),
     ("cpu.kube-proxy-rules-return", {"chains_later": ("KUBE-SERVICES", "INPUT")}, "KUBE-SERVICES"),
     (
         "cpu.conntrack-sweep",
@@ -504,6 +587,11 @@ FIRES: list[tuple[str, dict[str, Any], str]] = [
         "v4Ready (0x2) is not set",
     ),
     ("maps.conntrack-smaller", {"felix_objects": felix(bpfMapSizeConntrack=1_000_000)}, "512000 entries at most"),
+    (
+        "maps.conntrack-smaller",  # nothing makes it grow before v3.30
+        {"felix_objects": felix(bpfMapSizeConntrack=256_000), "calico_version": "v3.27"},
+        "512000 entries at most",
+    ),
     ("maps.conntrack-smaller", {"felix_objects": felix(bpfMapSizePerCpuConntrack=100_000)}, "PerCpuConntrack: 100000"),
     ("maps.jit-limit", {"programs": (replace(PREAMBLE, jited_bytes=500_000_000),)}, "500000000 bytes of machine code"),
     ("performance.ipip", {"kubernetes": kubernetes(ip_pools=(pool(ipipMode="Always"),))}, "IPPool default: ipipMode"),
@@ -607,6 +695,21 @@ QUIET: list[tuple[str, dict[str, Any]]] = [
         {"links": (*LINKS, Link(50, "docker0", "bridge", addresses=("172.17.0.1/16",))), "kubernetes": Missing("no")}
         | {"calico_version": "v3.31"},
     ),
+    (
+        "services.l3-as-ethernet",  # Felix sees what it is
+        {"links": (*LINKS, WG), "felix_objects": felix(bpfDataIfacePattern="^(eth|wg)"), "calico_version": "v3.30"},
+    ),
+    (
+        "services.l3-as-ethernet",
+        {"links": (*LINKS, WG), "calico_version": "v3.25"}
+        | {"felix_objects": felix(bpfDataIfacePattern="^(eth|wg)", bpfL3IfacePattern="^wg")},
+    ),
+    ("services.tunnel-over-l3", {"routes": (*ROUTES, Route("10.9.0.0/24", "gone"), Route("::/0", "x")), "maps": MESH}),
+    (
+        "services.uplink-programs",  # its VLAN is what carries
+        {"links": UNDER_VLAN, "routes": (Route("default", "eth0.10", "192.0.2.1"),), "kubernetes": Missing("no")}
+        | {"calico_version": "v3.31"},
+    ),
     ("services.enslaved-programs", {"links": (*LINKS, BOND)}),
     ("services.vlan-parent", {"links": (*LINKS, Link(22, "x.10", "vlan", parent="x"))}),
     ("services.foreign-program", {"links": with_link(ETH0, programs=BOTH | {"ingress": (PREAMBLE, FOREIGN)})}),
@@ -653,6 +756,50 @@ QUIET: list[tuple[str, dict[str, Any]]] = [
                 Link(70, "eth1", up=False),
                 Link(71, "eth2", master="br0"),
                 Link(72, "docker0", "bridge", addresses=("172.17.0.1/16",)),
+            )
+        },
+    ),
+    (
+        "services.host-without-nat",
+        {"felix_objects": felix(bpfHostNetworkedNATWithoutCTLB="Disabled"), "processes": PROXY},
+    ),
+    (
+        "services.host-without-nat",
+        {"felix_objects": felix(bpfHostNetworkedNATWithoutCTLB="Disabled", bpfConnectTimeLoadBalancing="Enabled")},
+    ),
+    (
+        "services.host-without-nat",
+        {"felix_objects": felix(bpfHostNetworkedNATWithoutCTLB="Disabled", bpfConnectTimeLoadBalancingEnabled=True)},
+    ),
+    (
+        "services.internal-local-without-backend",
+        {"maps": with_map("cali_v4_nat_fe3", raw=[*FRONTENDS, frontend("10.96.0.53", 53, 2, 2, 1, 2, proto=17)])},
+    ),
+    (
+        "services.conntrack-stale",  # TCP may end what it began with a pod that is being stopped
+        {
+            "maps": with_map(
+                "cali_v4_ct4",
+                raw=[
+                    connection(5000, 1, 0, 1, server="10.65.1.9"),
+                    connection(5001, 1, 0, 1, proto=17),
+                    connection(5002, 1, 0, 1, 0x100, type=0, proto=17, server="10.65.1.9"),
+                ],
+            )
+        },
+    ),
+    ("services.ip-forward", {"sysctls": {"net.ipv4.ip_forward": "0"}, "links": bare()}),
+    (
+        "services.macvtap",
+        {"links": (*LINKS, Link(62, "macvtap0", "macvtap", parent="eth0"), Link(63, "macvlan0", "macvlan"))},
+    ),
+    ("maps.programs-left", {"programs": (PREAMBLE,) * 600}),
+    ("debug.slow-programs", {"program_times": PRINTING, "felix_objects": felix(bpfLogLevel="Debug")}),
+    (
+        "debug.slow-programs",  # another's, and too few to tell
+        {
+            "program_times": ProgramTimes(
+                1.0, (ProgramTime(9, "cil_from_netdev", 7_800_000, 200), ProgramTime(10, "cali_to_hep", 300_000, 20))
             )
         },
     ),
@@ -932,6 +1079,13 @@ UNKNOWN: list[tuple[str, dict[str, Any], str]] = [
     ("services.data-iface-pattern", GONE_ALL, "depends on Calico's release"),
     ("services.data-iface-pattern", {"felix_objects": felix(bpfDataIfacePattern="(")}, "not a pattern"),
     ("services.nat-interfaces", {"kubernetes": kubernetes(calico_node=image("v3.26.4"))}, "are of v3.27"),
+    ("services.host-without-nat", {"kubernetes": kubernetes(calico_node=image("v3.26.4"))}, "are of v3.27"),
+    ("services.ip-forward", {"sysctls": {}}, "could not be read"),
+    (
+        "services.macvtap",
+        {"links": (*LINKS, Link(62, "macvtap0", "macvtap", parent="eth0")), "kubernetes": Missing("no"), "maps": ()},
+        "Calico's release is not known",
+    ),
     ("services.felix-started", {"felix_lines": (line("something"),)}, "does not go back"),
     ("services.host-conntrack-bypass", GONE_ALL, "depends on Calico's release"),
     ("drops.silent", {"drops": Drops(1.0), "links": bare()}, "no clsact qdisc on any interface"),
@@ -955,10 +1109,12 @@ UNKNOWN += [
     (check, ENV_ONLY, "")
     for check in (
         *(
+            "services.l3-as-ethernet",
             "services.healthz-port",
             "services.data-iface-pattern",
             "services.vxlan-port-clash",
             "services.nat-interfaces",
+            "services.host-without-nat",
         ),
         *("services.dsr-cloud", "services.dsr-load-balancer", "services.host-conntrack-bypass"),
         *("services.node-local-dns", "services.wireguard-port", "cpu.kube-proxy-fight", "cpu.min-sync-period"),
@@ -1089,6 +1245,100 @@ def test_how_grave_an_unmatched_interface_is(routes: tuple[Route, ...], severity
     links = (*LINKS, replace(WG, addresses=(address,)))
     found = result("services.data-iface-pattern", links=links, routes=routes)
     assert [(each.subject, each.severity) for each in found.findings] == [("wg0", severity)]
+
+
+def test_the_longest_prefix_is_the_way_to_another_node() -> None:
+    routes = (Route("default", "eth0", "192.0.2.1"), Route("10.9.0.0/16", "eth0"), Route("10.9.0.0/24", "wg0"))
+    changes: dict[str, Any] = {"links": (*LINKS, WG), "routes": routes, "maps": MESH}
+    assert [each.subject for each in result("services.tunnel-over-l3", **changes).findings] == ["wg0"]
+    changes["maps"] = with_map("cali_v4_routes", raw=NODE_ROUTES)
+    assert result("services.tunnel-over-l3", **changes).findings == ()
+
+
+def test_the_other_nodes_are_known_of_the_api_as_well() -> None:
+    changes: dict[str, Any] = {"maps": (), "routes": (Route("192.0.2.12/32", "wg0"),), "links": (*LINKS, WG)}
+    six = {"status": {"addresses": [{"type": "InternalIP", "address": "2001:db8::3"}]}, "metadata": {"name": "six"}}
+    changes["kubernetes"] = kubernetes(nodes=(*NODES, six))
+    assert [each.subject for each in result("services.tunnel-over-l3", **changes).findings] == ["wg0"]
+    found = result("services.tunnel-over-l3", **changes | {"kubernetes": Missing("no")})
+    assert found.why == ("the other nodes' addresses are not known: there is no map cali_v4_routes",)
+    assert result("services.tunnel-over-l3", routes=Missing("no routes")).why == ("no routes",)
+
+
+def test_what_to_run_names_what_was_seen() -> None:
+    """Commands to paste: the NodePort that was asked for, the interface by which that node is reached, the port."""
+    changes: dict[str, Any] = {"maps": with_map("cali_v4_ct4", raw=[connection(40001, 4, 0, 100)])}
+    (found,) = result("services.nodeport-unanswered", **changes).findings
+    assert found.fix == (
+        "calitrace probe vxlan 192.0.2.12 --inner 192.0.2.11:30080 --trace; "
+        "tcpdump -ni eth0 udp port 4789  # on both nodes"
+    )
+    changes |= {"routes": (Route("192.0.2.12/32", "wg0"),), "links": (*LINKS, WG)}
+    (found,) = result("services.nodeport-unanswered", felix_objects=felix(vxlanPort=4790), **changes).findings
+    assert "--inner 192.0.2.11:30080 --vxlan-port 4790 --trace; tcpdump -ni wg0 udp port 4790" in found.fix
+    assert "get no answer: wg0 is a layer-3 device" in found.meaning
+    (found,) = result("services.nodeport-unanswered", **changes | {"routes": ()}).findings
+    assert "tcpdump -ni any udp port 4789" in found.fix
+    raw = [
+        connection(5000, 1, 0, 1, 0x100, type=0, **DNS_FLOW),
+        connection(6000, 1, 0, 1, proto=17, server="10.65.1.9"),
+    ]
+    frontends = [*FRONTENDS, frontend("10.96.0.99", 53, 2, 2, 1, proto=17)]
+    maps = (*with_map("cali_v4_ct4", raw=raw)[:1], *with_map("cali_v4_nat_fe3", raw=frontends)[1:])
+    for check, server in (("services.conntrack-untranslated", "10.96.0.99"), ("services.conntrack-stale", "10.65.1.9")):
+        (found,) = result(check, maps=maps).findings
+        assert f"calitrace maps conntrack remove udp 198.51.100.9 {server} --allow-system-changes" in found.fix.split(
+            "; "
+        )
+    (found,) = result("performance.ipip", kubernetes=kubernetes(ip_pools=(pool(ipipMode="Always"),))).findings
+    assert found.fix.startswith("kubectl patch ippool default --type merge")
+
+
+def test_forwarding_is_set_where_it_is_off() -> None:
+    vlan = replace(ETH0, name="eth0.10", addresses=("192.0.2.11/24",))
+    sysctls = {"net.ipv4.ip_forward": "1", "net.ipv4.conf.eth0.10.forwarding": "0"}
+    (found,) = result("services.ip-forward", links=(*LINKS, vlan), sysctls=sysctls).findings
+    assert found.fix.startswith("sysctl -w net/ipv4/conf/eth0.10/forwarding=1; ")
+
+
+def test_what_felix_fails_to_change_is_less_grave_than_what_it_fails_to_attach() -> None:
+    failing = line('Failed to apply policy to endpoint, leaving it dirty error=x name="eth0"')
+    for links, severity in ((LINKS, Severity.WARNING), (bare(), Severity.ERROR)):
+        (found,) = result("services.log-attach", links=links, felix_lines=(failing,) * 5).findings
+        assert found.severity is severity
+
+
+def test_what_a_finding_means_is_no_command() -> None:
+    """It may begin with the name of one; a backslash would be read as part of it."""
+    text = line(LOG_LINES["services.log-healthz-port"], "ERROR")
+    lines = list(shown.iter_table([result("services.log-healthz-port", felix_lines=(text,))]))
+    assert any("kube-proxy owns the health port" in each for each in lines)
+    assert not any(each.endswith("eBPF \\") for each in lines)
+
+
+def test_the_interface_of_a_log_line_is_in_the_command() -> None:
+    failing = line('Failed to apply policy to interface, will retry error=x iface="eth7"')
+    (found,) = result("services.log-attach", felix_lines=(failing,), links=(*LINKS, Link(77, "eth7"))).findings
+    assert found.fix.endswith("bpftool net show dev eth7")
+
+
+@pytest.mark.parametrize(("name", "setting"), [("tunl0", "ipipMTU"), ("wireguard.cali", "wireguardMTU")])
+def test_each_tunnel_has_its_own_mtu(name: str, setting: str) -> None:
+    (found,) = result("performance.mtu-chain", links=(*LINKS, Link(78, name))).findings
+    assert f'{{"spec":{{"{setting}":0}}}}' in found.fix
+
+
+def test_a_tunnel_is_not_to_be_widened() -> None:
+    """A WireGuard mesh that carries the nodes' traffic has less room than the network below it."""
+    changes: dict[str, Any] = {"links": (*LINKS, WG), "routes": (*ROUTES, Route("10.9.0.0/24", "wg0")), "maps": MESH}
+    (found,) = result("services.mtu", **changes).findings
+    assert (found.subject, found.fix.partition(" --type")[0]) == ("wg0", "kubectl patch installation default")
+    assert '"mtu":1370' in found.fix
+
+
+def test_programs_of_tcx_are_unpinned_as_well() -> None:
+    (found,) = result("services.enslaved-programs", links=(*with_link(ETH0, master="bond0"), BOND)).findings
+    assert "tc qdisc del dev eth0 clsact; rm -f /sys/fs/bpf/tcx/eth0_ingress /sys/fs/bpf/tcx/eth0_egress" in found.fix
 
 
 def test_a_later_start_cures_the_fallback() -> None:

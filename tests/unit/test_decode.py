@@ -147,6 +147,22 @@ def test_what_an_icmp_error_quotes() -> None:
     assert (len(echo.layers), echo.quoted) == (1, None)
 
 
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        (packets.icmp_error("1.0.0.1", "1.0.0.2", packets.syn()), "ICMP port unreachable from 1.0.0.1"),
+        (packets.icmp_error("1.0.0.1", "1.0.0.2", packets.syn(), code=9), "ICMP code 9 unreachable from 1.0.0.1"),
+        (packets.icmp_error("1.0.0.1", "1.0.0.2", packets.syn(), code=4), "ICMP fragmentation needed from 1.0.0.1"),
+        (packets.icmp_error("1.0.0.1", "1.0.0.2", packets.syn(), kind=11, code=0), "ICMP type 11 code 0 from 1.0.0.1"),
+        (packets.tcp("1.0.0.1", 1, "1.0.0.2", 2, 0x14), "TCP RST from 1.0.0.1"),
+    ],
+)
+def test_a_refusal_in_words(raw: bytes, said: str) -> None:
+    packet = dissect(raw).inner
+    assert packet is not None
+    assert packet.refusal == said
+
+
 def test_an_icmp_error_inside_vxlan() -> None:
     error = packets.icmp_error("2.0.0.1", "2.0.0.2", packets.vxlan("3.0.0.1", "3.0.0.2", packets.syn()))
     packet = dissect(packets.vxlan("1.0.0.1", "1.0.0.2", error))
@@ -159,7 +175,7 @@ def test_ipv6_fragments_and_short_packets() -> None:
     assert str(dissect(six + b"\0\1\0\2\0\0\0\0").inner) == "udp [::1]:1 > [::2]:2"
     fragment = bytearray(packets.udp("1.0.0.1", 1, "1.0.0.2", 2))
     fragment[7] = 1
-    assert str(dissect(bytes(fragment)).inner) == "udp 1.0.0.1:0 > 1.0.0.2:0"
+    assert str(dissect(bytes(fragment)).inner) == "udp later fragment 1.0.0.1 > 1.0.0.2"
     assert str(dissect(packets.ip("1.0.0.1", "1.0.0.2", 47, b"")).inner) == "47 1.0.0.1 > 1.0.0.2"
     assert dissect(b"\x45" + bytes(10)).layers == ()
 
@@ -181,8 +197,8 @@ TCP_HEAD = struct.pack("!HHIIBBHHH", 1, 2, 0, 0x30004, 0x50, 2, 0, 0, 0)
         (17, (FIRST,), UDP_HEAD[:8], "udp [::1]:1 > [::2]:2", (17, 0, 0)),  # nothing is there
         (6, (FIRST,), TCP_HEAD, "tcp SYN [::1]:1 > [::2]:2", (6, 0, 0)),
         (6, (FIRST,), TCP_HEAD + bytes(8), "tcp SYN [::1]:1 > [::2]:2", (6, 3, 4)),
-        (17, (LATER,), UDP_HEAD, "udp [::1]:0 > [::2]:0", (17, 3, 4)),
-        (17, (BY_HOP, LATER), UDP_HEAD, "udp [::1]:0 > [::2]:0", (17, 1, 2)),
+        (17, (LATER,), UDP_HEAD, "udp later fragment ::1 > ::2", (17, 3, 4)),
+        (17, (BY_HOP, LATER), UDP_HEAD, "udp later fragment ::1 > ::2", (17, 1, 2)),
         (17, ((51, b"\4" + bytes(22)),), UDP_HEAD + bytes(30), "udp [::1]:1 > [::2]:2", (17, 0, 0)),
         (50, (BY_HOP,), bytes(200), "50 ::1 > ::2", (0, 0, 0)),
         (132, (), bytes(16), "132 ::1 > ::2", (0, 0, 0)),

@@ -117,6 +117,72 @@ def test_ipv6_extension_headers_as_calico_reads_them(kind: int, ports: tuple[int
         assert (cause.calico_reason, cause.sources) == (("UNAUTH_SOURCE", (source,)) if said else ("", ("hook",)))
 
 
+@pytest.mark.parametrize(
+    ("vni", "calico", "left"),
+    [
+        (4096, True, "VXLAN on UDP 4789 with VNI 4096: Calico's NodePort tunnel has 13242816, and no VXLAN device here "
+         "that one"),
+        (0xCA11C0, False, "VXLAN on UDP 4789: no Calico program is at eth0 tc ingress to take it out of its tunnel"),
+        (0xCA11C0, True, "VXLAN on UDP 4789: Calico's program did not take it for its tunnel: has this node another "
+         "vxlanPort?"),
+    ],
+)  # fmt: skip
+def test_a_tunnel_that_is_left_to_the_host(vni: int, calico: bool, left: str) -> None:
+    """What the packet inside has in common with NO_SOCKET is nothing: the tunnel was not recognised."""
+    recorder = Recorder()
+    recorder.drop(B_NS, UPLINK, packets.vxlan(NODE_A, NODE_B, packets.syn(), vni), NO_SOCKET, location=0xF00)
+    where = topology()
+    if not calico:
+        node = where.namespaces[B_NS]
+        node.links[UPLINK] = replace(node.links[UPLINK], calico={})
+    (dropped,) = joined(recorder)
+    cause = explain(dropped.event, [], None, where, Names(REASONS, {0xF00: "__udp4_lib_rcv+0x4bc"}))
+    assert cause.text == f"dropped by the kernel, not by Calico: NO_SOCKET in __udp4_lib_rcv+0x4bc; {left}"
+    assert cause.detail == f"{left} in __udp4_lib_rcv"
+
+
+def test_a_later_fragment_has_no_ports() -> None:
+    """What Calico takes for ports in it is payload: the state is known by its addresses."""
+    recorder = Recorder()
+    fragment = bytearray(packets.udp(CLIENT, 1, POD, 2, bytes(64)))
+    fragment[7] = 100
+    recorder.drop(B_NS, CALI, bytes(fragment), TC_EGRESS)
+    recorder.state(B_NS, state_of(state.LAYOUTS[0], (CLIENT, 777, POD, 888), 17, reason=4, result=2, pol_rc=2))
+    recorder.drop(B_NS, CALI, bytes(fragment), TC_EGRESS)
+    recorder.state(B_NS, state_of(state.LAYOUTS[0], (CLIENT, 777, POD, 888), 17, reason=21, result=2))
+    cause, reordered = causes(recorder)
+    assert reordered.detail == "a fragment came before the first one of its packet"
+    assert (cause.calico_reason, cause.sources) == ("DROPPED_BY_POLICY", ("state",))
+    assert cause.detail.startswith("denied by policy; a later fragment has no ports")
+    dropped, _ = joined(recorder)
+    assert str(dropped.event.packet.inner) == f"udp later fragment {CLIENT} > {POD}"
+
+
+@pytest.mark.parametrize(
+    ("port", "meaning"), [(51820, "UDP to WireGuard's port"), (51000, "the source is not allowed")]
+)
+def test_wireguard_from_no_node(port: int, meaning: str) -> None:
+    recorder = Recorder()
+    recorder.drop(B_NS, UPLINK, packets.udp(CLIENT, 51820, NODE_B, port), TC_INGRESS)
+    flow = (CLIENT, 51820, NODE_B, port)
+    recorder.state(B_NS, state_of(state.LAYOUTS[0], flow, 17, reason=11, result=2))
+    (cause,) = causes(recorder)
+    assert cause.calico_reason == "UNAUTH_SOURCE"
+    assert cause.detail.startswith(meaning)
+
+
+def test_the_kernels_reasons_in_words() -> None:
+    recorder = Recorder()
+    recorder.drop(B_NS, UPLINK, SYN, NO_SOCKET)
+    recorder.drop(B_NS, UPLINK, packets.udp(*FLOW), NO_SOCKET, location=0xF00)
+    names = Names(REASONS, {0xF00: "__udp4_lib_rcv+0x4bc"})
+    texts = [explain(each.event, [], None, topology(), names).text for each in joined(recorder)]
+    assert [text.partition(" in ")[2] for text in texts] == [
+        "0x0 (nothing listens there)",
+        "__udp4_lib_rcv+0x4bc (nothing listens there)",
+    ]
+
+
 def test_the_capture_is_what_a_filter_reads() -> None:
     recorder = Recorder()
     recorder.drop(B_NS, CALI, SYN, TC_EGRESS)

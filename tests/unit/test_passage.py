@@ -330,6 +330,22 @@ def preamble(*texts: str) -> list[str]:
         ([*preamble("failed to call main 0", "jump to 9"), *eth(START, END)], [("eth0", "ALLOW", 4)]),
         ([*preamble("failed to call log filter 3"), *eth(START, END)], [("eth0", "ALLOW", 3)]),
         ([*preamble("failed to call log filter 3")], []),
+        (  # each is another packet's, with the log off
+            [*preamble("failed to call log filter 3", "failed to call log filter 3"), *eth(START, END)],
+            [("eth0", "ALLOW", 3)],
+        ),
+        (
+            [
+                "tc_preamble iface ens192---------",
+                *preamble("failed to call log filter 3", "jump to 0"),
+                *eth(START, END),
+            ],
+            [("eth0", "ALLOW", 5)],
+        ),
+        (  # what another interface printed is not this packet's
+            ["tc_preamble iface cali1---------- failed to call log filter 3", *preamble("failed to call main 0")],
+            [("ens192", "DENY", 1)],
+        ),
         (
             [*preamble("failed to call main 0"), METADATA, *eth(START, END)],
             [("ens192", "DENY", 1), ("eth0", "ALLOW", 3)],
@@ -339,7 +355,7 @@ def preamble(*texts: str) -> list[str]:
             [("eth0", "ALLOW", 5)],
         ),
         (
-            ["tc_preamble iface eth0-----------", *preamble("jump to 0"), METADATA, *eth(START, END)],
+            ["tc_preamble iface ens192---------", *preamble("jump to 0"), METADATA, *eth(START, END)],
             [("eth0", "ALLOW", 5)],
         ),
         (

@@ -101,6 +101,19 @@ def test_statistics_count_what_is_not_whole() -> None:
     assert "         1 end lost" in list(stats.iter_lines(reader, 3))
 
 
+def test_log_filters_that_are_gone() -> None:
+    """With the log off that is all there is: no packet, but something to say."""
+    stats, reader = report.Stats(), Reader()
+    assembler = Assembler(stats.stray)
+    lines = ["tc_preamble iface eth0----------- failed to call log filter 3"] * 3 + ["tc_preamble iface eth0"]
+    for line in reader.read(printed(*lines)):
+        assert assembler.feed(line) == []
+    assert assembler.flush() == []
+    assert stats.to_object(reader, 0)["filters_missing"] == {"eth0": 3}
+    assert "         3 eth0" in list(stats.iter_lines(reader, 0))
+    assert list(report.Stats().iter_strays()) == []
+
+
 @given(st.lists(st.integers(0, 10**9), min_size=1))
 def test_percentiles_are_near_and_in_order(values: list[int]) -> None:
     times: Counter[int] = Counter()

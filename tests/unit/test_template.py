@@ -9,7 +9,8 @@ from scapy.layers.inet import IP, TCP, UDP
 
 from calitrace import identity, packet
 from calitrace.identity import Identity
-from calitrace.probes.template import CALICO_VNI, Flow, Template, checksum
+from calitrace.packet import CALICO_VNI
+from calitrace.probes.template import Flow, Template, checksum
 
 RUN_ID = 0x0BADCAFE
 ports = st.integers(1, 65535)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -61,13 +61,13 @@ def topology(*, without_b: bool = False, foreign: bool = False, calico: bool = T
 
 def judged(
     recorder: Recorder, outcome: Outcome = Outcome.UNANSWERED, *, lost: int = 0, where: Topology | None = None,
-    detail: str = "", rules: dict[int, str] | None = None, reasons: dict[int, str] | None = None,
+    detail: str = "", size: int = 40, rules: dict[int, str] | None = None, reasons: dict[int, str] | None = None,
     symbols: dict[int, str] | None = None, walks: dict[int, list[dict[str, Any]]] | None = None,
 ) -> Verdict:  # fmt: skip
     """The verdict on probe 0; rendering it must work and fit 80 columns."""
     probe: dict[str, Any] = {
         "number": 0, "proto": 6, "src": CLIENT, "sport": SPORT, "dst": NODE_A, "dport": NODEPORT, "sent_ns": 1_000_000,
-        "size_bytes": 40, "outcome": outcome.value, "rtt_ns": 5 if outcome is Outcome.ANSWERED else None,
+        "size_bytes": size, "outcome": outcome.value, "rtt_ns": 5 if outcome is Outcome.ANSWERED else None,
         "detail": detail,
     }  # fmt: skip
     header = {
@@ -257,6 +257,42 @@ def test_reverse_path_check(log: bool) -> None:
         assert verdict.cause == "dropped by Calico: cause not recorded"
 
 
+def by(way: str) -> Topology:
+    """Node-a reaches the client by this interface."""
+    where = topology()
+    where.namespaces[A_NS] = replace(where.namespaces[A_NS], way_back=way)
+    return where
+
+
+@pytest.mark.parametrize(
+    ("way", "said"), [("bond0", "; node-a reaches 10.10.0.100 by bond0"), ("ens192", ""), ("", "")]
+)
+def test_a_reverse_path_says_which_way_back_there_is(way: str, said: str) -> None:
+    reasons = {**REASONS, 60: "SKB_DROP_REASON_IP_RPFILTER"}
+    recorder = Recorder()
+    recorder.hop(RECEIVE, A_NS, UPLINK, packets.syn())
+    recorder.drop(A_NS, UPLINK, packets.syn(), 60)
+    cause = judged(recorder, where=by(way), reasons=reasons).cause
+    assert cause.endswith(f"(the kernel's own reverse path filter, rp_filter){said}")
+    recorder.drop(A_NS, UPLINK, packets.syn(), NO_SOCKET)
+    assert "reaches" not in judged(recorder, where=by(way), reasons=reasons).cause
+
+
+@pytest.mark.parametrize(("way", "said"), [("cali1", "; node-a reaches the client by cali1"), ("", "")])
+def test_a_reply_that_ends_at_a_node(way: str, said: str) -> None:
+    """It is no request for a service: it waits for a next hop, or is taken for the node's own."""
+    recorder = Recorder()
+    recorder.hop(RECEIVE, A_NS, UPLINK, packets.syn())
+    recorder.hop(RECEIVE, A_NS, CALI, packets.syn_ack(), skb=0xBB)
+    recorder.hop(CONSUME, A_NS, CALI, packets.syn_ack(), skb=0xBB)
+    verdict = judged(recorder, where=by(way))
+    assert (verdict.kind, verdict.confidence) == (Kind.RETURN_PATH, Confidence.LIKELY)
+    assert verdict.cause == (
+        "the reply ended at node-a: it took it for its own, or the next hop towards 10.10.0.100 does not answer "
+        f"ARP{said}"
+    )
+
+
 def test_a_kernel_drop_is_never_blamed_on_calico() -> None:
     recorder = Recorder()
     to_pod(recorder)
@@ -312,6 +348,48 @@ def test_too_big_for_a_router(mtu: int) -> None:
     verdict = judged(recorder, Outcome.REFUSED, detail="ICMP fragmentation needed from 10.10.0.254")
     assert (verdict.kind, verdict.by_calico, verdict.confidence) == (Kind.TOO_BIG, False, Confidence.PROVEN)
     assert verdict.cause == "the probe's 40 bytes are too many for 10.10.0.254" + ("; MTU 1400" if mtu else "")
+
+
+@pytest.mark.parametrize(("code", "kind"), [(3, Kind.NO_BACKEND), (4, Kind.TOO_BIG)])
+def test_a_refusal_that_is_lost_on_its_way_back(code: int, kind: Kind) -> None:
+    """The client sees a timeout; what happened is known all the same."""
+    recorder = Recorder()
+    recorder.hop(RECEIVE, A_NS, UPLINK, packets.syn())
+    error = packets.icmp_error(NODE_A, CLIENT, packets.syn(), code=code, mtu=1450 if code == 4 else 0)
+    recorder.hop(QUEUE, A_NS, UPLINK, error)
+    recorder.hop(XMIT, A_NS, UPLINK, error)
+    verdict = judged(recorder)
+    assert (verdict.kind, verdict.by_calico, verdict.to) == (kind, True, Place("client"))
+    assert "that ICMP error left node-a ens192 as 10.10.0.1 and never reached client" in verdict.cause
+    assert verdict.cause.endswith("(projectcalico/calico#4439)") == (kind is Kind.TOO_BIG)
+    recorder.hop(RECEIVE, CLIENT_NS, UPLINK, error)
+    assert "that ICMP error reached client, which did not take it: a firewall there" in judged(recorder).cause
+    recorder.drop(CLIENT_NS, UPLINK, error, NO_SOCKET)
+    assert "was lost at client eth0: dropped by the kernel, not by Calico: NO_SOCKET" in judged(recorder).cause
+
+
+def test_a_lost_refusal_of_a_client_that_is_not_observed() -> None:
+    where = topology()
+    del where.namespaces[CLIENT_NS]
+    recorder = Recorder()
+    to_pod(recorder)
+    reset = packets.tcp(POD, TARGET_PORT, CLIENT, SPORT, 0x14, 0, identity.tcp_sequence(RUN_ID, 0) + 1)
+    recorder.hop(QUEUE, POD_NS, UPLINK, reset, skb=0xBB)
+    verdict = judged(recorder, where=where)
+    assert (verdict.kind, verdict.confidence) == (Kind.REFUSED, Confidence.LIKELY)
+    assert verdict.cause == (
+        "the pod (pod-b) refused: TCP RST from 10.65.1.2; nothing listens there; "
+        "that RST left pod-b eth0 as 10.65.1.2 and never reached 10.10.0.100"
+    )
+
+
+def test_an_error_about_the_answer_refuses_nothing() -> None:
+    recorder = Recorder()
+    to_pod(recorder)
+    back_to_node_b(recorder)
+    answer = packets.syn_ack(src=POD, sport=TARGET_PORT)
+    recorder.hop(QUEUE, B_NS, CALI, packets.icmp_error(NODE_B, POD, answer, code=1), skb=0xCC)
+    assert judged(recorder).kind is Kind.UNKNOWN
 
 
 def test_another_error_in_place_is_not_for_want_of_endpoints() -> None:
@@ -440,6 +518,49 @@ def test_return_path() -> None:
     assert (verdict.kind, verdict.to) == (Kind.RETURN_PATH, Place("client"))
     recorder.hop(RECEIVE, CLIENT_NS, UPLINK, packets.syn_ack(), skb=0xBB)
     assert judged(recorder).cause.startswith("the reply reached client and was not taken")
+
+
+def test_a_reply_that_goes_past_the_tunnel() -> None:
+    """In DSR it has to; where it may not (a source/destination check), or should not, that is the finding."""
+    recorder = Recorder()
+    to_pod(recorder)
+    back_to_node_b(recorder)
+    recorder.hop(QUEUE, B_NS, UPLINK, packets.syn_ack(), skb=0xBB)
+    verdict = judged(recorder)
+    assert (verdict.kind, verdict.confidence, verdict.to) == (Kind.RETURN_PATH, Confidence.PROVEN, Place("client"))
+    said = "the request came to node-b in the tunnel, the reply left it as 10.10.0.1"
+    assert verdict.cause.startswith(f"{said} (node-a) outside, as DSR does, and never reached client")
+    where = topology()
+    del where.namespaces[A_NS]
+    assert judged(recorder, where=where).cause.startswith(f"{said} outside, as DSR does")
+
+
+def test_a_reply_that_came_back_through_the_tunnel_is_no_dsr() -> None:
+    recorder = Recorder()
+    recorder.hop(RECEIVE, B_NS, UPLINK, to_node_b(recorder))
+    recorder.hop(RECEIVE, A_NS, UPLINK, packets.vxlan(NODE_B, NODE_A, packets.syn_ack()), skb=0xBB)
+    recorder.hop(QUEUE, A_NS, UPLINK, packets.syn_ack(), skb=0xBB)
+    assert judged(recorder).cause.startswith("the reply left node-a and never reached client: return path")
+
+
+def test_a_reply_from_an_address_of_no_interface_is_no_dsr() -> None:
+    """A load balancer's address is on no interface, and the node that was asked answers with it."""
+    recorder = Recorder()
+    recorder.hop(RECEIVE, A_NS, UPLINK, packets.syn(dst="203.0.113.5"))
+    recorder.hop(QUEUE, A_NS, UPLINK, packets.syn_ack(src="203.0.113.5"), skb=0xBB)
+    assert judged(recorder).cause == (
+        "the reply left node-a and never reached client: return path (a firewall or load balancer between, or "
+        "rp_filter there)"
+    )
+
+
+@pytest.mark.parametrize("observed", [True, False])
+def test_a_large_probe_may_be_lost_for_its_size(observed: bool) -> None:
+    recorder = Recorder()
+    to_node_b(recorder)
+    verdict = judged(recorder, size=1428, where=topology(without_b=not observed))
+    assert verdict.kind is Kind.UNDERLAY
+    assert verdict.cause.endswith("; of 1428 bytes: does a small probe come through (MTU)?")
 
 
 def test_other_ends() -> None:

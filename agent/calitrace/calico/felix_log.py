@@ -56,7 +56,7 @@ KNOWN = (
         UNSUPPORTED,
         "Felix found the kernel unsupported and fell back to the standard dataplane; where kube-proxy has gone, no "
         "service works on this node",
-        "read error= in that line; update the kernel (5.3 or later; RHEL 4.18.0-193 or later; v3.31 and later: 5.10), "
+        "read error= in that line; update the kernel (5.3 or later, RHEL 4.18.0-193 or later, v3.31 and later: 5.10), "
         "or run kube-proxy again; kubectl patch ds -n kube-system kube-proxy --type merge -p "
         """'{"spec":{"template":{"spec":{"nodeSelector":{"non-calico": null}}}}}'""",
         cured=re.escape(STARTED),
@@ -96,13 +96,14 @@ KNOWN = (
         "services.log-attach",
         "Failed to apply policy to (?:interface|endpoint)|Failed to attach to TC section",
         "the programs of that interface are not in place, or are old: its traffic is not handled as policy says",
-        "look at the line's error= and the libbpf lines above it; tc filter show dev IFACE ingress",
+        "look at the line's error= and the libbpf lines above it; bpftool net show dev IFACE",
     ),
     Known(
         "services.log-master-ignored",
         r"Master interface '[^']+' ignored\. Add it to the bpfDataIfacePattern config",
-        "the bond or bridge carries traffic that no Calico program sees (projectcalico/calico#8917)",
-        "add the interface to bpfDataIfacePattern in FelixConfiguration",
+        "what the device on top (a bond, bridge or VLAN) carries is seen at its port, if anywhere, where reverse path "
+        "checks fail (projectcalico/calico#8917)",
+        "add the interface to bpfDataIfacePattern in FelixConfiguration, unless it carries nothing of the cluster's",
     ),
     Known(
         "services.log-nat-devices",

@@ -80,7 +80,8 @@ _PARSING = (
     ("TCP; ", "UDP; ", "ICMP", "Unknown protocol", "Too short", "Drop malformed"),
 )
 _PREAMBLE = re.compile(
-    r"(?P<kind>tc|xdp)_preamble iface (?P<padded>\S+)(?P<more> (?:failed to call (?P<called>main|debug main))?)?"
+    r"(?P<kind>tc|xdp)_preamble iface (?P<padded>\S+)"
+    r"(?P<more> (?:failed to call (?:(?P<called>main|debug main)|(?P<filter>log filter)))?)?"
 )
 _LOG_ACTION = ("policy ALLOWED", "policy DENIED")  # whose tag has no "IPv6 "
 _DROP_PROGRAM = "Entering calico_tc_skb_drop - DENY"  # v3.23 and v3.24: the state of the packet is its last word
@@ -707,6 +708,10 @@ class Assembler:
         if preamble and preamble["called"] == "main" and any(_failed([each]) == "debug main" for each in before):
             return [_dropped([*self._before.pop(cpu), line])]
         again = preamble and (not preamble["more"] or (preamble["called"] == "main" and _failed(before)))
+        if preamble and before:  # it is another packet's than what another interface, or a whole preamble, printed
+            known = [each for each in map(_PREAMBLE.match, (each.text for each in before)) if each]
+            again = again or any(each["padded"] != preamble["padded"] for each in known)
+            again = again or bool(preamble["filter"] and any(each["more"] for each in known))
         if not preamble:  # what a program prints first: its preamble could enter it, or this is another packet
             again = bool(_failed(before)) or any(each.text.startswith(_BEFORE) for each in before)
         if again or (before and before[0].context.pid != line.context.pid):
@@ -750,6 +755,12 @@ class Assembler:
     def flush(self) -> list[Passage]:
         """All passages still open, cut short by the end."""
         return [passage for cpu in sorted({*self._open, *self._before}) for passage in self.cut(cpu, whole=False)]
+
+
+def missing_filter(line: Line) -> str:
+    """The interface whose preamble found no log filter where its program says that there is one; "" for other lines."""
+    preamble = _PREAMBLE.match(line.text)
+    return preamble["padded"].rstrip("-") if preamble and preamble["filter"] else ""
 
 
 def _is_over(passage: Passage, text: str) -> bool:

@@ -113,6 +113,11 @@ NOT_IN_SOURCE_RANGES = "the source is not in the service's source ranges"
 VXLAN_OF_NO_NODE = "VXLAN from a source that is no known node, or with a checksum"
 IPIP_OF_NO_NODE = "IPIP from or to a host that is no known node"
 IPIP_OF_A_POD = "a pod sends IPIP"
+WIREGUARD_OF_NO_NODE = (
+    "UDP to WireGuard's port from a source that is no known node; v3.32 drops it also where WireGuard is not Calico's "
+    "(projectcalico/calico#12900)"
+)
+WIREGUARD_PORTS = (51820, 51821)  # by default, of IPv4 and IPv6
 # In words that a user understands.
 MEANING = {
     "DROPPED_BY_POLICY": "denied by policy",

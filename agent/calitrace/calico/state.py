@@ -175,17 +175,18 @@ class CalicoState:
     result: int | None
     calico_reason: int | None
 
-    def holds(self, proto: int, src: str, sport: int, dst: str, dport: int) -> bool:
+    def holds(self, proto: int, src: str, sport: int, dst: str, dport: int, fragment: bool = False) -> bool:
         """Whether it is about this packet, before or after NAT: otherwise it is stale and must not be believed.
 
         Of ICMP the addresses are compared: Calico keeps type and code where ports are, in some of the places. So they
         are of what ended before its ports were read, and of fragments, in which it takes for ports what is there.
+        *fragment*: the packet is a later one.
         """
         if self.proto != proto:
             return False
         sources, targets = self._ends()
         reason = self.calico_reason
-        if proto in _ICMP or reason in _FRAGMENTS or (reason and not self.sport and not self.dport):
+        if fragment or proto in _ICMP or reason in _FRAGMENTS or (reason and not self.sport and not self.dport):
             return any(src == each for each, _ in sources) and any(dst == each for each, _ in targets)
         return (src, sport) in sources and (dst, dport) in targets
 

@@ -68,20 +68,22 @@ def kube_proxy_fight(links: Links, processes: tuple[Process, ...], felix: Settin
 
 
 def kube_proxy_rules(links: Links, chains: tuple[str, ...], processes: tuple[Process, ...]) -> Said:
-    """Looks for kube-proxy's chains (KUBE-SERVICES, KUBE-SVC-*) while eBPF mode is on and kube-proxy is gone.
+    """Looks for what kube-proxy leaves behind while eBPF mode is on and kube-proxy is gone: its chains (KUBE-SERVICES,
+    KUBE-SVC-*), its nftables table, and kube-ipvs0 of its IPVS mode, which holds the services' addresses.
 
     They cost each packet that enters the host's stack, and send traffic to endpoints that have long gone.
     """
-    mine = _of_proxy(chains)
+    mine = _of_proxy(chains) + [each for each in chains if each.startswith("kube-proxy/")]
+    addresses = [f"kube-ipvs0: {len(link.addresses)} addresses" for link in links if link.name == "kube-ipvs0"]
     found = kube_proxies(processes)
     if isinstance(found, Unknown):
         yield found
-    elif mine and ebpf_on(links) and not found:
+    elif (mine or addresses) and ebpf_on(links) and not found:
         yield Finding(
             Severity.WARNING,
             "",
-            (f"{len(mine)} chains of kube-proxy", *iter_numbered(mine, 3)),
-            "rules of a kube-proxy that no longer runs (projectcalico/calico#4146 looked like that)",
+            (*addresses, *([f"{len(mine)} chains of kube-proxy"] if mine else []), *iter_numbered(mine, 3)),
+            "left of a kube-proxy that no longer runs (projectcalico/calico#4146 looked like that)",
             "kube-proxy --cleanup  # on this node; or restart the node",
         )
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from calitrace.calico.felix_config import Settings, Unset
+from calitrace.calico.felix_config import Setting, Settings, Unset
 from calitrace.calico.release import Release
 from calitrace.checks.felix_log import log_checks
 from calitrace.checks.finding import Check, Finding, Said, Section, Severity, Unknown
-from calitrace.checks.objects import kernel_version, patch
-from calitrace.checks.snapshot import Host, Link, Process
+from calitrace.checks.objects import RESTART, iter_numbered, kernel_version, patch
+from calitrace.checks.snapshot import Host, Link, Process, ProgramTimes
 
+_ENOUGH_RUNS, _PRINTING_NS = 100, 10_000  # cold caches make few runs slow as well
 _GROUPS = frozenset({"weps", "heps", "all"})
 
 
@@ -150,6 +151,34 @@ def felix_level(felix: Settings) -> Said:
         )
 
 
+def slow_programs(program_times: ProgramTimes, felix: Settings | None = None) -> Said:
+    """Measures whether Calico's programs take as long as they do while they print: 10 µs and more for each packet.
+
+    Without the log it is 1 to 3 µs. Where bpfLogLevel is known to be Debug, debug.level speaks.
+    """
+    wanted = felix.get("bpfLogLevel") if felix else None
+    if isinstance(wanted, Setting) and wanted.says("Debug"):
+        return
+    slow = [
+        each
+        for each in program_times.programs
+        if each.name.startswith("cali")
+        and each.run_count >= _ENOUGH_RUNS
+        and each.run_ns >= _PRINTING_NS * each.run_count
+    ]
+    if slow:
+        said = str(wanted) if isinstance(wanted, Setting) else "bpfLogLevel is not known"
+        lines = (f"{e.name} (id {e.id}): {e.run_count} runs, {e.run_ns / e.run_count / 1000:.1f} µs each" for e in slow)
+        yield Finding(
+            Severity.WARNING,
+            "",
+            (*iter_numbered(lines, 4), said),
+            "as slow as with the packet log on: programs of bpfLogLevel Debug may still be attached, unless this "
+            "machine is very slow",
+            f"calitrace log --duration 5  # do they print?; where they do; {RESTART}",
+        )
+
+
 CHECKS = (
     Check("debug.level", Section.LOGS, level),
     Check("debug.conntrack-level", Section.LOGS, conntrack_level),
@@ -158,6 +187,7 @@ CHECKS = (
     Check("debug.refused-by-verifier", Section.LOGS, refused_by_verifier),
     Check("debug.lockdown", Section.LOGS, lockdown_mode),
     Check("debug.trace-pipe-readers", Section.LOGS, trace_pipe_readers),
+    Check("debug.slow-programs", Section.LOGS, slow_programs),
     Check("debug.felix-level", Section.LOGS, felix_level),
     *log_checks("debug"),
 )

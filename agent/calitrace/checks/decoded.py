@@ -67,10 +67,14 @@ class NodeRoute:
 
 @dataclass(frozen=True)
 class Forwarded:
-    """A NodePort connection that this node handed to another: *tun_ip* of that node, packets each way, last seen."""
+    """A NodePort connection that this node handed to another: *tun_ip* of that node, packets each way, last seen.
+
+    *frontend*: the address and port that the client asked for.
+    """
 
     client: str
     backend: str
+    frontend: str
     tun_ip: str
     sent: int
     answered: int
@@ -79,12 +83,16 @@ class Forwarded:
 
 @dataclass(frozen=True)
 class Connection:
-    """A conntrack entry of a flow from *client* to *server*. *translated*: it is part of a NATed connection."""
+    """A conntrack entry of a flow from *client* to *server*. *translated*: it is part of a NATed connection.
+
+    *to_backend*: *server* is the backend that was chosen.
+    """
 
     proto: int
     client: str
     server: tuple[str, int]
     translated: bool
+    to_backend: bool = False
 
 
 def nat(maps: Iterable[Map]) -> Nat | Missing:
@@ -147,7 +155,8 @@ def forwarded(maps: Iterable[Map]) -> tuple[Forwarded, ...] | Missing:
             continue
         ends = [(f"{row[f'addr_{end}']}:{row[f'port_{end}']}", row[packets]) for end, packets in _LEGS]
         (client, sent), (backend, answered) = reversed(ends) if flags & _B_TO_A else ends
-        rows.append(Forwarded(client, backend, row["tun_ip"], sent, answered, row["last_seen_ns"]))
+        frontend = f"{row['orig_dst']}:{row['orig_dport']}"
+        rows.append(Forwarded(client, backend, frontend, row["tun_ip"], sent, answered, row["last_seen_ns"]))
     return tuple(rows)
 
 
@@ -160,7 +169,8 @@ def connections(maps: Iterable[Map]) -> tuple[Connection, ...] | Missing:
     for row in found:
         ends = [(row[f"addr_{end}"], row[f"port_{end}"]) for end in ("a", "b")]
         client, server = reversed(ends) if row.get("flags1", 0) << 8 & _B_TO_A else ends
-        rows.append(Connection(row["proto"], f"{client[0]}:{client[1]}", server, row["type"] != _NORMAL))
+        name, kind = f"{client[0]}:{client[1]}", row["type"]
+        rows.append(Connection(row["proto"], name, server, kind != _NORMAL, kind == _NAT_REV))
     return tuple(rows)
 
 

@@ -14,11 +14,11 @@ _HELD = ("FRAG_WAIT",)  # taken from the kernel, and sent when the rest of the p
 _OR_REFUSED = {"BLACK_HOLE": ", or refused where serviceLoopPrevention is Reject"}
 _FIXES = {
     "DROPPED_BY_POLICY": "calitrace probe nodeport HOST:PORT --trace  # names the rule; "
-    "calico-node -bpf policy dump IFACE all",
-    "UNAUTH_SOURCE": "compare loadBalancerSourceRanges with the clients, and the nodes' addresses; "
-    "kubectl get nodes -o wide",
-    "RT_UNKNOWN": "calico-node -bpf routes dump  # is the backend's address there?",
-    "BLACK_HOLE": "calico-node -bpf nat dump  # does any service have that address and port?",
+    "calitrace maps policy dump IFACE all",
+    "UNAUTH_SOURCE": "calitrace drops --reason UNAUTH_SOURCE  # which packets?; compare loadBalancerSourceRanges with "
+    "the clients, and the senders of tunnels with the nodes' addresses; kubectl get nodes -o wide",
+    "RT_UNKNOWN": "calitrace maps routes dump  # is the backend's address there?",
+    "BLACK_HOLE": "calitrace maps nat dump  # does any service have that address and port?",
     "CT_CREATE_FAILED": "calitrace check maps  # is the conntrack map full?",
     "SOURCE_COLLISION_FAILED": "widen bpfPSNATPorts in FelixConfiguration",
 }
@@ -43,7 +43,7 @@ def calico_reasons(drops: Drops) -> Said:
                     f"{each.interface} {HOOKS.get(each.hook, each.hook)}",
                     (f"{reason}: {before} -> {after} within {drops.seconds:g} s",),
                     f"packets are dropped{_OR_REFUSED.get(reason, '')}: {reasons.MEANING[reason]}",
-                    _FIXES.get(reason, f"calico-node -bpf counters dump --iface={each.interface}"),
+                    _FIXES.get(reason, "calitrace counters 1 -i IFACE").replace("IFACE", each.interface),
                 )
 
 
@@ -119,8 +119,7 @@ def since_boot(drops: Drops) -> Said:
             reason,
             tuple(iter_numbered((f"{reason} at {place}" for place in places), 4)),
             f"packets were dropped at some time since these counters were made: {reasons.MEANING[reason]}",
-            "calitrace check drops --interval 30  # are they still?; "
-            + _FIXES.get(reason, "calico-node -bpf counters dump"),
+            "calitrace check drops --interval 30  # are they still?; " + _FIXES.get(reason, "calitrace counters 1"),
         )
 
 

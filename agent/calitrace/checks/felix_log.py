@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 
@@ -11,6 +12,7 @@ from calitrace.checks.objects import ebpf_on, patch
 from calitrace.checks.snapshot import Link
 
 Links = tuple[Link, ...]
+_STILL = 5  # times that an interface fails and is no passing trouble; projectcalico/calico#10376
 
 
 def felix_started(felix_log: tuple[log.Line, ...], links: Links) -> Said:
@@ -36,12 +38,18 @@ def felix_started(felix_log: tuple[log.Line, ...], links: Links) -> Said:
 
 def _from_log(known: log.Known, felix_log: tuple[log.Line, ...], links: Links | None = None) -> Iterator[Finding]:
     found = log.present(known, felix_log)
+    grave = known.grave
     if known.check == "services.log-attach" and links is not None:
-        found = [line for line in found if not _recovered(line, links)]
+        again = Counter(map(log.interface, found))
+        lasting = [line for line in found if not _recovered(line, links)]
+        # Its programs are there, and still Felix tries: what it tries to change does not come about.
+        found = lasting or [line for line in found if again[log.interface(line)] >= _STILL]
+        grave = bool(lasting)
     if found:
         times = f"{len(found)} times, last:" if len(found) > 1 else "once:"
-        severity = Severity.ERROR if known.grave else Severity.WARNING
-        yield Finding(severity, "", (times, found[-1].raw), known.meaning, known.fix)
+        severity = Severity.ERROR if grave else Severity.WARNING
+        fix = known.fix.replace("IFACE", log.interface(found[-1]) or "IFACE")
+        yield Finding(severity, "", (times, found[-1].raw), known.meaning, fix)
 
 
 def _recovered(line: log.Line, links: Links) -> bool:

@@ -76,7 +76,8 @@ class Check:
     @property
     def uses(self) -> tuple[str, ...]:
         """The sources that it takes into account when they are there."""
-        return tuple(n for n in inspect.signature(self.function).parameters if n not in self.needs)
+        needs = self.needs
+        return tuple(n for n in inspect.signature(self.function).parameters if n not in needs)
 
     @property
     def explanation(self) -> str:

@@ -8,17 +8,19 @@ from calitrace.calico import maptables
 from calitrace.calico.felix_config import Settings, Unset
 from calitrace.calico.maps import identify
 from calitrace.calico.pods import WORKLOAD
+from calitrace.calico.release import Release
 from calitrace.checks import decoded
 from calitrace.checks.decoded import Interface
 from calitrace.checks.felix_log import log_checks
 from calitrace.checks.finding import Check, Finding, Said, Section, Severity, Unknown
-from calitrace.checks.objects import OWN_DEVICES, RESTART, ebpf_on, grep_log, patch
+from calitrace.checks.objects import OWN_DEVICES, RESTART, detach, ebpf_on, grep_log, patch
 from calitrace.checks.snapshot import Host, Link, Map, Program
 
 Links = tuple[Link, ...]
 Maps = tuple[Map, ...]
 NEARLY_FULL, FULL = 0.8, 0.95
 _LRU, _PROGRAMS = (9, 10), 3
+_MOST_PROGRAMS, _MOST_OF_INTERFACE = 500, 40
 _NEEDED = ("ct", "nat_fe", "nat_be", "routes")
 _SETTINGS = {
     "ct": "bpfMapSizeConntrack",
@@ -94,7 +96,9 @@ def nearly_full(maps: Maps) -> Said:
             "when it is full the oldest entries are forgotten, with the connections they stand for"
             if lru
             else "when it is full, new connections, routes, services or interfaces are not known to the dataplane",
-            patch(f'"{setting}":{each.max_entries * 2}') if setting else "read what fills it: calico-node -bpf help",
+            patch(f'"{setting}":{each.max_entries * 2}')
+            if setting
+            else f"calitrace maps versions  # {each.name}: whose is it, and what fills it?",
         )
 
 
@@ -147,7 +151,7 @@ def replaced(links: Links, maps: Maps) -> Said:
                         f"{link.name} {hook}",
                         (f"program {program.name} (id {program.id})", *wrong),
                         "this program reads maps that Felix no longer writes (projectcalico/calico#6739, #9651)",
-                        f"{RESTART}; if it stays; tc qdisc del dev {link.name} clsact; {RESTART}",
+                        f"{RESTART}; if it stays; {detach(link.name)}; {RESTART}",
                     )
 
 
@@ -190,7 +194,7 @@ def interface_state(links: Links, interfaces: tuple[Interface, ...]) -> Said:
                 link.name,
                 (f"{link.name}: ifindex {link.index}, no row among {len(rows)}", *_row_of(link.name, interfaces)),
                 "flows through this interface are not confirmed and fail by chance (projectcalico/calico#6392)",
-                f"calico-node -bpf ifstate dump; {RESTART}; more than 1000 interfaces: bpfMapSizeIfState",
+                f"calitrace maps ifstate dump; {RESTART}; more than 1000 interfaces: bpfMapSizeIfState",
             )
         elif link.workload and row.flags & WORKLOAD and not row.flags & decoded.V4_READY:
             yield Finding(
@@ -206,11 +210,11 @@ def _row_of(name: str, interfaces: tuple[Interface, ...]) -> list[str]:
     return [f"a row for {each.name} has ifindex {each.index}" for each in interfaces if each.name == name]
 
 
-def conntrack_smaller(maps: Maps, felix: Settings, host: Host | None = None) -> Said:
+def conntrack_smaller(maps: Maps, felix: Settings, host: Host | None = None, release: Release | None = None) -> Said:
     """Compares the conntrack map's size with bpfMapSizeConntrack: a smaller map has not been resized.
 
-    A larger one is right: it doubles by itself when it fills up (v3.30). bpfMapSizePerCpuConntrack, times the number
-    of CPUs, stands in its place where it is set (v3.30).
+    A larger one is right from v3.30 on: it doubles by itself when it fills up. bpfMapSizePerCpuConntrack, times the
+    number of CPUs, stands in its place where it is set (v3.30).
     """
     setting, share = felix.get("bpfMapSizeConntrack"), felix.get("bpfMapSizePerCpuConntrack")
     if isinstance(share, Unset) or not isinstance(share.value, int):
@@ -227,7 +231,8 @@ def conntrack_smaller(maps: Maps, felix: Settings, host: Host | None = None) -> 
         setting, wanted = share, share.value * host.cpus
     for each in maps:
         base, _version, old = identify(each.name)
-        if base == "cali_v4_ct" and not old and each.max_entries < wanted:
+        larger = each.max_entries > wanted and release is not None and release.newest < (3, 30)
+        if base == "cali_v4_ct" and not old and (each.max_entries < wanted or larger):
             yield Finding(
                 Severity.WARNING,
                 each.name,
@@ -250,7 +255,7 @@ def jit_limit(programs: tuple[Program, ...], sysctls: dict[str, str]) -> Said:
         return
     used = sum(each.jited_bytes for each in programs)
     if used > NEARLY_FULL * int(limit):
-        calico = sum(each.is_calico or re.match(r"p[46][ie]_", each.name) is not None for each in programs)
+        calico = sum(map(_is_calicos, programs))
         yield Finding(
             Severity.ERROR,
             "",
@@ -265,6 +270,33 @@ def jit_limit(programs: tuple[Program, ...], sysctls: dict[str, str]) -> Said:
         )
 
 
+def programs_left(programs: tuple[Program, ...], links: Links) -> Said:
+    """Counts Calico's loaded programs against the interfaces that have any: far more are left of earlier ones.
+
+    Before v3.27 each hook has a chain of about ten programs of its own, since then one or two and a share in common
+    ones. Each takes kernel memory, and counts against net.core.bpf_jit_limit. Those of all nodes on one machine count.
+    """
+    here = sum(link.any_calico for link in links)
+    mine = [each for each in programs if _is_calicos(each)]
+    used = sum(each.jited_bytes for each in mine)
+    if here and len(mine) > _MOST_PROGRAMS + _MOST_OF_INTERFACE * here:
+        yield Finding(
+            Severity.WARNING,
+            "",
+            (
+                f"{len(mine)} programs of Calico's for {here} interfaces, {used} bytes",
+                f"{len(programs)} programs in all",
+            ),
+            "programs are not unloaded: calico-node's CPU and memory grow until none can be loaded and pods fail to "
+            "start (projectcalico/calico#6784)",
+            f"{RESTART}; bpftool prog show | grep -c cali  # and again an hour later",
+        )
+
+
+def _is_calicos(program: Program) -> bool:
+    return program.is_calico or re.match(r"p[46][ie]_", program.name) is not None
+
+
 CHECKS = (
     Check("maps.pinned", Section.TOOL, pinned),
     Check("maps.unknown-layout", Section.TOOL, unknown_layout),
@@ -275,5 +307,6 @@ CHECKS = (
     Check("maps.interface-state", Section.TOOL, interface_state),
     Check("maps.conntrack-smaller", Section.TOOL, conntrack_smaller),
     Check("maps.jit-limit", Section.TOOL, jit_limit),
+    Check("maps.programs-left", Section.TOOL, programs_left),
     *log_checks("maps"),
 )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 from calitrace.calico.felix_config import Setting, Settings
@@ -12,6 +13,7 @@ from calitrace.checks.decoded import (
     EXCLUDE,
     EXTERNAL_LOCAL,
     HOST,
+    INTERNAL_LOCAL,
     LOCAL_HOST,
     Connection,
     Forwarded,
@@ -20,8 +22,8 @@ from calitrace.checks.decoded import (
     NodeRoute,
 )
 from calitrace.checks.finding import Check, Finding, Said, Section, Severity
-from calitrace.checks.objects import RESTART, dig, grep_log, items, iter_numbered, name_of
-from calitrace.checks.snapshot import Link
+from calitrace.checks.objects import L3_KINDS, RESTART, dig, grep_log, items, iter_numbered, name_of, ways_to
+from calitrace.checks.snapshot import Link, Route
 
 Objects = tuple[dict[str, Any], ...]
 
@@ -29,7 +31,7 @@ PROTOCOLS = {"TCP": 6, "UDP": 17}
 _MOST = 5
 _UDP = 17
 _LEAST_LOST = 3  # fewer are clients that gave up
-_DUMP = "calico-node -bpf nat dump"
+_DUMP = "calitrace maps nat dump"
 
 
 def backends_complete(nat: Nat) -> Said:
@@ -82,7 +84,7 @@ def backends_routed(nat: Nat, node_routes: tuple[NodeRoute, ...]) -> Said:
             "",
             tuple(iter_numbered(lines, _MOST)),
             "packets from outside for these backends are dropped with RT_UNKNOWN: Felix does not know the address",
-            "calico-node -bpf routes dump; is the backend outside the cluster, or its pod's IP of another IPAM?",
+            "calitrace maps routes dump; is the backend outside the cluster, or its pod's IP of another IPAM?",
         )
 
 
@@ -131,6 +133,28 @@ def local_without_backend(nat: Nat, links: tuple[Link, ...]) -> Said:
             "connections from outside to this node are refused: externalTrafficPolicy: Local and no pod here "
             "(projectcalico/calico#9330)",
             'use nodes with a pod; or kubectl patch svc NAME -p \'{"spec":{"externalTrafficPolicy":"Cluster"}}\'',
+        )
+
+
+def internal_local_without_backend(nat: Nat) -> Said:
+    """Looks for services with internalTrafficPolicy: Local that have backends, and none on this node.
+
+    Pods and processes of this node are then refused, which is right for a service that runs on each node. Before v3.27
+    the policy was not honoured.
+    """
+    lines = [
+        f"{each}: backends {each.count}, on this node 0, flags internal-local"
+        for each in nat.frontends
+        if each.flags & INTERNAL_LOCAL and each.local == 0 and 0 < each.count < DROP and each.address != ANY_NODE
+    ]
+    if lines:
+        yield Finding(
+            Severity.INFO,
+            "",
+            tuple(iter_numbered(lines, _MOST)),
+            "pods and processes of this node are refused: internalTrafficPolicy: Local and no pod here; before v3.27 "
+            "they are not (projectcalico/calico#8255)",
+            'run a pod here; or kubectl patch svc NAME -p \'{"spec":{"internalTrafficPolicy":"Cluster"}}\'',
         )
 
 
@@ -281,7 +305,12 @@ def _endpoints(endpoint_slices: Objects) -> tuple[Endpoints, Endpoints]:
     return ready, serving
 
 
-def nodeport_unanswered(forwarded: tuple[Forwarded, ...], felix: Settings | None = None) -> Said:
+def nodeport_unanswered(
+    forwarded: tuple[Forwarded, ...],
+    felix: Settings | None = None,
+    routes: tuple[Route, ...] | None = None,
+    links: tuple[Link, ...] | None = None,
+) -> Said:
     """Looks in conntrack for NodePort connections (TCP) handed to another node that nothing came back for.
 
     Three or more since the last that was answered are a finding, or one of which three packets were sent, a SYN and
@@ -289,7 +318,9 @@ def nodeport_unanswered(forwarded: tuple[Forwarded, ...], felix: Settings | None
     is sent for it; `calitrace probe vxlan` asks actively.
     """
     port = felix.get("vxlanPort") if felix else None
-    number = port.value if isinstance(port, Setting) else "vxlanPort, by default 4789"
+    number = port.value if isinstance(port, Setting) else 4789
+    option = "" if number == 4789 else f" --vxlan-port {number}"
+    layer3 = {link.name: link.kind for link in links or () if link.kind in L3_KINDS}
     by_node: dict[str, list[Forwarded]] = {}
     for each in forwarded:
         by_node.setdefault(each.tun_ip, []).append(each)
@@ -298,13 +329,16 @@ def nodeport_unanswered(forwarded: tuple[Forwarded, ...], felix: Settings | None
         lost = [each for each in entries if each.sent and not each.answered and each.last_seen_ns > answered]
         if len(lost) >= _LEAST_LOST or any(each.sent >= _LEAST_LOST for each in lost):
             lines = (f"{each.client} -> {each.backend}: {each.sent} sent, 0 back, tun_ip {node}" for each in lost)
+            way = next(iter(ways_to(routes or (), [node])), "")
+            over = f"{way} is a layer-3 device, on which the tunnel is not supported (projectcalico/calico#11590), "
             yield Finding(
                 Severity.ERROR if len(lost) >= _LEAST_LOST else Severity.WARNING,
                 node,
                 tuple(iter_numbered(lines, 3)),
-                "NodePort connections to pods on that node get no answer: the network between the nodes loses UDP "
-                f"{number} in one direction or both, or the pods do not answer",
-                f"calitrace probe vxlan {node} --inner NODE:NODEPORT --trace; tcpdump -ni UPLINK udp  # on both nodes",
+                f"NodePort connections to pods on that node get no answer: {over if way in layer3 else ''}the network "
+                f"between the nodes loses UDP {number} in one direction or both, or the pods do not answer",
+                f"calitrace probe vxlan {node} --inner {lost[-1].frontend}{option} --trace; tcpdump -ni {way or 'any'} "
+                f"udp port {number}  # on both nodes",
             )
 
 
@@ -330,17 +364,54 @@ def untranslated(nat: Nat, connections: tuple[Connection, ...]) -> Said:
             "",
             tuple(iter_numbered(lines, _MOST)),
             "these clients' packets go to the service's address and to no pod (projectcalico/calico#9967)",
-            "calico-node -bpf conntrack remove udp CLIENT SERVICE; or let the client use another source port",
+            _forget(
+                each for each in connections if each.proto == _UDP and not each.translated and each.server in frontends
+            )
+            + "; or let the client use another source port",
         )
+
+
+def stale(nat: Nat, connections: tuple[Connection, ...]) -> Said:
+    """Looks in conntrack for UDP flows to a pod that is no backend of any service any more.
+
+    Felix removes their entries within 10 seconds. Where it does not, a client that keeps its source port goes on
+    sending to the pod that is gone.
+    """
+    held = set(nat.backends.values())
+    old = [each for each in connections if each.proto == _UDP and each.to_backend and each.server not in held]
+    if old and held:
+        yield Finding(
+            Severity.WARNING,
+            "",
+            tuple(
+                iter_numbered(
+                    (f"UDP {e.client} -> {e.server[0]}:{e.server[1]}: no backend has that" for e in old), _MOST
+                )
+            ),
+            "these clients keep sending to pods that are no backends any more; Felix removes such entries within 10 s, "
+            "unless it does not run or does not keep up",
+            f"calitrace check services  # again: a change may have been under way; {_forget(old)}; {RESTART}",
+        )
+
+
+def _forget(connections: Iterable[Connection]) -> str:
+    """The commands that remove their entries."""
+    pairs = dict.fromkeys((each.client.partition(":")[0], each.server[0]) for each in connections)
+    commands = (
+        f"calitrace maps conntrack remove udp {client} {server} --allow-system-changes" for client, server in pairs
+    )
+    return "; ".join(islice(commands, _MOST))
 
 
 CHECKS = (
     Check("services.conntrack-untranslated", Section.SERVICES, untranslated),
+    Check("services.conntrack-stale", Section.SERVICES, stale),
     Check("services.nodeport-unanswered", Section.SERVICES, nodeport_unanswered),
     Check("services.nat-backends-complete", Section.SERVICES, backends_complete),
     Check("services.nat-backends-routed", Section.SERVICES, backends_routed),
     Check("services.nat-shared-id", Section.SERVICES, shared_id),
     Check("services.local-without-backend", Section.SERVICES, local_without_backend),
+    Check("services.internal-local-without-backend", Section.SERVICES, internal_local_without_backend),
     Check("services.source-ranges", Section.SERVICES, source_ranges),
     Check("services.host-address", Section.SERVICES, host_address),
     Check("services.nat-services", Section.SERVICES, services_programmed),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from ipaddress import IPv4Network
 from typing import Any
 
 from calitrace.calico.felix_config import Setting, Settings, Unset
@@ -74,16 +75,43 @@ def node_addresses(nodes: Iterable[Any], node: str) -> set[str]:
     return found
 
 
+def ways_to(routes: Iterable[Route], addresses: Iterable[str]) -> dict[str, str]:
+    """Interfaces by which these addresses are reached, each with one of them: the longest prefix counts."""
+    networks = [(_network(route.dst), route.interface) for route in routes]
+    found: dict[str, str] = {}
+    for address in sorted(addresses):
+        target = _network(address)
+        if target is not None:
+            ways = [(net.prefixlen, name) for net, name in networks if net is not None and target.subnet_of(net)]
+            found = {name: address for length, name in ways if length == max(ways)[0]} | found
+    return found
+
+
+def _network(text: str) -> IPv4Network | None:
+    try:
+        return IPv4Network("0.0.0.0/0" if text == "default" else text)
+    except ValueError:  # IPv6, or a word
+        return None
+
+
+def peers(nodes: Iterable[Any], node: str) -> set[str]:
+    """Addresses of the other nodes, as `node_addresses` has them."""
+    names = {str(dig(each, "metadata", "name")) for each in nodes} - {node}
+    return {address for each in names for address in node_addresses(nodes, each)}
+
+
 def ebpf_on(links: Iterable[Link]) -> bool:
     """Whether any interface carries a Calico program."""
     return any(link.any_calico for link in links)
 
 
-def carriers(links: Iterable[Link], routes: Iterable[Route], addresses: set[str]) -> list[Link]:
-    """Interfaces through which traffic enters and leaves the node: a gateway is behind them, or they bear a node's
-    address. Calico's own devices and pods' interfaces are none.
+def carriers(
+    links: Iterable[Link], routes: Iterable[Route], addresses: set[str], peer_ways: Mapping[str, str]
+) -> list[Link]:
+    """Interfaces through which traffic enters and leaves the node: a gateway or other nodes are behind them, or they
+    bear a node's address. Calico's own devices and pods' interfaces are none.
     """
-    ways = {route.interface for route in routes if route.gateway or route.dst == "default"}
+    ways = {route.interface for route in routes if route.gateway or route.dst == "default"} | peer_ways.keys()
     return [
         link
         for link in links
@@ -93,23 +121,30 @@ def carriers(links: Iterable[Link], routes: Iterable[Route], addresses: set[str]
     ]
 
 
-def uplinks(links: Iterable[Link], routes: Iterable[Route], addresses: set[str]) -> list[Link] | Unknown:
+def uplinks(
+    links: Iterable[Link],
+    routes: Iterable[Route],
+    addresses: set[str],
+    peer_ways: Mapping[str, str] | None = None,
+) -> list[Link] | Unknown:
     """The `carriers`, or else the host's interfaces that carry Calico's programs: those are what Felix takes for its
     data interfaces. Where there is neither, nothing can be said of them.
     """
     every = list(links)
     return (
-        carriers(every, routes, addresses)
+        carriers(every, routes, addresses, peer_ways or {})
         or [each for each in every if each.any_calico and not each.workload and each.name not in OWN_DEVICES]
         or Unknown("no interface has a gateway behind it, a node's address, or Calico's programs")
     )
 
 
-def grave(link: Link, routes: Iterable[Route], addresses: set[str]) -> Severity:
-    """How grave a fault on a carrier is: an error where the default route or a node's address is."""
+def grave(
+    link: Link, routes: Iterable[Route], addresses: set[str], peer_ways: Mapping[str, str] | None = None
+) -> Severity:
+    """How grave a fault on a carrier is: an error where the default route, a node's address or other nodes are."""
     default = any(route.dst == "default" and route.interface == link.name for route in routes)
     own = any(address.partition("/")[0] in addresses for address in link.addresses)
-    return Severity.ERROR if default or own else Severity.WARNING
+    return Severity.ERROR if default or own or link.name in (peer_ways or {}) else Severity.WARNING
 
 
 def data_pattern(felix: Settings) -> tuple[re.Pattern[str], str] | Unknown:
@@ -141,6 +176,12 @@ def hooks(link: Link) -> str:
 
 def _names(programs: tuple[Program, ...]) -> str:
     return ", ".join(f"{each.name} (id {each.id})" for each in programs) or "nothing"
+
+
+def detach(name: str) -> str:
+    """The commands that take all programs off an interface: those of tc, and those of tcx, which Felix pins (v3.31)."""
+    pins = " ".join(f"/sys/fs/bpf/tcx/{name.replace('.', '')}_{hook}" for hook in ("ingress", "egress"))
+    return f"tc qdisc del dev {name} clsact; rm -f {pins}  # tcx"
 
 
 def kernel_version(release: str) -> tuple[int, ...] | None:

@@ -24,6 +24,13 @@ from calitrace.checks.snapshot import Cloud, Host, Link, Route
 Links = tuple[Link, ...]
 Objects = tuple[dict[str, Any], ...]
 WARNING, INFO = Severity.WARNING, Severity.INFO
+_MTU_SETTINGS = {
+    "tunl0": "ipipMTU",
+    "vxlan.calico": "vxlanMTU",
+    "vxlan-v6.calico": "vxlanMTUV6",
+    "wireguard.cali": "wireguardMTU",
+    "wg-v6.cali": "wireguardMTUV6",
+}
 _OVERHEAD = {"tunl0": 20, "vxlan.calico": 50, "vxlan-v6.calico": 70, "wireguard.cali": 60, "wg-v6.cali": 80}
 
 
@@ -42,16 +49,18 @@ def ipip(links: Links, routes: tuple[Route, ...], ip_pools: Objects | None = Non
     The eBPF dataplane is made for VXLAN or no overlay; IPIP costs a detour through the host's stack.
     """
     modes = _modes(ip_pools or (), "ipipMode")
-    used = [f"IPPool {name}: ipipMode {mode}" for name, mode in modes.items() if mode != "Never"]
+    wanting = [name for name, mode in modes.items() if mode != "Never"]
+    used = [f"IPPool {name}: ipipMode {modes[name]}" for name in wanting]
     ways = (f"route {each.dst} via {each.gateway} dev tunl0" for each in routes if each.interface == "tunl0")
     used += iter_numbered(ways, 3)
+    spec = '{"spec":{"ipipMode":"Never","vxlanMode":"CrossSubnet"}}'
     if used and ebpf_on(links):
         yield Finding(
             WARNING,
             "",
             tuple(used),
             "IPIP is slow in eBPF mode",
-            'kubectl patch ippool NAME --type merge -p \'{"spec":{"ipipMode":"Never","vxlanMode":"CrossSubnet"}}\'',
+            "; ".join(f"kubectl patch ippool {name} --type merge -p '{spec}'" for name in wanting or ["NAME"]),
         )
 
 
@@ -118,7 +127,7 @@ def mtu_chain(links: Links, routes: tuple[Route, ...]) -> Said:
         return
     pods = [link for link in links if link.workload and link.up]
     for tunnel in (link for link in links if link.name in _OVERHEAD and link.up):
-        overhead = _OVERHEAD[tunnel.name]
+        overhead, setting = _OVERHEAD[tunnel.name], _MTU_SETTINGS[tunnel.name]
         for uplink in found:
             if tunnel.mtu + overhead > uplink.mtu:
                 yield Finding(
@@ -126,7 +135,7 @@ def mtu_chain(links: Links, routes: tuple[Route, ...]) -> Said:
                     tunnel.name,
                     (f"{tunnel.name}: MTU {tunnel.mtu} + {overhead}", f"{uplink.name}: MTU {uplink.mtu}"),
                     "full-size packets of the overlay do not fit on the uplink",
-                    "let Felix choose; " + patch('"vxlanMTU":0') + "; look at mtuIfacePattern, which ignores bonds",
+                    "let Felix choose; " + patch(f'"{setting}":0') + "; look at mtuIfacePattern, which ignores bonds",
                 )
         large = [pod for pod in pods if pod.mtu > tunnel.mtu]
         if large:

@@ -10,7 +10,7 @@ from calitrace.calico import WORKLOAD_PREFIX, felix_config, felix_log, release
 from calitrace.calico.pods import WORKLOAD
 from calitrace.checks import cpu, debug_logs, decoded, drops, maps, nat, performance, services
 from calitrace.checks.finding import Check, Finding, Result, Status, Unknown
-from calitrace.checks.objects import calico_environment, image_tags
+from calitrace.checks.objects import calico_environment, image_tags, peers, ways_to
 from calitrace.checks.snapshot import Kubernetes, Link, Map, Missing, Snapshot
 
 CHECKS: tuple[Check, ...] = (
@@ -72,8 +72,25 @@ def sources(snapshot: Snapshot) -> dict[str, Any]:
     found["felix_log"] = _felix_log(snapshot)
     for name, decode in _DECODED.items():
         found[name] = snapshot.maps if isinstance(snapshot.maps, Missing) else decode(snapshot.maps)
+    found["peer_ways"] = _peer_ways(snapshot, found)
     found["links"] = _with_workloads(snapshot.links, found["felix"], found["interfaces"])
     return found
+
+
+def _peer_ways(snapshot: Snapshot, found: dict[str, Any]) -> dict[str, str] | Missing:
+    """By which interfaces the other nodes are reached: those of Calico's routes map, and of the API."""
+    node_routes, nodes, host = found["node_routes"], found["nodes"], snapshot.host
+    if isinstance(snapshot.routes, Missing):
+        return snapshot.routes
+    if isinstance(node_routes, Missing) and (isinstance(nodes, Missing) or isinstance(host, Missing)):
+        return Missing(f"the other nodes' addresses are not known: {node_routes.why}")
+    addresses: set[str] = set()
+    if not isinstance(node_routes, Missing):
+        remote = (each for each in node_routes if each.flags & decoded.LOCAL_HOST == decoded.HOST)
+        addresses |= {str(each.network.network_address) for each in remote}
+    if not isinstance(nodes, Missing) and not isinstance(host, Missing):
+        addresses |= peers(nodes, host.node)
+    return ways_to(snapshot.routes, addresses)
 
 
 def _release(snapshot: Snapshot, cluster: dict[str, Any]) -> release.Release | None:

@@ -17,6 +17,7 @@ from calitrace.checks.objects import (
     RESTART,
     calico_environment,
     data_pattern,
+    detach,
     dig,
     ebpf_on,
     grave,
@@ -82,7 +83,7 @@ def ebpf_off(links: Links, felix: Settings | None = None, processes: tuple[Proce
             "",
             (str(wanted), *(f"{link.name}: {hooks(link)}" for link in links if link.any_calico)),
             "eBPF mode was switched off and its programs are still attached; nobody keeps their maps up to date",
-            f"{RESTART}; if they stay, from v3.30 on; calico-node -bpf cleanup; or reboot",
+            f"{RESTART}; if they stay, in its container from v3.30 on; calico-node -bpf cleanup; or reboot",
         )
     elif not on:
         yield Finding(
@@ -114,7 +115,7 @@ def workload_programs(links: Links) -> Said:
                 (f"{link.name}: {hooks(link)}",),
                 "a Calico program is missing on this pod's interface: its traffic is dropped or escapes policy "
                 "(projectcalico/calico#8897)",
-                f"{RESTART}; tc filter show dev {link.name} ingress",
+                f"{RESTART}; bpftool net show dev {link.name}",
             )
 
 
@@ -124,34 +125,65 @@ def uplink_programs(
     felix: Settings | None = None,
     nodes: Objects | None = None,
     host: Host | None = None,
+    peer_ways: dict[str, str] | None = None,
+    release: Release | None = None,
 ) -> Said:
     """Looks at both hooks of every interface through which traffic enters and leaves the node.
 
-    Those are the interfaces with a gateway behind them, or a node address on them, and all others that
-    bpfDataIfacePattern matches. NodePort traffic is seen only where the programs are.
+    Those are the interfaces with a gateway or other nodes behind them, or a node address on them, and all others that
+    bpfDataIfacePattern matches. NodePort traffic is seen only where the programs are. Of a NIC and the VLANs or bond on
+    it, from v3.30 on Felix attaches to the topmost alone that the pattern matches.
     """
     if not ebpf_on(links):
         yield Unknown("no interface carries a Calico program: see services.ebpf-off")
         return
     pattern, addresses = data_pattern(felix) if felix else None, _addresses(nodes, host)
-    found = uplinks(links, routes, addresses)
+    found = uplinks(links, routes, addresses, peer_ways)
     matched = [each for each in links if isinstance(pattern, tuple) and _is_data(each, pattern[0])]
     if isinstance(found, Unknown) and not matched:
         yield found
         return
-    for link in {each.name: each for each in (*(() if isinstance(found, Unknown) else found), *matched)}.values():
+    carrying = () if isinstance(found, Unknown) else found
+    for link in {each.name: each for each in (*carrying, *matched)}.values():
         if link.all_calico:
+            continue
+        above = _above(link, links, pattern) if release is None or release.newest >= _TREES else ()
+        if above and link not in carrying:
+            continue
+        if above and isinstance(pattern, tuple) and pattern[0].search(link.name):
+            yield Finding(
+                grave(link, routes, addresses, peer_ways),
+                link.name,
+                (f"{link.name}: {hooks(link)}; {_ways(link, routes)}", *above, pattern[1]),
+                f"from v3.30 on Felix attaches to what lies on {link.name} and takes its programs from {link.name} "
+                "itself: services are not reachable through its own address",
+                f"let bpfDataIfacePattern match {link.name} and not what lies on it, such as "
+                f"^{re.escape(link.name)}$; or give the address to a device on top",
+            )
             continue
         if isinstance(pattern, tuple) and not pattern[0].search(link.name) and not _is_l3(felix, link):
             continue  # services.data-iface-pattern says so
         said = pattern[1] if isinstance(pattern, tuple) else "bpfDataIfacePattern is not known"
         yield Finding(
-            grave(link, routes, addresses),
+            grave(link, routes, addresses, peer_ways),
             link.name,
             (f"{link.name}: {hooks(link)}", said),
             "services are not reachable through this interface: Calico's programs are not on it",
-            f"tc filter show dev {link.name} ingress; {RESTART}; " + grep_log("attach"),
+            f"bpftool net show dev {link.name}; {RESTART}; " + grep_log("attach"),
         )
+
+
+_TREES = (3, 30)  # projectcalico/calico#9498
+
+
+def _above(link: Link, links: Links, pattern: tuple[re.Pattern[str], str] | Unknown | None) -> tuple[str, ...]:
+    """VLANs on a device that bpfDataIfacePattern matches as well, in words."""
+    on_top = (each for each in links if each.parent == link.name and each.kind == "vlan")
+    return tuple(
+        f"{each.name}: vlan on {link.name}; {hooks(each)}"
+        for each in on_top
+        if isinstance(pattern, tuple) and pattern[0].search(each.name)
+    )
 
 
 def _is_data(link: Link, pattern: re.Pattern[str]) -> bool:
@@ -170,43 +202,40 @@ def _is_l3(felix: Settings | None, link: Link) -> bool:
 
 
 def data_iface_pattern(
-    links: Links, routes: Routes, felix: Settings, nodes: Objects | None = None, host: Host | None = None
+    links: Links,
+    routes: Routes,
+    felix: Settings,
+    nodes: Objects | None = None,
+    host: Host | None = None,
+    peer_ways: dict[str, str] | None = None,
 ) -> Said:
     """Compares bpfDataIfacePattern and bpfL3IfacePattern with the interfaces that carry traffic.
 
-    Those are the interfaces with a gateway behind them, or a node address on them: NICs, bonds, bridges, VLANs,
-    WireGuard. What neither pattern matches gets no program, and NodePorts that enter there time out, or work only
-    when the pod is local. A layer-3 device in bpfDataIfacePattern is worse: its packets are taken for Ethernet frames.
+    Those are the interfaces with a gateway or other nodes behind them, or a node address on them: NICs, bonds, bridges,
+    VLANs, WireGuard. What neither pattern matches gets no program, and NodePorts that enter there time out, or work
+    only when the pod is local.
     """
     pattern = data_pattern(felix)
     if isinstance(pattern, Unknown):
         yield pattern
         return
     addresses = _addresses(nodes, host)
-    found = uplinks(links, routes, addresses)
+    found = uplinks(links, routes, addresses, peer_ways)
     if isinstance(found, Unknown):
         yield found
         return
     for link in found:
-        matched, l3 = pattern[0].search(link.name) is not None, link.kind in L3_KINDS
-        if _is_l3(felix, link) or (matched and not l3):
+        l3 = link.kind in L3_KINDS
+        if _is_l3(felix, link) or pattern[0].search(link.name):
             continue
-        evidence = (f"{link.name}: {link.kind or 'device'}, {_ways(link, routes)}", pattern[1])
-        if matched:
-            yield Finding(
-                ERROR,
-                link.name,
-                evidence,
-                "this device has no Ethernet header, and bpfDataIfacePattern is for those that do: all its traffic is "
-                "dropped (projectcalico/calico#4326, #4817)",
-                widened(felix, "bpfL3IfacePattern", link.name) + "; take it out of bpfDataIfacePattern",
-            )
-            continue
+        evidence = [f"{link.name}: {link.kind or 'device'}, {_ways(link, routes)}", pattern[1]]
+        if link.name in (peer_ways or {}):
+            evidence.insert(1, f"other nodes are behind it, such as {(peer_ways or {})[link.name]}")
         field = "bpfL3IfacePattern" if l3 else "bpfDataIfacePattern"
         yield Finding(
-            grave(link, routes, addresses),
+            grave(link, routes, addresses, peer_ways),
             link.name,
-            evidence,
+            tuple(evidence),
             _UNMATCHED.get(
                 link.kind,
                 "Calico attaches no program to this interface: services are not reachable there "
@@ -223,6 +252,53 @@ _UNMATCHED = {
     "wireguard": "node-to-node traffic uses a WireGuard device that Calico does not look at: NodePorts work only on "
     "nodes that hold a backend (projectcalico/calico#4817)",
 }
+
+
+def l3_as_ethernet(links: Links, felix: Settings, release: Release | None = None) -> Said:
+    """Looks for layer-3 devices (WireGuard and other tunnels) that bpfDataIfacePattern matches, before v3.30.
+
+    Those programs take their packets for Ethernet frames. Newer releases look at what kind of device it is.
+    """
+    pattern = data_pattern(felix)
+    if isinstance(pattern, Unknown):
+        yield pattern
+        return
+    if release and release.oldest >= _TREES:
+        return
+    sure = release is not None and release.newest < _TREES
+    for link in links:
+        own = link.name in OWN_DEVICES or link.workload
+        if link.kind not in L3_KINDS or own or not link.up or _is_l3(felix, link) or not pattern[0].search(link.name):
+            continue
+        yield Finding(
+            ERROR if sure else WARNING,
+            link.name,
+            (f"{link.name}: {link.kind}; {hooks(link)}", pattern[1], str(release or "Calico's release is not known")),
+            "this device has no Ethernet header, and bpfDataIfacePattern is for those that do: before v3.30 all its "
+            "traffic is dropped (projectcalico/calico#4326, #4817)",
+            widened(felix, "bpfL3IfacePattern", link.name) + "; (v3.25 and later); take it out of bpfDataIfacePattern",
+        )
+
+
+def tunnel_over_l3(links: Links, peer_ways: dict[str, str]) -> Said:
+    """Looks for other nodes behind a layer-3 device that is not Calico's, such as a WireGuard mesh of one's own.
+
+    What enters at one node for a pod on another goes there in VXLAN, which Calico's programs on such a device do not
+    take out of its tunnel.
+    """
+    by_name = {link.name: link for link in links}
+    for name, address in peer_ways.items():
+        link = by_name.get(name)
+        if link is not None and link.kind in L3_KINDS and name not in OWN_DEVICES and ebpf_on(links):
+            yield Finding(
+                WARNING,
+                name,
+                (f"{name}: {link.kind}; other nodes are behind it, such as {address}",),
+                "NodePorts and load balancers reach only pods of the node where they come in: the tunnel to other "
+                "nodes is not supported on layer-3 devices (projectcalico/calico#11590)",
+                f"put a VXLAN device with other port and VNI over {name} and the nodes' addresses on it "
+                "(projectcalico/calico#12900 does so); or externalTrafficPolicy: Local",
+            )
 
 
 def _ways(link: Link, routes: Routes) -> str:
@@ -246,7 +322,7 @@ def enslaved_programs(links: Links) -> Said:
                 "the program is on a port, the route is through its master: strict reverse path checks drop traffic "
                 "(projectcalico/calico#6450, #13134)",
                 f"let bpfDataIfacePattern match {master.name} and not {link.name}; programs that stay on "
-                f"{link.name}; tc qdisc del dev {link.name} clsact",
+                f"{link.name}; {detach(link.name)}",
             )
 
 
@@ -265,6 +341,29 @@ def vlan_parent(links: Links) -> Said:
                 (f"{link.name}: vlan on {parent.name}", f"{parent.name}: {hooks(parent)}"),
                 "tagged frames on the parent can be dropped as malformed (projectcalico/calico#9401)",
                 f"let bpfDataIfacePattern match {link.name} and not {parent.name}",
+            )
+
+
+def macvtap(links: Links, release: Release | None = None) -> Said:
+    """Looks for macvtap and macvlan devices, such as virtual machines have, on interfaces with Calico's programs.
+
+    Before v3.27.4 and v3.28.1 the programs forwarded packets that are for such a machine, and did not leave them alone.
+    """
+    by_name = {link.name: link for link in links}
+    for link in links:
+        parent = by_name.get(link.parent)
+        if link.kind not in ("macvtap", "macvlan") or parent is None or not parent.any_calico:
+            continue
+        if release is None:
+            yield Unknown(f"{link.name} is on {parent.name}, and Calico's release is not known")
+        elif release.newest <= (3, 27):
+            yield Finding(
+                WARNING,
+                link.name,
+                (f"{link.name}: {link.kind} on {parent.name}", f"{parent.name}: {hooks(parent)}", str(release)),
+                "packets for the machine behind it can be forwarded by Calico and lost; v3.27.4 and later leave them "
+                "alone (projectcalico/calico#6450, #8918)",
+                "update Calico; or put that machine on an interface that bpfDataIfacePattern does not match",
             )
 
 
@@ -404,14 +503,20 @@ def kernel_too_old(host: Host, release: Release | None = None) -> Said:
         )
 
 
-def mtu(links: Links, routes: Routes, nodes: Objects | None = None, host: Host | None = None) -> Said:
+def mtu(
+    links: Links,
+    routes: Routes,
+    nodes: Objects | None = None,
+    host: Host | None = None,
+    peer_ways: dict[str, str] | None = None,
+) -> Said:
     """Compares the pods' MTU with that of the uplinks, which must leave 50 bytes for the NodePort tunnel (VXLAN).
 
     A packet that is too large is answered with an ICMP "fragmentation needed"; where that is lost, or the packet has
     no DF, small requests work and large ones hang.
     """
     pods = [link for link in links if link.workload and link.up]
-    found = uplinks(links, routes, _addresses(nodes, host))
+    found = uplinks(links, routes, _addresses(nodes, host), peer_ways)
     if isinstance(found, Unknown):
         yield found
         return
@@ -421,6 +526,10 @@ def mtu(links: Links, routes: Routes, nodes: Objects | None = None, host: Host |
         smaller = (
             f'kubectl patch installation default --type merge -p \'{{"spec":{{"calicoNetwork":{{"mtu":{left}}}}}}}\''
         )
+        fix = smaller
+        if large and uplink.kind not in (*L3_KINDS, "vxlan"):  # what a tunnel has room for, the network below it says
+            wider = f"ip link set {uplink.name} mtu {max(pod.mtu for pod in large) + NODEPORT_OVERHEAD}"
+            fix = f"{wider}; the same on every node and on what is between; or lower the pods' MTU; {smaller}"
         if large:
             yield Finding(
                 WARNING,
@@ -431,8 +540,7 @@ def mtu(links: Links, routes: Routes, nodes: Objects | None = None, host: Host |
                 ),
                 "full-size packets between a client and a pod on another node do not fit into the tunnel: large "
                 "answers stall (projectcalico/calico#4439, #12432)",
-                f"ip link set {uplink.name} mtu {max(pod.mtu for pod in large) + NODEPORT_OVERHEAD}; the same on every "
-                f"node and on what is between; or lower the pods' MTU; {smaller}",
+                fix,
             )
 
 
@@ -507,6 +615,7 @@ def rp_filter(
     sysctls: dict[str, str],
     nodes: Objects | None = None,
     host: Host | None = None,
+    peer_ways: dict[str, str] | None = None,
 ) -> Said:
     """Looks at the kernel's own reverse path filter on uplinks: the larger of ``all`` and the interface's counts.
 
@@ -520,7 +629,7 @@ def rp_filter(
     if shared is None:
         yield Unknown("net.ipv4.conf.all.rp_filter could not be read")
         return
-    found = uplinks(links, routes, _addresses(nodes, host))
+    found = uplinks(links, routes, _addresses(nodes, host), peer_ways)
     if isinstance(found, Unknown):
         yield found
         return
@@ -537,6 +646,45 @@ def rp_filter(
                 f"net.ipv4.conf.{link.name.replace('.', '/')}.rp_filter=0; find who sets it: "
                 "systemd-networkd, tuned, /etc/sysctl.d",
             )
+
+
+def ip_forward(
+    links: Links,
+    routes: Routes,
+    sysctls: dict[str, str],
+    nodes: Objects | None = None,
+    host: Host | None = None,
+    peer_ways: dict[str, str] | None = None,
+) -> Said:
+    """Looks whether the node forwards: net.ipv4.ip_forward, and forwarding of its uplinks and pods' interfaces.
+
+    Calico asks the kernel for the way, which forwards from no interface that may not.
+    """
+    if "net.ipv4.ip_forward" not in sysctls:
+        yield Unknown("net.ipv4.ip_forward could not be read")
+        return
+    found = uplinks(links, routes, _addresses(nodes, host), peer_ways)
+    names = [link.name for link in links if link.workload and link.up]
+    names += [] if isinstance(found, Unknown) else [link.name for link in found]
+    off = [f"net.ipv4.conf.{name}.forwarding" for name in names]
+    off = [name for name in ("net.ipv4.ip_forward", *off) if sysctls.get(name) == "0"]
+    if off and ebpf_on(links):
+        yield Finding(
+            ERROR,
+            "",
+            tuple(iter_numbered((f"{name} = 0" for name in off), 4)),
+            "packets between pods and others are dropped by the kernel: it forwards none that came in there",
+            f"sysctl -w {'net.ipv4.ip_forward=1' if off[0] == 'net.ipv4.ip_forward' else _set(off)}; find who sets it: "
+            "hardening scripts, systemd-networkd, /etc/sysctl.d",
+        )
+
+
+def _set(names: list[str]) -> str:
+    # sysctl separates by points, unless a slash stands first: names of interfaces may have points.
+    prefix = "net.ipv4.conf."
+    return " ".join(
+        f"net/ipv4/conf/{each.removeprefix(prefix).removesuffix('.forwarding')}/forwarding=1" for each in names
+    )
 
 
 def nat_interfaces(links: Links, felix: Settings, release: Release) -> Said:
@@ -566,6 +714,35 @@ def nat_interfaces(links: Links, felix: Settings, release: Release) -> Said:
                 "the node itself, and pods on its network, cannot reach services (projectcalico/calico#8867)",
                 f"ip link set {name} up" if link else RESTART,
             )
+
+
+def host_without_nat(
+    links: Links, felix: Settings, release: Release, processes: tuple[Process, ...] | None = None
+) -> Said:
+    """Looks for a node whose own processes reach services in no way: bpfHostNetworkedNATWithoutCTLB Disabled, and
+    connect-time load balancing that leaves out UDP (TCP) or everything (Disabled), without kube-proxy (v3.27).
+    """
+    if release.oldest < (3, 27):
+        yield Unknown(f"the switches for it are of v3.27, and this is {release}")
+        return
+    ctlb, without = felix.get("bpfConnectTimeLoadBalancing"), felix.get("bpfHostNetworkedNATWithoutCTLB")
+    legacy = felix.get("bpfConnectTimeLoadBalancingEnabled")
+    if isinstance(ctlb, Unset) or isinstance(without, Unset) or isinstance(legacy, Unset):
+        yield Unknown("bpfConnectTimeLoadBalancing or bpfHostNetworkedNATWithoutCTLB is not known")
+        return
+    proxy = any(each.name == "kube-proxy" for each in processes or ())
+    everything = not ctlb.says("TCP") if legacy.value is None else not legacy.value
+    balanced = ctlb.says("Enabled") if legacy.value is None else legacy.value
+    what = "" if everything else " over UDP, such as DNS"
+    if without.says("Disabled") and not balanced and ebpf_on(links) and not proxy:
+        yield Finding(
+            WARNING,
+            "",
+            (str(without), str(ctlb if legacy.value is None else legacy)),
+            f"the node itself, and pods on its network, reach no service{what} "
+            "(metal-stack/gardener-extension-provider-metal#506)",
+            patch('"bpfHostNetworkedNATWithoutCTLB":"Enabled"', without),
+        )
 
 
 def dsr_cloud(felix: Settings, cloud: Cloud) -> Said:
@@ -693,7 +870,7 @@ def host_conntrack_bypass(felix: Settings, chains: tuple[str, ...]) -> Said:
     if isinstance(bypass, Unset):
         yield Unknown(bypass.why)
         return
-    hostports = [chain for chain in chains if chain.startswith(("CNI-HOSTPORT-DNAT", "CNI-DN-"))]
+    hostports = [chain for chain in chains if chain.startswith(("CNI-HOSTPORT-DNAT", "CNI-DN-", "cni_hostport/"))]
     if bypass.value and hostports:
         yield Finding(
             WARNING,
@@ -756,8 +933,11 @@ CHECKS = (
     Check("services.workload-programs", Section.SERVICES, workload_programs),
     Check("services.uplink-programs", Section.SERVICES, uplink_programs),
     Check("services.data-iface-pattern", Section.SERVICES, data_iface_pattern),
+    Check("services.l3-as-ethernet", Section.SERVICES, l3_as_ethernet),
+    Check("services.tunnel-over-l3", Section.SERVICES, tunnel_over_l3),
     Check("services.enslaved-programs", Section.SERVICES, enslaved_programs),
     Check("services.vlan-parent", Section.SERVICES, vlan_parent),
+    Check("services.macvtap", Section.SERVICES, macvtap),
     Check("services.foreign-program", Section.SERVICES, foreign_program),
     Check("services.bandwidth-plugin", Section.SERVICES, bandwidth_plugin),
     Check("services.api-endpoint", Section.SERVICES, api_endpoint),
@@ -766,7 +946,9 @@ CHECKS = (
     Check("services.vxlan-probe", Section.SERVICES, vxlan_probe),
     Check("services.checksum-offload", Section.SERVICES, checksum_offload),
     Check("services.rp-filter", Section.SERVICES, rp_filter),
+    Check("services.ip-forward", Section.SERVICES, ip_forward),
     Check("services.nat-interfaces", Section.SERVICES, nat_interfaces),
+    Check("services.host-without-nat", Section.SERVICES, host_without_nat),
     Check("services.dsr-cloud", Section.SERVICES, dsr_cloud),
     Check("services.dsr-load-balancer", Section.SERVICES, dsr_load_balancer),
     Check("services.host-conntrack-bypass", Section.SERVICES, host_conntrack_bypass),

@@ -253,9 +253,8 @@ def _probed(snapshot: Snapshot, *, targets: tuple[str, ...], netns: str, **_: An
     from calitrace.checks.snapshot import VxlanProbe
     from calitrace.cli.probe import endpoint
     from calitrace.model import Outcome
-    from calitrace.packet import TCP
+    from calitrace.packet import CALICO_VNI, TCP
     from calitrace.probes import run
-    from calitrace.probes.template import CALICO_VNI
 
     felix = sources(snapshot)["felix"]
     setting = felix.get("vxlanPort") if isinstance(felix, Settings) else None

@@ -174,7 +174,7 @@ class _Session:
 
         self._settings = settings
         self._report = report
-        self._assembler = Assembler(self._show_line if settings.everything and not settings.stats else _nothing)
+        self._assembler = Assembler(self._stray)
         self._stats = report.Stats()
         self._shown = 0
         self._stopped = False
@@ -281,6 +281,11 @@ class _Session:
             for explanation in self._report.iter_explanation(passage):
                 click.echo(_printable(explanation))
 
+    def _stray(self, line: Line) -> None:
+        self._stats.stray(line)
+        if self._settings.everything and not self._settings.stats:
+            self._show_line(line)
+
     def _show_line(self, line: Line) -> None:
         """A line that is in no packet, or that is unknown to us."""
         if line.raw and not line.raw.isspace():
@@ -298,13 +303,9 @@ class _Session:
         if settings.stats:
             click.echo("\n".join(lines))
         else:
-            click.echo(lines[0], err=True)
+            click.echo("\n".join([lines[0], *map(_printable, self._stats.iter_strays())]), err=True)
         if not source.reader.total and settings.inputs is None:
             click.echo("nothing was logged: is bpfLogLevel Debug, and is there traffic?", err=True)
-
-
-def _nothing(_: Line) -> None:
-    pass
 
 
 def _debug(settings: Settings) -> AbstractContextManager[DebugLevel]:

@@ -12,7 +12,7 @@ import click
 from calitrace.cli.commands import Commands
 from calitrace.cli.terminal import columns
 from calitrace.errors import Exit, UsageError
-from calitrace.probes.template import CALICO_VNI
+from calitrace.packet import CALICO_VNI
 
 if TYPE_CHECKING:
     from collections.abc import Callable

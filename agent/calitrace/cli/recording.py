@@ -51,6 +51,8 @@ class Recording:
         self._policy_dirs = tuple(policy_dirs)
         self._types = headers.kernel_btf()
         self.topology = discover.topology(client)
+        if plan.client is not None:
+            self.topology = discover.with_ways_back(self.topology, plan.client[0])
         self._plan = replace(plan, state_bytes=discover.state_sizes(self.topology))
         self._warnings = unread_states(self.topology)
         self._collectors = Collectors(self._plan, self._types)

@@ -23,6 +23,7 @@ from calitrace.calico.passage import Assembler
 from calitrace.errors import LayoutMismatch
 from calitrace.events import CAPTURE_BYTES, DROP
 from calitrace.model import Drop, LogLine, StackCopy, StateCopy
+from calitrace.packet import CALICO_VNI, UDP
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -119,6 +120,21 @@ _XDP_FUNCTIONS = ("do_xdp_generic", "netif_receive_generic_xdp", "bpf_prog_run_g
 # Where the kernel fails to do what a program's redirect said: the device is gone or down, or no neighbour answers.
 # Source: net/core/filter.c
 _REDIRECTS = ("skb_do_redirect", "__bpf_redirect", "bpf_out_neigh_v")
+# The host's own UDP, which gets a packet of Calico's tunnel only where no program took it. Source: net/ipv4/udp.c
+_UDP_RECEIVES = ("__udp4_lib_rcv", "udp_unicast_rcv", "udp_queue_rcv", "udp_rcv")
+# The kernel's reasons that an operator can do something about. Source: include/net/dropreason-core.h
+_KERNEL = {
+    "FRAG_REASM_TIMEOUT": "the rest of its fragments never came",
+    "IP_INADDRERRORS": "not this machine's address, and it does not forward: net.ipv4.ip_forward",
+    "IP_INNOROUTES": "no route",
+    "IP_OUTNOROUTES": "no route",
+    "IP_RPFILTER": "the kernel's own reverse path filter, rp_filter",
+    "NEIGH_FAILED": "the next hop does not answer ARP",
+    "NETFILTER_DROP": "a rule of iptables or nftables there",
+    "NO_SOCKET": "nothing listens there",
+    "PKT_TOO_BIG": "larger than the MTU",
+    "SOCKET_RCVBUFF": "the socket's receive buffer is full",
+}
 # A netkit device frees what its program drops as it does what it cannot deliver. Source: drivers/net/netkit.c
 _NETKIT = "netkit_xmit"
 _NOT_SAID = ("", "NOT_SPECIFIED")
@@ -134,6 +150,10 @@ _SIDES = {
 _NO_REVERSE_PATH = ("lo", "bpfout.cali", "bpfnatout")  # Calico checks it at all other host interfaces
 _OF_PODS = (state.Side.FROM_WEP, state.Side.TO_WEP)
 _DROPPED_BY_POLICY = reasons.CODES["DROPPED_BY_POLICY"]
+_OF_A_FRAGMENT = (
+    "a later fragment has no ports, which rules and services ask for; Calico puts fragments together from v3.31 on "
+    "(projectcalico/calico#8821, #10737)"
+)
 _IPIP, _TCP = 4, 6
 
 
@@ -148,22 +168,24 @@ def explain(drop: Drop, passages: Sequence[Passage], copy: StateCopy | None, top
     reason, symbol = names.drop_reason(drop), names.symbol(drop)
     hook = hook_of(reason, symbol, names)
     place = place_of(drop, topology, hook)
+    link, namespace = topology.link(drop.netns, drop.ifindex), topology.namespace(drop.netns)
     evidence = [f"skb:kfree_skb {reason or 'without reason'} in {symbol}"]
     if not hook:
         said_by_kernel = reason or "no reason given"
         who, function = "not by Calico", symbol.split("+", 1)[0]
         if function.startswith(_REDIRECTS):
             who = "which could not redirect it as a BPF program told it to"
+        left = _left_to_the_host(drop, link) if function.startswith(_UDP_RECEIVES) else ""
+        meaning = f"; {left}" if left else f" ({_KERNEL[reason]})" if reason in _KERNEL else ""
         return Cause(
-            f"dropped by the kernel, {who}: {said_by_kernel} in {symbol}",
-            f"{said_by_kernel} in {function}",
+            f"dropped by the kernel, {who}: {said_by_kernel} in {symbol}{meaning}",
+            f"{left or said_by_kernel} in {function}",
             place,
             Confidence.PROVEN,
             skb_drop_reason=reason,
             symbol=symbol,
             evidence=tuple(evidence),
         )
-    link, namespace = topology.link(drop.netns, drop.ifindex), topology.namespace(drop.netns)
     at, kind = _AT[hook], _KINDS.get(hook, "a tc program")
     side = state.Side.XDP if hook == "XDP" else _SIDES.get((at, link.workload)) if link else None
     evidence += [f"at this hook: {each}" for each in (link.chain.get(at, ()) if link else ())]
@@ -215,6 +237,9 @@ def explain(drop: Drop, passages: Sequence[Passage], copy: StateCopy | None, top
         evidence.append(f"the log and the state disagree: the state says reason {held.calico_reason}")
     named = tuple(names.rule(rule) for rule in rules)
     detail = ": ".join(part for part in (detail or "cause not recorded", ", ".join(named)) if part)
+    inner = drop.packet.inner
+    if inner is not None and inner.fragment and inner.src.version == 4 and not calico_reason.startswith("FRAG_"):
+        detail += "; " + _OF_A_FRAGMENT
     found = {"log": passage, "state": held}
     sure = said and not inferred and not (passage is None and held and held.unread)
     return Cause(
@@ -232,6 +257,24 @@ def explain(drop: Drop, passages: Sequence[Passage], copy: StateCopy | None, top
         recorded,
         (passage is not None and code == 0) or (held is not None and held.calico_reason == 0),
     )
+
+
+def _left_to_the_host(drop: Drop, link: Link | None) -> str:
+    """Why a packet in VXLAN came to the host's own UDP and not out of the tunnel; empty where it was in none.
+
+    Calico takes out what has its VNI and the port that it knows; all else it leaves to the host, where a VXLAN device
+    may want it. Source: vxlan_attempt_decap in felix/bpf-gpl/nat.h.
+    """
+    tunnel = drop.packet.tunnel
+    if tunnel is None:
+        return ""
+    where = f"VXLAN on UDP {tunnel.dport}"
+    if tunnel.vni != CALICO_VNI:
+        ours = f"Calico's NodePort tunnel has {CALICO_VNI}, and no VXLAN device here that one"
+        return f"{where} with VNI {tunnel.vni}: {ours}"
+    if link is not None and not link.calico.get("ingress"):
+        return f"{where}: no Calico program is at {link.name} tc ingress to take it out of its tunnel"
+    return f"{where}: Calico's program did not take it for its tunnel: has this node another vxlanPort?"
 
 
 def hook_of(reason: str, symbol: str, names: Names) -> str:
@@ -281,7 +324,7 @@ def _held(
     # What an ICMP error quotes is another packet, whose state may still be there.
     for layer in (each for each in packet.layers if each is not packet.quoted):
         held = state.decode(copy.raw, table, layer.src.version)
-        if held.holds(*_flow(layer)):
+        if held.holds(*_flow(layer), layer.fragment and layer.calico is None):
             evidence.append(f"Calico's state of this packet: {_shown(held, namespace, names)}")
             if held.passed(side):
                 evidence.append("Calico's program that wrote this state let the packet pass")
@@ -343,6 +386,8 @@ def _meaning(calico_reason: str, packet: Packet, held: state.CalicoState | None,
             return reasons.IPIP_OF_A_POD if of_pod else f"{reasons.IPIP_OF_NO_NODE}, or inside a tunnel"
         if tunnel is not None and held.holds(*_flow(tunnel)):
             return reasons.VXLAN_OF_NO_NODE
+        if side is state.Side.FROM_HEP and held.proto == UDP and held.dport in reasons.WIREGUARD_PORTS:
+            return reasons.WIREGUARD_OF_NO_NODE
         if inner is not None and held.holds(*_flow(inner)) and (tunnel or inner.proto == _TCP):
             return reasons.NOT_IN_SOURCE_RANGES
     return reasons.MEANING.get(calico_reason, calico_reason)

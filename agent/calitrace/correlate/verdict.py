@@ -9,6 +9,7 @@
 | reply left B, never reached A or client| RETURN_PATH                                                |
 | refused by Calico: no endpoints        | NO_BACKEND                                                 |
 | an ICMP error says that it does not fit| TOO_BIG: who has no room for it, and how much there is     |
+| refused, and that never reached A      | what refused it, and where that was lost                   |
 | evidence does not carry                | UNKNOWN                                                    |
 
 An absence proves something only where we looked and lost nothing: with lost events, or at a node that is not
@@ -18,7 +19,7 @@ does, or when Calico's own log or state says so of this very packet. "I don't kn
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -33,9 +34,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from calitrace.calico.passage import Passage
-    from calitrace.correlate.drops import Names
+    from calitrace.correlate.drops import Cause, Names
     from calitrace.model import Namespace, Topology
     from calitrace.packet import Layer
+
+
+_SMALL = 576  # bytes: what any IPv4 network carries; RFC 791
 
 
 class Kind(str, Enum):
@@ -97,7 +101,10 @@ class _Judge:
             took = f" in {probe.rtt_ns / 1e6:.2f} ms" if probe.rtt_ns is not None else ""
             return Verdict(Kind.ANSWERED, Confidence.PROVEN, f"answered{took}", evidence=self._path())
         if probe.outcome is Outcome.REFUSED:
-            return self._refused()
+            return self._refused(probe.detail)
+        refusals = [step for step in self.journey.way(Direction.REPLY) if self._is_refusal(step)]
+        if refusals:
+            return self._refusal_lost(refusals[-1])
         for direction in (Direction.REPLY, Direction.REQUEST):
             way = list(_iter_conclusive(self.journey.way(direction)))
             if way:
@@ -113,7 +120,39 @@ class _Judge:
 
     # -- refused ----------------------------------------------------------------------------------------
 
-    def _refused(self) -> Verdict:
+    def _is_refusal(self, step: Step) -> bool:
+        """Whether it is an error about the probe, not about an answer to it."""
+        quoted = step.event.packet.quoted
+        return step.error and (quoted is None or str(quoted.dst) != self.journey.probe.src)
+
+    def _refusal_lost(self, last: Step) -> Verdict:
+        """Refused, and the one who asked never heard of it: what it sees is a timeout."""
+        probe = self.journey.probe
+        error, event = last.event.packet.inner, last.event
+        assert error is not None  # or it would have joined no probe
+        verdict = self._refused(error.refusal)
+        what = "that ICMP error" if error.is_icmp_error else "that RST"
+        target = self.topology.owner(probe.src)
+        name = target.name if target else probe.src
+        sure = self._absence() if target else Confidence.LIKELY
+        if isinstance(event, Drop):
+            how = explain(event, last.passages, last.state, self.topology, self.names).text
+            lost = f"{what} was lost at {self._place(last)}: {how}"
+        elif event.netns == (target.inum if target else -1) and event.kind is not HopKind.QUEUE:
+            lost = f"{what} reached {name}, which did not take it: a firewall there"
+        else:
+            lost = f"{what} left {self._place(last)} as {error.src} and never reached {name}"
+        if error.is_too_big:
+            lost += "; it goes on sending packets of that size (projectcalico/calico#4439)"
+        return replace(
+            verdict,
+            confidence=sure if verdict.confidence is Confidence.PROVEN else verdict.confidence,
+            cause=f"{verdict.cause}; {lost}",
+            to=Place(name),
+        )
+
+    def _refused(self, detail: str) -> Verdict:
+        """The verdict on a probe that was refused. *detail*: by what, in words."""
         probe = self.journey.probe
         errors = [s for s in self.journey.way(Direction.REPLY) if s.error]
         requests = self.journey.way(Direction.REQUEST)
@@ -121,7 +160,7 @@ class _Judge:
             return Verdict(
                 Kind.REFUSED,
                 Confidence.LIKELY,
-                f"refused: {probe.detail}; where, was not seen",
+                f"refused: {detail}; where, was not seen",
                 evidence=self._path(),
             )
         first = errors[0]
@@ -163,7 +202,7 @@ class _Judge:
                 Kind.NO_BACKEND,
                 Confidence.PROVEN if said else Confidence.LIKELY,
                 f"the service at {probe.dst}:{probe.dport} has no endpoint that {name} may use: "
-                f"Calico there answered {probe.detail or 'ICMP port unreachable'}",
+                f"Calico there answered {detail or 'ICMP port unreachable'}",
                 place=self._place(last, "tc ingress"),
                 by_calico=True,
                 evidence=tuple(evidence) + self._path(),
@@ -172,14 +211,14 @@ class _Judge:
         seen_at = namespace.role if namespace else Role.OTHER
         by_itself = namespace is not None and seen_at is Role.CLIENT and namespace.has(str(error.src))
         if by_itself:
-            cause = f"{name} itself refused: {probe.detail}"
+            cause = f"{name} itself refused: {detail}"
             if drops and self.names.drop_reason(drops[-1]) == "NEIGH_FAILED":
                 cause += "; the next hop does not answer ARP"
         elif seen_at is Role.CLIENT:
-            cause = f"refused: {probe.detail}; the side that refused is not observed"
+            cause = f"refused: {detail}; the side that refused is not observed"
         else:
             where = "the pod" if seen_at is Role.POD else "the node itself"
-            cause = f"{where} ({name}) refused: {probe.detail}"
+            cause = f"{where} ({name}) refused: {detail}"
             if error.proto == TCP or error.is_port_unreachable:
                 cause += "; nothing listens there"
         return Verdict(
@@ -265,6 +304,16 @@ class _Judge:
                 place=self._place(last),
                 evidence=self._path(),
             )
+        if last.event.kind is HopKind.CONSUME and reply:
+            way = f"; {namespace.name} reaches the client by {namespace.way_back}" if namespace.way_back else ""
+            return Verdict(
+                Kind.RETURN_PATH,
+                Confidence.LIKELY,
+                f"the reply ended at {namespace.name}: it took it for its own, or the next hop towards "
+                f"{self.journey.probe.src} does not answer ARP{way}",
+                place=self._place(last),
+                evidence=self._path(),
+            )
         if last.event.kind is HopKind.CONSUME:
             return Verdict(
                 Kind.NO_REPLY,
@@ -288,12 +337,12 @@ class _Judge:
         )
         cause = (
             f"the underlay loses VXLAN (UDP {outer.dport}) from {namespace.name} ({outer.src}) "
-            f"to {target.name if target else 'the node'} ({outer.dst}){back}"
+            f"to {target.name if target else 'the node'} ({outer.dst}){back}{self._by_size()}"
         )
         if target is None:
             cause = (
                 f"left {namespace.name} ({outer.src}) in VXLAN (UDP {outer.dport}) for {outer.dst}, which is "
-                f"not observed: the underlay or that node{back}"
+                f"not observed: the underlay or that node{back}{self._by_size()}"
             )
         confidence = self._absence() if target else Confidence.LIKELY
         if target and any("xdp" in link.foreign or "xdp" in link.calico for link in target.links.values()):
@@ -316,8 +365,17 @@ class _Judge:
         what = "the reply" if reply else "the probe"
         name = target.name if target else destination
         cause = f"{what} left {namespace.name} and never reached {name}"
-        if reply:
-            cause += ": return path (source/destination check, rp_filter, load balancer)"
+        if reply and layer and self._came_in_a_tunnel(last.event.netns):
+            owner = self.topology.owner(str(layer.src))
+            whose = f" ({owner.name})" if owner else ""
+            cause = (
+                f"the request came to {namespace.name} in the tunnel, the reply left it as {layer.src}{whose} outside, "
+                f"as DSR does, and never reached {name}: what is between must let a node send as another "
+                "(source/destination check, anti-spoofing, stateful firewall, load balancer)"
+            )
+        elif reply:
+            cause += ": return path (a firewall or load balancer between, or rp_filter there)"
+        cause += self._by_size()
         return Verdict(
             Kind.RETURN_PATH if reply else Kind.UNDERLAY,
             self._absence() if target else Confidence.LIKELY,
@@ -327,14 +385,19 @@ class _Judge:
             evidence=self._path(),
         )
 
+    def _came_in_a_tunnel(self, netns: int) -> bool:
+        received = (step for step in self.journey.way(Direction.REQUEST) if _is_received(step, netns))
+        return any(step.tunnelled for step in received)
+
     # -- dropped ----------------------------------------------------------------------------------------
 
     def _dropped(self, step: Step, drop: Drop) -> Verdict:
         cause = explain(drop, step.passages, step.state, self.topology, self.names)
+        back = self._way_back(step, cause)
         return Verdict(
             Kind.DROPPED,
             cause.confidence,
-            cause.text,
+            cause.text + back,
             place=cause.place,
             by_calico=cause.by_calico,
             calico_reason=cause.calico_reason,
@@ -343,7 +406,20 @@ class _Judge:
             evidence=cause.evidence + self._path(),
         )
 
+    def _way_back(self, step: Step, cause: Cause) -> str:
+        """Why a reverse path fails: the node reaches the client by another interface than it came in by."""
+        namespace = self.topology.namespaces[step.event.netns]  # steps are of observed namespaces only
+        of_the_client = step.direction is Direction.REQUEST and not step.tunnelled and "reverse path" in cause.text
+        if not of_the_client or namespace.way_back in ("", cause.place.interface):
+            return ""
+        return f"; {namespace.name} reaches {self.journey.probe.src} by {namespace.way_back}"
+
     # -- shared -----------------------------------------------------------------------------------------
+
+    def _by_size(self) -> str:
+        """What to try where a large probe was lost without a word."""
+        size = self.journey.probe.size_bytes
+        return f"; of {size} bytes: does a small probe come through (MTU)?" if size > _SMALL else ""
 
     def _absence(self) -> Confidence:
         """How far "not seen" can be trusted."""
@@ -377,6 +453,10 @@ class _Judge:
             if not places or places[-1] != place:
                 places.append(place)
         return (f"path: {' > '.join(places)}",) if places else ()
+
+
+def _is_received(step: Step, netns: int) -> bool:
+    return step.event.netns == netns and isinstance(step.event, Hop) and step.event.kind is HopKind.RECEIVE
 
 
 def _iter_conclusive(way: Iterable[Step]) -> Iterator[Step]:

@@ -11,6 +11,7 @@ import errno
 import os
 import socket
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -292,6 +293,18 @@ def _joined(found: dict[int, Namespace], start: int) -> set[int]:
         joined |= fresh
         waiting += fresh
     return joined
+
+
+def with_ways_back(found: Topology, client: str) -> Topology:
+    """The same, each node with its way to an address. A namespace that is gone, or refuses, has none."""
+    here = netns.own_inum()
+    namespaces = dict(found.namespaces)
+    for inum, each in found.namespaces.items():
+        if each.role is Role.NODE:
+            with suppress(UsageError, EnvironmentUnfit, OSError), netns.inside("" if inum == here else each.name):
+                link = each.links.get(interface_towards(client))
+                namespaces[inum] = replace(each, way_back=link.name if link else "")
+    return Topology(namespaces)
 
 
 def interface_towards(address: str) -> int:

@@ -14,6 +14,7 @@ import socket
 import struct
 from pathlib import Path
 
+_OWN_TABLES = ("kube-proxy", "cni_hostport")
 _SOL_IP, _GET_INFO, _GET_ENTRIES = 0, 64, 65
 _INFO_SIZE = 32 + 4 + 5 * 4 * 2 + 4 + 4  # struct ipt_getinfo
 _ENTRIES_HEAD = 40  # struct ipt_get_entries up to its table, aligned to 8
@@ -24,13 +25,18 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def chains() -> tuple[str, ...]:
-    """Names of all chains, each once, in the order found. Raises OSError, NetlinkError."""
+    """Names of all chains, each once, in the order found. Raises OSError, NetlinkError.
+
+    Those of kube-proxy's and the portmap plugin's own tables (their nftables modes) have names that others may have:
+    they come as ``kube-proxy/services``.
+    """
     from pyroute2.nftables.main import NFTables
 
     found: dict[str, None] = {}
     with NFTables(nfgen_family=socket.AF_INET) as tables:
         for message in tables.get_chains():
-            found[message.get_attr("NFTA_CHAIN_NAME") or ""] = None
+            table, name = message.get_attr("NFTA_CHAIN_TABLE"), message.get_attr("NFTA_CHAIN_NAME") or ""
+            found[f"{table}/{name}" if table in _OWN_TABLES else name] = None
     names = Path("/proc/thread-self/net/ip_tables_names")
     for table in names.read_text().split() if names.exists() else ():
         found |= dict.fromkeys(_legacy(table))

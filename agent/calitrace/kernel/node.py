@@ -234,7 +234,7 @@ def _network() -> dict[str, Any]:
         found["routes"] = _source(lambda: tuple(_iter_routes(route)), "routes")
     links = found["links"]
     names = [] if isinstance(links, Missing) else [link.name for link in links]
-    found["sysctls"] = _reverse_path(["all", *names])
+    found["sysctls"] = _namespace_sysctls(["all", *names])
     found["chains"] = _source(iptables.chains, "netfilter chains")
     return found
 
@@ -244,9 +244,13 @@ def _sysctls() -> dict[str, str]:
     return _settings({name: name.replace(".", "/") for name in _SYSCTLS})
 
 
-def _reverse_path(interfaces: list[str]) -> dict[str, str]:
-    """The namespace's."""
-    return _settings({f"net.ipv4.conf.{name}.rp_filter": f"net/ipv4/conf/{name}/rp_filter" for name in interfaces})
+def _namespace_sysctls(interfaces: list[str]) -> dict[str, str]:
+    """Those of this thread's network namespace."""
+    wanted = {"net.ipv4.ip_forward": "net/ipv4/ip_forward"}
+    for name in interfaces:
+        for each in ("rp_filter", "forwarding"):
+            wanted[f"net.ipv4.conf.{name}.{each}"] = f"net/ipv4/conf/{name}/{each}"
+    return _settings(wanted)
 
 
 def _settings(wanted: dict[str, str]) -> dict[str, str]:

@@ -27,7 +27,7 @@ from calitrace import identity
 from calitrace.errors import EnvironmentUnfit, UsageError
 from calitrace.kernel import netns
 from calitrace.model import Outcome, Probe
-from calitrace.packet import ICMP, RST, SYN, TCP, UDP, dissect
+from calitrace.packet import RST, SYN, TCP, UDP, dissect
 from calitrace.probes.template import Flow, Template
 
 if TYPE_CHECKING:
@@ -43,7 +43,6 @@ _PORTS = 256  # at most; probes cycle through them
 _CATCH_UP_S = 0.02  # a sender that was held up longer than this does not make up for it in a burst
 _SO_ATTACH_FILTER, _SO_MEMINFO = 26, 55
 _IP_MTU_DISCOVER, _IP_PMTUDISC_PROBE = 10, 3  # include/uapi/linux/in.h
-_ICMP_UNREACHABLE = {0: "net", 1: "host", 2: "protocol", 3: "port", 13: "prohibited"}
 _RECEIVE_BYTES = 1 << 20
 
 
@@ -317,10 +316,9 @@ class ProbeRun:
         if layer is None:
             return
         if layer.is_icmp_error:
-            detail = f"ICMP {_icmp_name(layer)} from {layer.src}"
-            self._done(self._quoted(packet), Outcome.REFUSED, now, detail)
+            self._done(self._quoted(packet), Outcome.REFUSED, now, layer.refusal)
         elif layer.proto == TCP and layer.flags & RST:
-            self._done(self._number(layer), Outcome.REFUSED, now, f"TCP RST from {layer.src}")
+            self._done(self._number(layer), Outcome.REFUSED, now, layer.refusal)
         elif layer.proto == TCP and layer.flags & SYN:
             number = self._number(layer)
             self._done(number, Outcome.ANSWERED, now)
@@ -389,14 +387,6 @@ def _address(host: str) -> str:
     if found.is_unspecified or found.is_multicast:
         raise UsageError(f"{host} is not the address of one machine")
     return str(found)
-
-
-def _icmp_name(layer: Layer) -> str:
-    if layer.is_too_big:
-        return "fragmentation needed" + (f" (MTU {layer.mtu})" if layer.mtu else "")
-    if layer.proto == ICMP and layer.icmp_type == 3:
-        return f"{_ICMP_UNREACHABLE.get(layer.icmp_code, f'code {layer.icmp_code}')} unreachable"
-    return f"type {layer.icmp_type} code {layer.icmp_code}"
 
 
 # Classic BPF: (code, jump if true, jump if false, constant). linux/filter.h; offsets from the IP header.

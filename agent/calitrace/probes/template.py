@@ -14,7 +14,6 @@ from calitrace.identity import Identity
 from calitrace.packet import TCP, UDP
 
 IP_BYTES, UDP_BYTES, TCP_BYTES, VXLAN_BYTES, ETHERNET_BYTES = 20, 8, 20, 8, 14
-CALICO_VNI = 0xCA11C0  # of Calico's NodePort tunnel; felix/bpf-gpl/nat_types.h, all releases since v3.13
 MIN_UDP_PAYLOAD = identity.SIZE
 
 

@@ -60,10 +60,10 @@ def iter_table(results: list[Result], *, verbose: bool = False) -> Iterator[str]
             ("means", (finding.meaning,)),
             ("fix", finding.fix.split("; ")),
         ):
-            for line in lines:
-                fold = _folded_command if line.partition(" ")[0] in _COMMANDS else _folded
-                yield from fold(line, f"         {label:6} ")
-                label = ""
+            for number, line in enumerate(lines):
+                is_command = label == "fix" and line.partition(" ")[0] in _COMMANDS
+                fold = _folded_command if is_command else _folded
+                yield from fold(line, f"         {'' if number else label:6} ")
         yield f"         {'page':6} {result.check.section}"
         yield ""
     skipped = _reasons(results)

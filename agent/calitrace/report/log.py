@@ -12,6 +12,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from calitrace.calico.log import Form
+from calitrace.calico.passage import missing_filter
 from calitrace.report.folding import folded
 
 if TYPE_CHECKING:
@@ -210,6 +211,7 @@ class Stats:
         self.causes: Counter[str] = Counter()
         self.marks: Counter[str] = Counter()
         self.packets: Counter[tuple[str, str]] = Counter()
+        self.filters: Counter[str] = Counter()
         # With three significant digits: at most 900 different times for each power of ten.
         self._times: dict[tuple[str, str], Counter[int]] = {}
 
@@ -226,6 +228,20 @@ class Stats:
         if passage.execution_ns is not None:
             times[_rounded(passage.execution_ns)] += 1
 
+    def stray(self, line: Line) -> None:
+        """Take note of a line that no program came for."""
+        interface = missing_filter(line)
+        if interface:
+            self.filters[interface] += 1
+
+    def iter_strays(self) -> Iterator[str]:
+        """What such lines say, for people; nothing where there are none."""
+        if self.filters:
+            yield "log filters that programs ask for in vain, with the log off: left of an earlier"
+            yield "bpfLogFilters, it seems; the packets pass unlogged (projectcalico/calico#9760):"
+            for interface, count in self.filters.most_common():
+                yield f"  {count:8} {interface}"
+
     def to_object(self, reader: Reader, lost: int) -> dict[str, Any]:
         """The one object of ``--stats -o json``. *lost*: events that the kernel could not give us."""
         counts = reader.counts
@@ -241,6 +257,7 @@ class Stats:
             "verdicts": dict(self.verdicts),
             "drops": dict(self.causes.most_common()),
             "marks": dict(self.marks),
+            "filters_missing": dict(self.filters),
             "interfaces": [
                 {
                     "interface": interface,
@@ -276,6 +293,7 @@ class Stats:
             yield "dropped:"
             for cause, count in self.causes.most_common():
                 yield f"  {count:8} {cause}"
+        yield from self.iter_strays()
         for place, times in sorted(self._times.items()):
             if not times:
                 continue
