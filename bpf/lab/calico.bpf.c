@@ -834,7 +834,7 @@ INLINE void rewrite(struct packet *p, int source, u32 new_ip, u16 new_port)
 
 INLINE u16 ip_checksum(struct ip4 *ip)
 {
-	u64 sum;
+	u32 sum; /* not u64: BCC declares that bpf_csum_diff returns an int, and older kernels return all 32 bits */
 
 	ip->check = 0;
 	sum = bpf_csum_diff(0, 0, (__be32 *)ip, sizeof(*ip), 0);
@@ -854,7 +854,7 @@ INLINE int icmp_reply(struct packet *p, u32 code, u16 mtu)
 	struct ip4 ip = { .version_ihl = 0x45, .tot_len = bpf_htons(108), .ttl = 64, .protocol = ICMP,
 			  .saddr = p->ip.daddr, .daddr = p->ip.saddr };
 	void *data, *end;
-	u64 sum;
+	u32 sum;
 
 	LOG(p, "jump to idx 3 prog at %d", p->base + 3);
 	LOG(p, "Entering calico_tc_skb_send_icmp_replies");

@@ -173,8 +173,8 @@ def test_a_tc_drop_comes_with_its_log_and_state(pair: Pair) -> None:
     syscall.map_update(descriptor, bytes(4), marker * syscall.possible_cpus())
     identifier = syscall.map_info(descriptor).id
 
-    with Collectors(Plan(run_id=RUN_ID)) as collectors:
-        collectors.watch_state({netns.inum(pair.left): identifier})
+    with Collectors(Plan(run_id=RUN_ID, state_like=(identifier,))) as collectors:
+        assert collectors.watch_state({netns.inum(pair.left): identifier}) == {}
         send_udp(pair, 23)
         events = collect(collectors)
         stats = collectors.stats()
@@ -242,8 +242,8 @@ def test_a_state_is_believed_of_its_own_packet_only(pair: Pair, own: bool) -> No
     syscall.map_update(descriptor, bytes(4), bytes(kept) * syscall.possible_cpus())
     identifier, inum = syscall.map_info(descriptor).id, netns.inum(pair.left)
 
-    with Collectors(Plan(hop=False, log="", drop_all=True)) as collectors:
-        collectors.watch_state({inum: identifier})
+    with Collectors(Plan(hop=False, log="", drop_all=True, state_like=(identifier,))) as collectors:
+        assert collectors.watch_state({inum: identifier}) == {}
         with netns.inside(pair.left), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
             sender.bind((pair.left_ip, port))
             sender.sendto(b"x", (pair.right_ip, 9))
@@ -301,6 +301,17 @@ def test_a_state_map_that_has_gone_ends_nothing(pair: Pair, state_map: int) -> N
         events = collect(collectors)
     assert unread == {netns.inum(pair.right): "its state map has gone, as when Felix replaces its programs"}
     assert sum(isinstance(each, StateCopy) for each in events) == 23
+
+
+def test_an_example_of_a_state_map_that_has_gone_is_none(pair: Pair, state_map: int) -> None:
+    gone = syscall.map_create(PERCPU_ARRAY, 4, 512, 2, name="cali_state6")
+    ids = syscall.map_info(gone).id, syscall.map_info(state_map).id
+    os.close(gone)
+    for like in ids[:1], ids:
+        before = descriptors()
+        with Collectors(Plan(hop=False, log="", state_like=like)) as collectors:
+            assert collectors.watch_state({netns.inum(pair.left): ids[1]}) == {}
+        assert descriptors() == before
 
 
 def test_a_state_map_that_is_not_described_leaks_nothing(

@@ -95,8 +95,16 @@ def send(
 def causes_of(pair: Pair, source: str, target: str, where: str = "", **how: Any) -> tuple[list[Cause], Topology]:
     """Send one datagram from the left; the causes of its drops in the namespace *where*, the left by default."""
     topology = discover.topology()
-    with Collectors(Plan(hop=False, log="", drop_all=True, state_bytes=discover.state_sizes(topology))) as collectors:
-        assert collectors.watch_state(discover.state_maps(topology, everywhere=True)) == {}
+    maps = discover.state_maps(topology, everywhere=True)
+    plan = Plan(
+        hop=False,
+        log="",
+        drop_all=True,
+        state_bytes=discover.state_sizes(topology),
+        state_like=tuple(maps.values()),
+    )
+    with Collectors(plan) as collectors:
+        assert collectors.watch_state(maps) == {}
         send(pair.left, source, target, **how)
         joiner = Joiner()
         found: list[Dropped] = []

@@ -133,6 +133,12 @@ def test_the_way_of_a_syn(release: str, number: str, sport: int, outer: int) -> 
     assert arriving.decisions() == [f"VXLAN decap from {NODE_A}", f"DNAT to {POD}:8080"]
 
 
+def test_a_kernel_that_prints_no_addresses() -> None:  # before Linux 5.13 a line with %pI4 is not printed at all
+    lines = [line for line in TRACES["master"]["S01"][1] if CLIENT not in line and NODE_A not in line]
+    arriving = assembled(lines)[0][2]
+    assert arriving.decisions()[0] == "VXLAN decap"
+
+
 def test_the_oldest_era() -> None:
     done, _, _ = assembled(TRACES["v3.17"]["O01"][1])
     to_pod, from_pod = done[4:6]

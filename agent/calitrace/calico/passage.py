@@ -411,7 +411,7 @@ class Passage:
             elif encap := _ENCAP.match(text):
                 found.append(f"VXLAN encap to {address(encap['dst'], self.tag)}")
             elif text == "vxlan decap":
-                found.append(f"VXLAN decap from {self.facts.tunnel_from}")
+                found.append(f"VXLAN decap from {self.facts.tunnel_from}".removesuffix(" from "))
             elif text.startswith(_DSR):
                 found = [each for each in found if not each.startswith("SNAT")] + ["DSR: SNAT is left to the uplink"]
             elif text.startswith(NO_BACKEND):

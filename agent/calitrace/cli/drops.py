@@ -212,6 +212,7 @@ class _Session:
             pcap_filter=self._kernel_filter(),
             stack=settings.stack,
             state_bytes=discover.state_sizes(topology),
+            state_like=tuple(discover.state_maps(topology, everywhere=True).values()),
         )
         warnings = unread_states(topology)
         directories = [*POLICY_DIRS, *LAB_POLICY_DIRS[0].glob(LAB_POLICY_DIRS[1])]

@@ -53,7 +53,11 @@ class Recording:
         self.topology = discover.topology(client)
         if plan.client is not None:
             self.topology = discover.with_ways_back(self.topology, plan.client[0])
-        self._plan = replace(plan, state_bytes=discover.state_sizes(self.topology))
+        self._plan = replace(
+            plan,
+            state_bytes=discover.state_sizes(self.topology),
+            state_like=tuple(discover.state_maps(self.topology).values()),
+        )
         self._warnings = unread_states(self.topology)
         self._collectors = Collectors(self._plan, self._types)
         self._stop = threading.Event()

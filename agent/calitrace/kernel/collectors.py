@@ -84,7 +84,9 @@ class Plan:
     *drop_cells*: entries of the table of totals. *netns* (0: any), *named_by* (C, see ``name_condition``; empty: any)
     and *pcap_filter* (C, see ``cbpf``): which drops are sent, of those that *drop_all* sends. *stack*: send the
     kernel's stack with each. *log*: "" for none, "flight" for the lines that led to a probe's event, "stream" for
-    all. *state_bytes*: value sizes of Calico's state maps, of which each costs time to compile.
+    all. *state_bytes*: value sizes of Calico's state maps, of which each costs time to compile. *state_like*: ids of
+    such maps, one for each size, like which the others are: from Linux 5.15 to 6.1 the kernel takes those with BTF and
+    those without for unlike. Without one, they must have no BTF there.
     """
 
     drop: bool = True
@@ -103,6 +105,7 @@ class Plan:
     client: tuple[str, int, int] | None = None
     vxlan_port: int = 4789
     state_bytes: tuple[int, ...] = (STATE_BYTES,)
+    state_like: tuple[int, ...] = ()
     ring_bytes: int = RING_BYTES
 
     @property
@@ -243,7 +246,8 @@ class Collectors:
         image = images.compiled(text, functions, defines=defines, types=types, inner=inner)
         with ExitStack() as stack:
             try:
-                self._maps = images.make_maps(image, stack)
+                with ExitStack() as for_now:
+                    self._maps = images.make_maps(image, stack, self._states_like(for_now))
             except OSError as failure:
                 raise EnvironmentUnfit(f"the kernel refuses a BPF map of ours: {failure.strerror}") from failure
             for program in programs:
@@ -259,6 +263,19 @@ class Collectors:
                 self._descriptors[at] = descriptor
             self._stack.enter_context(stack.pop_all())
         return set(btf_ids)
+
+    def _states_like(self, stack: ExitStack) -> dict[str, int]:
+        """Descriptors of the plan's examples of state maps, which *stack* closes, by the name of ours of that size."""
+        found: dict[str, int] = {}
+        for identifier in self.plan.state_like:
+            try:
+                descriptor = syscall.map_fd(identifier)
+            except OSError as failure:  # gone, as when Felix replaces its programs; watch_state tells of it
+                _log.debug("state map %s: %s", identifier, failure.strerror)
+                continue
+            stack.callback(os.close, descriptor)
+            found.setdefault(f"state_template_{syscall.map_info(descriptor).value_size}", descriptor)
+        return found
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()

@@ -209,8 +209,11 @@ def _used(path: Path) -> int:
         return 0
 
 
-def make_maps(image: Image, stack: ExitStack) -> dict[str, int]:
-    """New maps, which *stack* closes: name to descriptor. Raises OSError."""
+def make_maps(image: Image, stack: ExitStack, like: Mapping[str, int]) -> dict[str, int]:
+    """New maps, which *stack* closes: name to descriptor. Raises OSError.
+
+    *like*: name of an inner map to the descriptor of a map that those in a map of maps are like, instead of it.
+    """
     with suppress(OSError, ValueError):  # before Linux 5.11 maps count as locked memory; without the right they may fit
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     found: dict[str, int] = {}
@@ -222,7 +225,7 @@ def make_maps(image: Image, stack: ExitStack) -> dict[str, int]:
             each.max_entries,
             name=name,
             flags=each.flags,
-            inner=found[each.inner] if each.inner else 0,
+            inner=(like.get(each.inner) or found[each.inner]) if each.inner else 0,
         )
         stack.callback(os.close, found[name])
     return found

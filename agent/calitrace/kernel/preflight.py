@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from calitrace.calico import state
 from calitrace.errors import Error, LayoutMismatch
-from calitrace.kernel import discover, headers, syscall
+from calitrace.kernel import discover, headers, symbols, syscall
 from calitrace.kernel.collectors import has_drop_reason
 
 if TYPE_CHECKING:
@@ -121,12 +121,7 @@ def _mount(name: str, where: Path, kind: str, lost: str) -> Finding:
 
 
 def _symbols() -> Finding:
-    try:
-        with Path("/proc/kallsyms").open() as lines:
-            hidden = next(lines).startswith("0" * 16)
-    except (OSError, StopIteration):
-        hidden = True
-    if hidden:
+    if not symbols.are_readable():
         return Finding(
             "kernel symbols", "hidden", "drops show addresses, not functions", "sysctl kernel.kptr_restrict=0"
         )

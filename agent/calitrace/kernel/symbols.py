@@ -5,6 +5,10 @@ from __future__ import annotations
 from bisect import bisect_right
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 KALLSYMS = Path("/proc/kallsyms")
 
@@ -22,16 +26,29 @@ def resolve(addresses: set[int]) -> dict[int, str]:
     return found
 
 
+def are_readable() -> bool:
+    """Whether the kernel shows where its functions are. Per-CPU symbols may come first, and begin at 0."""
+    try:
+        return next(_iter_functions(), (0, ""))[0] != 0
+    except OSError:
+        return False
+
+
+def _iter_functions() -> Iterator[tuple[int, str]]:
+    with KALLSYMS.open() as lines:
+        for line in lines:
+            parts = line.split(None, 3)
+            if parts[1] in "tTwW":
+                yield int(parts[0], 16), parts[2]
+
+
 @cache
 def _table() -> tuple[list[int], list[str]]:
     """Addresses in order, and their names. Read once: a module that is loaded later has no names here."""
     starts: list[int] = []
     names: list[str] = []
-    with KALLSYMS.open() as lines:
-        for line in lines:
-            parts = line.split(None, 3)
-            if parts[1] in "tTwW":
-                starts.append(int(parts[0], 16))
-                names.append(parts[2])
+    for start, name in _iter_functions():
+        starts.append(start)
+        names.append(name)
     order = sorted(range(len(starts)), key=starts.__getitem__)
     return [starts[i] for i in order], [names[i] for i in order]
