@@ -1,6 +1,6 @@
 SHELL := /bin/bash
 PYTHON := .venv/bin/python
-.PHONY: setup check test demo bench wheel clean
+.PHONY: setup check test demo bench kernels wheel clean
 
 setup: ## make .venv with everything that is needed
 	@bash tools/setup.sh
@@ -18,6 +18,9 @@ demo: setup ## the main job on the built-in lab
 bench: ## what the collectors cost, beside bpftrace
 	@bash tools/setup.sh bpftrace bpftool
 	@$(PYTHON) -W ignore tools/bench.py
+
+kernels: ## the demo and the kernel and lab tests on a Debian release's own kernel, in a VM
+	@bash tools/vm.sh $(or $(SUITE),bookworm) $(KERNEL)
 
 wheel: setup ## build the wheel, install it elsewhere, find its BPF sources
 	@bash tools/wheel.sh
