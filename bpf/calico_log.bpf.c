@@ -24,14 +24,15 @@ static __always_inline void send_line(struct recorder_cursor *cursor, struct log
 	e->lost = cursor->lost;
 	if (events.ringbuf_output(e, sizeof(*e) - TEXT_BYTES + length, flags)) {
 		cursor->lost++;
-		count(STAT_LOG_LOST, 1);
+		count_shared(STAT_LOG_LOST, 1);
+		sent(WAKE_BYTES);
 	} else {
 		cursor->lost = 0;
-		count(STAT_LOG_SENT, 1);
+		count_shared(STAT_LOG_SENT, 1);
 	}
 }
 
-/* Returns the bytes that the line takes with its NUL, in the room of TEXT_BYTES; 0 when there is none. */
+/* Returns the bytes that the line takes with its NUL, in the room of TEXT_BYTES; 0 when a helper can read none. */
 static __always_inline u32 read_line(u8 *to, u64 from)
 {
 #ifdef RDONLY_CAST
@@ -134,7 +135,7 @@ static __always_inline void recorder_flush(void)
 	end = cursor->next;
 	cursor->sent = end;
 	if (end - at > RECORDER_LINES) {
-		count(STAT_LOG_OVERWRITTEN, end - at - RECORDER_LINES);
+		count_shared(STAT_LOG_OVERWRITTEN, end - at - RECORDER_LINES);
 		at = end - RECORDER_LINES;
 	}
 #ifdef NUM_NEW

@@ -38,7 +38,8 @@ BPF_PERCPU_ARRAY(drop_scratches, struct drop_scratch, 1);
 
 /*
  * Each kind of drop has a slot of the table, which costs a tenth of a hash lookup; where two kinds want the same one,
- * the later one is counted in the hash. Programs do not interrupt themselves, so a slot of this CPU is ours.
+ * the later one is counted in the hash. From Linux 6.1 programs do not interrupt themselves (commit 05b24ff9b2cf):
+ * a slot of this CPU is ours. Before, a drop within the handling of another may be counted or described wrongly.
  */
 static __always_inline void count_drop(struct drop_key *key)
 {
@@ -82,14 +83,12 @@ static __always_inline int send_drop(const struct drop_event *drop, int with_sta
 {
 	u32 bytes = 0;
 	void *state = with_state ? state_of(drop->netns, &bytes) : NULL;
-	struct drop_with_state *e;
+	struct drop_with_state *e = state ? events.ringbuf_reserve(sizeof(*e)) : NULL;
 
-	if (!state)
-		return !events.ringbuf_output((void *)drop, sizeof(*drop), wakeup(sizeof(*drop)));
-	e = events.ringbuf_reserve(sizeof(*e));
 	if (!e) {
-		count(STAT_STATE_LOST, 1);
-		return 0;
+		if (state)
+			count(STAT_STATE_LOST, 1);
+		return !events.ringbuf_output((void *)drop, sizeof(*drop), wakeup(sizeof(*drop)));
 	}
 	e->drop = *drop;
 	e->state.ktime_ns = drop->ktime_ns;
@@ -116,6 +115,7 @@ static __always_inline void send_stack(void *ctx, const struct drop_event *drop)
 
 	if (!e)
 		return;
+	__builtin_memset(e->addresses, 0, sizeof(e->addresses)); /* of an earlier one */
 	bytes = bpf_get_stack(ctx, e->addresses, sizeof(e->addresses), 0);
 	e->ktime_ns = drop->ktime_ns;
 	e->type = EVENT_STACK;
@@ -126,6 +126,8 @@ static __always_inline void send_stack(void *ctx, const struct drop_event *drop)
 	e->pad = 0;
 	if (events.ringbuf_output(e, sizeof(*e), BPF_RB_NO_WAKEUP))
 		count(STAT_STACK_LOST, 1);
+	else
+		sent(sizeof(*e));
 }
 #endif
 
@@ -304,6 +306,7 @@ int collect_drop(struct bpf_raw_tracepoint_args *ctx)
 		return 0;
 #endif
 	count(STAT_DROP_MATCHED, 1);
+	clear_behind(s->event.capture, bytes);
 	s->event.ktime_ns = bpf_ktime_get_ns();
 	s->event.type = EVENT_DROP;
 	s->event.cpu = bpf_get_smp_processor_id();
@@ -318,7 +321,7 @@ int collect_drop(struct bpf_raw_tracepoint_args *ctx)
 #endif
 	if (!send_drop(&s->event, by_tc)) {
 		count(STAT_DROP_LOST, 1);
-		return 0;
+		sent(WAKE_BYTES);
 	}
 	return 0;
 forget: __attribute__((unused))

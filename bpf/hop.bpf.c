@@ -34,14 +34,16 @@ static __always_inline u64 *queued_slot(u64 skbaddr)
 
 static __always_inline int send_hop(struct hop_event *e, u32 kind, int rc)
 {
-	count(STAT_HOP_MATCHED, 1);
+	count_shared(STAT_HOP_MATCHED, 1);
 	e->ktime_ns = bpf_ktime_get_ns();
 	e->type = EVENT_HOP;
 	e->cpu = bpf_get_smp_processor_id();
 	e->kind = kind;
 	e->rc = rc;
-	if (events.ringbuf_output(e, sizeof(*e), wakeup(sizeof(*e))))
-		count(STAT_HOP_LOST, 1);
+	if (events.ringbuf_output(e, sizeof(*e), wakeup(sizeof(*e)))) {
+		count_shared(STAT_HOP_LOST, 1);
+		sent(WAKE_BYTES);
+	}
 	return 0;
 }
 
@@ -57,7 +59,7 @@ int collect_hop(struct bpf_raw_tracepoint_args *ctx)
 
 	if (!s)
 		return 0;
-	count(STAT_HOP_SEEN, 1);
+	count_shared(STAT_HOP_SEEN, 1);
 	window = (struct window *)s->event.capture;
 	if (!look_at(&v, ctx->args[0]))
 		return 0;
@@ -67,6 +69,7 @@ int collect_hop(struct bpf_raw_tracepoint_args *ctx)
 	s->event.match = match_packet(window, bytes);
 	if (!s->event.match)
 		return 0;
+	clear_behind(s->event.capture, bytes);
 #ifdef WITH_LOG
 	if (kind == HOP_RECEIVE)
 		recorder_restart();
@@ -88,7 +91,7 @@ int collect_xmit(struct bpf_raw_tracepoint_args *ctx)
 	u64 *slot;
 	struct hop_scratch *s = hop_scratches.lookup(&kind);
 
-	count(STAT_HOP_SEEN, 1);
+	count_shared(STAT_HOP_SEEN, 1);
 	if (!s)
 		return 0;
 	s->event.skbaddr = ctx->args[0];

@@ -33,7 +33,9 @@ debian:12 | debian:13 | ubuntu:22.04 | ubuntu:24.04) ;;
 *) fail "${PRETTY_NAME:-this distribution} is not supported" "use Debian 12/13 or Ubuntu 22.04/24.04, or install ${PACKAGES[*]} by hand and read CONTRIBUTING.md" ;;
 esac
 if [ "$ID" = ubuntu ]; then # there bpftool is a script in front of the kernel's own, and its name stands for several packages
-	PACKAGES=("${PACKAGES[@]/#bpftool/linux-tools-$(uname -r)}")
+	tools=linux-tools-$(uname -r)
+	[ -n "$(apt-cache search --names-only "^$tools\$")" ] || tools=linux-tools-generic
+	PACKAGES=("${PACKAGES[@]/#bpftool/$tools}")
 fi
 
 step 2 "system packages: ${PACKAGES[*]}"

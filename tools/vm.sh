@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Try this checkout's HEAD on the kernel of a Debian release: make a small VM, run doctor, the demo and the kernel and
-# lab tests in it. Root only; minutes with KVM, an hour or two without.
+# lab tests in it. Root only; without KVM all tests take hours: give a COMMAND.
 #
 #     tools/vm.sh bookworm|trixie [KERNEL [COMMAND]]      KERNEL: suite that the kernel comes from, default the first
 #
@@ -25,7 +25,7 @@ kernel=${2:-$suite}
 command=${3:-$TESTS}
 accel=${ACCEL:-kvm}
 [ "$(id -u)" -eq 0 ] || fail "a chroot and a VM need root" "run it with sudo"
-[ "$(dpkg --print-architecture)" = amd64 ] || fail "only amd64 is known here" "run it on amd64"
+[ "$(uname -m)" = x86_64 ] || fail "only amd64 is known here" "run it on amd64"
 command -v qemu-system-x86_64 >/dev/null || fail "qemu is missing" "apt-get install qemu-system-x86"
 command -v debootstrap >/dev/null || fail "debootstrap is missing" "apt-get install debootstrap"
 [ "$accel" != kvm ] || [ -w /dev/kvm ] || fail "there is no KVM here (/dev/kvm)" "ACCEL=tcg does without, ten times slower"
@@ -89,6 +89,10 @@ qemu-system-x86_64 -accel "$accel" -cpu max -smp 2 -m 3072 -nodefaults -nographi
 qemu=$!
 touch "$work/console"
 grep -qm 1 '== up' < <(timeout "$BOOT_S" tail -n +1 -f --pid="$qemu" "$work/console") ||
-	fail "the VM did not boot within $BOOT_S s" "where KVM runs no kernel of a distribution (nested, PVM): ACCEL=tcg"
-tail -n +1 -f --pid="$qemu" "$work/console"
-grep -q '== status 0' "$work/console"
+	{
+		tail -n 20 "$work/console" >&2
+		fail "the VM did not boot within $BOOT_S s" "see above; where KVM runs no such kernel (a VM in a VM): ACCEL=tcg"
+	}
+tail -n +1 -f --pid="$qemu" "$work/console" &
+wait $! # not in the foreground, where a signal would wait for it
+grep -q '^== status 0' "$work/console" || fail "the command failed in the VM" "see above"

@@ -2,7 +2,8 @@
 /*
  * Reading and matching a packet, for all collectors.
  *
- * Options, all -D: WITH_CLIENT, VXLAN_PORT, MAGIC, TAG_SHIFT, WAKE_BYTES. The values come from
+ * Options, all -D: WITH_CLIENT, VXLAN_PORT, MAGIC, TAG_SHIFT, RING_PAGES, WAKE_BYTES; TYPED; KFUNC_CALL with
+ * RDONLY_CAST and TIMESPEC64, and with NUM_NEW, NUM_NEXT and NUM_DESTROY. The values come from
  * calitrace/kernel/collectors.py.
  */
 
@@ -36,12 +37,22 @@ struct window {
 	u8 bytes[CAPTURE_BYTES + SLACK_BYTES];
 };
 
+/* A total that only one program keeps: nothing interrupts it there. */
 static __always_inline void count(u32 which, u64 by)
 {
 	u64 *value = stats.lookup(&which);
 
 	if (value)
 		*value += by;
+}
+
+/* A total that several programs keep, one of which may interrupt another. */
+static __always_inline void count_shared(u32 which, u64 by)
+{
+	u64 *value = stats.lookup(&which);
+
+	if (value)
+		__sync_fetch_and_add(value, by);
 }
 
 static __always_inline u32 be16_at(const u8 *p)
@@ -54,21 +65,31 @@ static __always_inline u32 be32_at(const u8 *p)
 	return (u32)p[0] << 24 | p[1] << 16 | p[2] << 8 | p[3];
 }
 
+/* Sent without a wake-up: the next event that may wake the reader counts it. */
+static __always_inline void sent(u32 bytes)
+{
+	u32 zero = 0;
+	u64 *total = unannounced.lookup(&zero);
+
+	if (total)
+		*total += bytes;
+}
+
 /*
  * A wake-up costs far more than the copy: one for WAKE_BYTES sent by this CPU; the reader's timer does the rest.
- * (BCC before 0.30 does not know bpf_ringbuf_query.)
+ * (BCC before 0.30 does not know bpf_ringbuf_query.) Where there was no room, the next event wakes: sent(WAKE_BYTES).
  */
 static __always_inline u64 wakeup(u32 bytes)
 {
 	u32 zero = 0;
-	u64 *sent = unannounced.lookup(&zero);
+	u64 *total = unannounced.lookup(&zero);
 
-	if (!sent)
+	if (!total)
 		return 0;
-	*sent += bytes;
-	if (*sent < WAKE_BYTES)
+	*total += bytes;
+	if (*total < WAKE_BYTES)
 		return BPF_RB_NO_WAKEUP;
-	*sent = 0;
+	*total = 0;
 	return BPF_RB_FORCE_WAKEUP;
 }
 
@@ -86,7 +107,7 @@ static __always_inline u64 wakeup(u32 bytes)
 
 /*
  * Kernel memory at any address, of which nothing is known; 0 where nothing can be read. bpf_rdonly_cast (Linux 6.2)
- * makes of a number the address of a struct that may be read, by no instruction at all: a helper takes as long as a
+ * makes of a number the address of a struct that may be read, by a move between registers: a helper takes as long as a
  * dozen such words. KFUNC_CALL: see calitrace/kernel/images.py.
  */
 #ifdef RDONLY_CAST
@@ -106,7 +127,10 @@ static __always_inline u64 word_at(u64 address)
 }
 #endif
 
-/* Returns 0 when nothing can be read. *to* has room for whole words, and *bytes* is at most CAPTURE_BYTES. */
+/*
+ * Returns 0 when a helper can read nothing. *to* has room for whole words, of which all are read that have one of
+ * *bytes*, at most CAPTURE_BYTES.
+ */
 static __always_inline int read_packet(u8 *to, u32 bytes, u64 from)
 {
 #ifdef RDONLY_CAST
@@ -123,6 +147,23 @@ static __always_inline int read_packet(u8 *to, u32 bytes, u64 from)
 #else
 	return !bpf_probe_read_kernel(to, bytes, (void *)from);
 #endif
+}
+
+/* Leave nothing in a capture behind its *bytes*: other packets have been there. For a little-endian machine. */
+static __always_inline void clear_behind(u8 *capture, u32 bytes)
+{
+	u32 end = bytes;
+
+	asm volatile("" : "+r"(end)); /* as in read_packet() */
+#pragma clang loop unroll(disable)
+	for (u32 at = 0; at < CAPTURE_BYTES; at += 8) {
+		u64 *word = (u64 *)(capture + at);
+
+		if (at >= end)
+			*word = 0;
+		else if (end - at < 8)
+			*word &= (1ULL << (end - at) * 8) - 1;
+	}
 }
 
 static __always_inline void describe_device(u64 dev, u32 *ifindex, u32 *netns)

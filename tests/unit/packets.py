@@ -105,8 +105,9 @@ class Recorder:
         self.records.append(STATE.encode(**fields, skbaddr=skb, state_bytes=len(raw), state=raw))
 
     def stack(self, netns: int, *addresses: int, skb: int = 0xAA) -> None:
-        """The kernel's stack at the drop just before."""
+        """The kernel's stack at the drop that comes next, which has the same time."""
         fields = self._common(EventType.STACK, netns)
+        self.now_ns -= 1000
         packed = struct.pack(f"<{len(addresses)}Q", *addresses)
         self.records.append(STACK.encode(**fields, skbaddr=skb, frames=len(addresses), addresses=packed))
 

@@ -487,9 +487,12 @@ def test_the_stack_begins_where_the_packet_was_dropped() -> None:
     recorder.drop(B_NS, CALI, SYN, TC_EGRESS, skb=1, location=7)
     recorder.stack(B_NS, 8, skb=1)
     recorder.drop(B_NS, CALI, SYN, TC_EGRESS, skb=2)
+    recorder.stack(B_NS, 8, skb=3)
+    recorder.now_ns += 1
+    recorder.drop(B_NS, CALI, SYN, TC_EGRESS, skb=3)  # another packet at that address: the stack's own drop was lost
     found = joined(recorder)
-    assert [list(stack(each, Names(symbols={7: "f+0x1"}))) for each in found] == [["f+0x1", "0x8"], ["0x8"], []]
-    assert [each.state is not None for each in found] == [True, False, False]
+    assert [list(stack(each, Names(symbols={7: "f+0x1"}))) for each in found] == [["f+0x1", "0x8"], ["0x8"], [], []]
+    assert [each.state is not None for each in found] == [True, False, False, False]
 
 
 def test_lines_and_objects() -> None:

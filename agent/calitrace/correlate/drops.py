@@ -443,20 +443,21 @@ class Joiner:
                 for passage in self._assembler.feed(line):
                     self._passages[event.cpu] = passage
             return
+        if isinstance(event, StackCopy):
+            self._stacks[event.cpu] = event
+            return
         waiting = self._waiting.get(event.cpu)
         if waiting is not None:
             if isinstance(event, StateCopy) and event.skbaddr == waiting.event.skbaddr:
                 waiting.state = event
             yield self._waiting.pop(event.cpu)
-        if isinstance(event, StackCopy):
-            self._stacks[event.cpu] = event
         if isinstance(event, Drop):
             cut = self._assembler.cut(event.cpu)
             last = deque([self._passages.pop(event.cpu, None), *cut], maxlen=1)
             passages = [each for each in last if each is not None and _concerns(each, event)]
             self._waiting[event.cpu] = found = Dropped(event, raw, passages)
             stack = self._stacks.pop(event.cpu, None)
-            if stack is not None and stack.skbaddr == event.skbaddr:
+            if stack is not None and (stack.skbaddr, stack.ktime_ns) == (event.skbaddr, event.ktime_ns):
                 found.stack = stack.addresses
             self._fresh.add(event.cpu)
 

@@ -6,6 +6,7 @@ attachments are raw tracepoints on file descriptors: after kill -9 nothing of th
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import logging
 import os
@@ -59,8 +60,10 @@ _FIND_OF_SIZE = """
 \t}}
 """
 _COPY_OF_SIZE = """
-\tif (bytes == {size})
+\tif (bytes == {size}) {{
 \t\t*(struct state_words_{size} *)to = *(struct state_words_{size} *)state;
+\t\t__builtin_memset(to + {size}, 0, STATE_BYTES - {size});
+\t}}
 """
 
 
@@ -85,7 +88,7 @@ class Plan:
     and *pcap_filter* (C, see ``cbpf``): which drops are sent, of those that *drop_all* sends. *stack*: send the
     kernel's stack with each. *log*: "" for none, "flight" for the lines that led to a probe's event, "stream" for
     all. *state_bytes*: value sizes of Calico's state maps, of which each costs time to compile. *state_like*: ids of
-    such maps, one for each size, like which the others are: from Linux 5.15 to 6.1 the kernel takes those with BTF and
+    such maps; of each size the others are like the first: from Linux 5.15 to 6.1 the kernel takes those with BTF and
     those without for unlike. Without one, they must have no BTF there.
     """
 
@@ -227,8 +230,11 @@ class Collectors:
         """As ``_load``, by the fastest means that this kernel knows and permits."""
         defines, btf_ids = self.plan.defines(types), self._btf_ids(types)
         typed = {"TYPED": "1"} if btf_ids else {}
-        for options, ids in (_kernel_functions(types) | typed, btf_ids), (typed, btf_ids):
-            if options:
+        functions = _kernel_functions(types)
+        reading = {option: each for option, each in functions.items() if not option.startswith("NUM_")}
+        ways = [(functions | typed, btf_ids), (reading | typed, btf_ids), (typed, btf_ids)]
+        for at, (options, ids) in enumerate(ways):
+            if options and (options, ids) not in ways[:at]:
                 try:
                     return self._load(text, defines | options, types, ids)
                 except loader.CompileFailed as failure:  # as before Linux 5.5, or where such programs are not permitted
@@ -286,11 +292,14 @@ class Collectors:
             os.close(self._attached.pop())
 
     def watch_state(self, state_maps: Mapping[int, int]) -> dict[int, str]:
-        """Read Calico's state at each drop. *state_maps*: namespace inode number to id of its cali_state map.
+        """Read Calico's state at each drop. *state_maps*: namespace inode number to id of its cali_state map, of all.
 
         Returns why it is not read, by namespace: Felix may have replaced the map since it was looked for.
         """
         unread = {}
+        for gone in [slot for slot, owner in self._owners.items() if owner not in state_maps]:
+            syscall.map_update(self._maps["state_owners"], gone.to_bytes(4, sys.byteorder), bytes(8))
+            del self._owners[gone]
         for netns, identifier in state_maps.items():
             try:
                 with ExitStack() as stack:
@@ -313,6 +322,8 @@ class Collectors:
                 unread[netns] = "its state map has gone, as when Felix replaces its programs"
             except OSError as failure:
                 unread[netns] = f"its state map cannot be read: {failure.strerror}"
+                if failure.errno == errno.EINVAL:  # see Plan.state_like
+                    unread[netns] = "its state map is unlike those at the start: start again"
         return unread
 
     def poll(self, timeout_ms: int) -> list[bytes]:

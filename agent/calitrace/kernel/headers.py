@@ -172,7 +172,7 @@ def write_tree(directory: Path, machine: str, release: str) -> None:
 
 
 def version(release: str) -> tuple[int, int, int]:
-    """(6, 18, 44) of "6.18.44-fc"; missing parts are 0."""
+    """(6, 18, 44) of "6.18.44-generic"; missing parts are 0."""
     found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", release)
     if not found:
         raise EnvironmentUnfit(f"kernel release {release!r} does not begin with a version")
