@@ -366,7 +366,7 @@ def test_states_of_namespaces_whose_slots_meet(pair: Pair) -> None:
 def test_records_hold_nothing_of_other_packets(pair: Pair) -> None:
     """Each CPU has one place where packets are looked at."""
     bpf = compile_tc("int cali_shot(struct __sk_buff *skb) { return 2; }")
-    pair.attach(bpf, "cali_shot", pair.left, "left0", "egress")
+    pair.attach(bpf, "cali_shot", pair.right, "right0", "ingress")
     secret = b"\xa5\x5a" * 64
     with Collectors(Plan(run_id=RUN_ID, log="")) as collectors:
         for cpu in os.sched_getaffinity(0):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import struct
 import subprocess
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from pyroute2 import IPRoute
@@ -16,6 +16,7 @@ from calitrace.model import Link, Namespace, Role
 from tests.kernel.conftest import compile_tc
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from tests.kernel.conftest import Pair
@@ -169,8 +170,18 @@ int calico_tc_main(struct __sk_buff *skb) { u32 key = 0; return cali_iface4.look
 """
 
 
-def test_pods_interfaces_are_those_that_calico_says_whatever_another_cni_named_them(pair: Pair) -> None:
+@pytest.fixture
+def with_ifstate() -> Iterator[Any]:
+    """Gone with the test: whatever interfaces its map has, others would believe."""
     bpf = compile_tc(IFSTATE)
+    yield bpf
+    bpf.cleanup()
+
+
+def test_pods_interfaces_are_those_that_calico_says_whatever_another_cni_named_them(
+    pair: Pair, with_ifstate: Any
+) -> None:
+    bpf = with_ifstate
     program = bpf.load_func(b"calico_tc_main", bpf.SCHED_CLS)
     syscall.map_update(bpf[b"cali_progs_ing2"].map_fd, struct.pack("<I", 399), struct.pack("<I", program.fd))
     pair.attach(bpf, "cali_tc_preamble", pair.left, "left0", "ingress")
@@ -189,9 +200,11 @@ def test_pods_interfaces_are_those_that_calico_says_whatever_another_cni_named_t
         assert (found.workload, role) == (workload, Role.POD if workload else Role.OTHER)
 
 
-def test_an_array_that_many_programs_share_is_read_once(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_array_that_many_programs_share_is_read_once(
+    pair: Pair, with_ifstate: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its slots are read one by one, and without counters a node's maps are never complete."""
-    bpf = compile_tc(IFSTATE)
+    bpf = with_ifstate
     program = bpf.load_func(b"calico_tc_main", bpf.SCHED_CLS)
     array = bpf[b"cali_progs_ing2"].map_fd
     for slot in (7, 399):

@@ -306,18 +306,19 @@ class Collectors:
                     descriptor = syscall.map_fd(identifier)
                     stack.callback(os.close, descriptor)
                     size = syscall.map_info(descriptor).value_size
-                    slots = ((netns + each) % _STATE_SLOTS for each in range(_STATE_TRIES))
-                    slot = next((each for each in slots if self._owners.get(each, netns) == netns), None)
+                    slots = [(netns + each) % _STATE_SLOTS for each in range(_STATE_TRIES)]
+                    mine = [each for each in slots if self._owners.get(each) == netns]
+                    free = mine + [each for each in slots if each not in self._owners]
                     if size not in self.plan.state_bytes:
                         unread[netns] = "it has another release now: start again"
-                    elif slot is None:
+                    elif not free:
                         unread[netns] = "too many other namespaces have one"
                     else:
-                        key, value = (each.to_bytes(4, sys.byteorder) for each in (slot, descriptor))
+                        key, value = (each.to_bytes(4, sys.byteorder) for each in (free[0], descriptor))
                         syscall.map_update(self._maps[f"states_{size}"], key, value)
                         owner = (netns | size << 32).to_bytes(8, sys.byteorder)
                         syscall.map_update(self._maps["state_owners"], key, owner)
-                        self._owners[slot] = netns
+                        self._owners[free[0]] = netns
             except FileNotFoundError:
                 unread[netns] = "its state map has gone, as when Felix replaces its programs"
             except OSError as failure:
