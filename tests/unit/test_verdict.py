@@ -383,6 +383,46 @@ def test_a_lost_refusal_of_a_client_that_is_not_observed() -> None:
     )
 
 
+@pytest.mark.parametrize("outcome", [Outcome.REFUSED, Outcome.UNANSWERED])
+def test_a_refusal_that_comes_in_from_a_node_that_is_not_observed(outcome: Outcome) -> None:
+    """As on a real cluster: only the node that the probe came to is observed."""
+    where = topology(without_b=True)
+    del where.namespaces[POD_NS]
+    recorder = Recorder()
+    to_node_b(recorder)
+    reset = packets.tcp(POD, TARGET_PORT, CLIENT, SPORT, 0x14, 0, identity.tcp_sequence(RUN_ID, 0) + 1)
+    recorder.hop(RECEIVE, A_NS, UPLINK, packets.vxlan(NODE_B, NODE_A, reset), skb=0xBB)
+    verdict = judged(recorder, outcome, where=where, detail="TCP RST from 10.65.1.2")
+    assert (verdict.kind, verdict.confidence) == (Kind.REFUSED, Confidence.LIKELY)
+    refused = "refused: TCP RST from 10.65.1.2; it came in at node-a ens192: the side that refused is not observed"
+    lost = "; that RST was last seen arriving at node-a ens192 as 10.65.1.2 and never reached client"
+    assert verdict.cause == refused + (lost if outcome is Outcome.UNANSWERED else "")
+
+
+@pytest.mark.parametrize(
+    ("src", "lost", "confidence"),
+    [(NODE_B, 0, "proven"), (NODE_A, 0, "proven"), (NODE_B, 1, "proven"), (NODE_A, 1, "likely")],
+)
+def test_who_refused_as_another_address(src: str, lost: int, confidence: str) -> None:
+    """A backend in the node's own network: what it sends is the service's by then. Unless it came in unseen."""
+    recorder = Recorder()
+    recorder.hop(RECEIVE, B_NS, UPLINK, to_node_b(recorder))
+    reset = packets.tcp(src, NODEPORT, CLIENT, SPORT, 0x14, 0, identity.tcp_sequence(RUN_ID, 0) + 1)
+    recorder.hop(QUEUE, B_NS, UPLINK, reset, skb=0xBB)
+    verdict = judged(recorder, Outcome.REFUSED, detail="TCP RST", lost=lost)
+    assert verdict.confidence.value == confidence
+    assert verdict.cause.startswith("the node itself (node-b)") == (confidence == "proven")
+
+
+def test_a_refusal_that_is_dropped_before_it_is_sent() -> None:
+    recorder = Recorder()
+    to_pod(recorder)
+    reset = packets.tcp(POD, TARGET_PORT, CLIENT, SPORT, 0x14, 0, identity.tcp_sequence(RUN_ID, 0) + 1)
+    recorder.drop(POD_NS, UPLINK, reset, TC_EGRESS, skb=0xBB)
+    verdict = judged(recorder)
+    assert verdict.cause.startswith("the pod (pod-b) refused: TCP RST from 10.65.1.2; nothing listens there; that RST")
+
+
 def test_an_error_about_the_answer_refuses_nothing() -> None:
     recorder = Recorder()
     to_pod(recorder)
