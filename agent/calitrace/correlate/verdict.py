@@ -140,7 +140,7 @@ class _Judge:
             how = explain(event, last.passages, last.state, self.topology, self.names).text
             lost = f"{what} was lost at {self._place(last)}: {how}"
         elif event.netns == (target.inum if target else -1) and event.kind is not HopKind.QUEUE:
-            lost = f"{what} reached {name}, which did not take it: a firewall there"
+            lost = f"{what} reached {name}, which did not take it: a firewall there, or it came too late"
         else:
             seen = "left" if event.kind in _SENT else "was last seen arriving at"
             lost = f"{what} {seen} {self._place(last)} as {error.src} and never reached {name}"
