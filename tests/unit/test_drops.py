@@ -141,6 +141,18 @@ def test_a_tunnel_that_is_left_to_the_host(vni: int, calico: bool, left: str) ->
     assert cause.detail == f"{left} in __udp4_lib_rcv"
 
 
+@pytest.mark.parametrize(
+    ("reason", "meaning"), [("UDP_CSUM", ""), ("SOCKET_RCVBUFF", " (the socket's receive buffer is full)")]
+)
+def test_a_tunnel_that_a_socket_did_not_take_was_not_left_to_nobody(reason: str, meaning: str) -> None:
+    recorder = Recorder()
+    recorder.drop(B_NS, UPLINK, packets.vxlan(NODE_A, NODE_B, packets.syn(), 4096), 9, location=0xF00)
+    (dropped,) = joined(recorder)
+    cause = explain(dropped.event, [], None, topology(), Names({9: reason}, {0xF00: "udp_queue_rcv_one_skb+0x12"}))
+    assert cause.text == f"dropped by the kernel, not by Calico: {reason} in udp_queue_rcv_one_skb+0x12{meaning}"
+    assert cause.detail == f"{reason} in udp_queue_rcv_one_skb"
+
+
 def test_a_later_fragment_has_no_ports() -> None:
     """What Calico takes for ports in it is payload: the state is known by its addresses."""
     recorder = Recorder()

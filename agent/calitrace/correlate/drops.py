@@ -175,7 +175,8 @@ def explain(drop: Drop, passages: Sequence[Passage], copy: StateCopy | None, top
         who, function = "not by Calico", symbol.split("+", 1)[0]
         if function.startswith(_REDIRECTS):
             who = "which could not redirect it as a BPF program told it to"
-        left = _left_to_the_host(drop, link) if function.startswith(_UDP_RECEIVES) else ""
+        unwanted = function.startswith(_UDP_RECEIVES) and reason in ("NO_SOCKET", *_NOT_SAID)
+        left = _left_to_the_host(drop, link) if unwanted else ""
         meaning = f"; {left}" if left else f" ({_KERNEL[reason]})" if reason in _KERNEL else ""
         return Cause(
             f"dropped by the kernel, {who}: {said_by_kernel} in {symbol}{meaning}",
