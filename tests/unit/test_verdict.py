@@ -10,12 +10,13 @@ from tests.unit import packets
 from tests.unit.packets import CLIENT, NODE_A, NODE_B, NODEPORT, POD, RUN_ID, SPORT, TARGET_PORT, Recorder
 
 from calitrace import events, identity, journal
+from calitrace.cli.probe import to_ask_for
 from calitrace.correlate import walk
 from calitrace.correlate.analysis import analyse
 from calitrace.correlate.drops import Confidence, Place
 from calitrace.correlate.verdict import Kind, Verdict
 from calitrace.events import HopKind
-from calitrace.model import Link, Namespace, Outcome, Role, Topology
+from calitrace.model import Link, Namespace, Outcome, Probe, Role, Topology
 from calitrace.report import jsonlines, text
 
 RECEIVE, QUEUE, XMIT, CONSUME = HopKind.RECEIVE, HopKind.QUEUE, HopKind.XMIT, HopKind.CONSUME
@@ -520,6 +521,33 @@ def test_without_its_log_calicos_maps_tell_why_it_refused(
     assert verdict.calico_reason == ("BLACK_HOLE" if kind is Kind.REFUSED else "")
     assert f"Calico's maps after it: {step}" in verdict.evidence
     assert any("not told from" in each for each in verdict.evidence) == (step is ELSEWHERE)
+
+
+@pytest.mark.parametrize("step", [UNUSED, EMPTY])
+def test_the_maps_tell_it_of_a_lost_refusal_too(step: walk.Step) -> None:
+    recorder = Recorder()
+    recorder.hop(RECEIVE, A_NS, UPLINK, packets.syn())
+    recorder.hop(QUEUE, A_NS, UPLINK, packets.icmp_error(NODE_A, CLIENT, packets.syn()))
+    verdict = judged(recorder, walks={A_NS: [asdict(step)]})
+    assert verdict.kind is (Kind.REFUSED if step is UNUSED else Kind.NO_BACKEND)
+    assert verdict.cause.endswith("that ICMP error left node-a ens192 as 10.10.0.1 and never reached client")
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "asked"),
+    [
+        ("answered unanswered unanswered", [1]),
+        ("unanswered refused unanswered refused", [1]),
+        ("answered send_error", []),
+    ],
+)
+def test_the_maps_are_asked_for_one_probe(outcomes: str, asked: list[int]) -> None:
+    probes = [
+        Probe(number, 6, CLIENT, SPORT, NODE_A, NODEPORT, 0, 40, Outcome(each), detail=ICMP * (each == "refused"))
+        for number, each in enumerate(outcomes.split())
+    ]
+    assert [each.number for each in to_ask_for(probes)] == asked
+    assert to_ask_for([replace(each, detail="TCP RST") for each in probes if each.outcome is Outcome.REFUSED]) == []
 
 
 def test_refused_by_the_pod() -> None:
