@@ -162,11 +162,14 @@ def test_a_later_fragment_has_no_ports() -> None:
     recorder.state(B_NS, state_of(state.LAYOUTS[0], (CLIENT, 777, POD, 888), 17, reason=4, result=2, pol_rc=2))
     recorder.drop(B_NS, CALI, bytes(fragment), TC_EGRESS)
     recorder.state(B_NS, state_of(state.LAYOUTS[0], (CLIENT, 777, POD, 888), 17, reason=21, result=2))
-    cause, reordered = causes(recorder)
+    recorder.drop(B_NS, CALI, bytes(fragment), TC_EGRESS)
+    recorder.state(B_NS, state_of(state.LAYOUTS[0], (CLIENT, 777, POD, 888), 17, reason=12, result=2))
+    cause, reordered, unroutable = causes(recorder)
+    assert unroutable.detail == "the backend is not in Calico's routes map"
     assert reordered.detail == "a fragment came before the first one of its packet"
     assert (cause.calico_reason, cause.sources) == ("DROPPED_BY_POLICY", ("state",))
     assert cause.detail.startswith("denied by policy; a later fragment has no ports")
-    dropped, _ = joined(recorder)
+    dropped, *_ = joined(recorder)
     assert str(dropped.event.packet.inner) == f"udp later fragment {CLIENT} > {POD}"
 
 

@@ -239,7 +239,7 @@ def explain(drop: Drop, passages: Sequence[Passage], copy: StateCopy | None, top
     named = tuple(names.rule(rule) for rule in rules)
     detail = ": ".join(part for part in (detail or "cause not recorded", ", ".join(named)) if part)
     inner = drop.packet.inner
-    if inner is not None and inner.fragment and inner.src.version == 4 and not calico_reason.startswith("FRAG_"):
+    if inner is not None and inner.fragment and inner.src.version == 4 and calico_reason == "DROPPED_BY_POLICY":
         detail += "; " + _OF_A_FRAGMENT
     found = {"log": passage, "state": held}
     sure = said and not inferred and not (passage is None and held and held.unread)
