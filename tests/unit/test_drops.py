@@ -174,14 +174,27 @@ def test_a_later_fragment_has_no_ports() -> None:
 
 
 @pytest.mark.parametrize(
-    ("port", "meaning"), [(51820, "UDP to WireGuard's port"), (51000, "the source is not allowed")]
+    ("port", "table", "meaning"),
+    [
+        (51820, state.LAYOUTS[0], "UDP to WireGuard's port"),
+        (51000, state.LAYOUTS[0], "the source is not allowed"),
+        (51820, state.LAYOUTS[1], "the source is not allowed"),  # before v3.32
+    ],
 )
-def test_wireguard_from_no_node(port: int, meaning: str) -> None:
+def test_wireguard_from_no_node(port: int, table: state.Layout, meaning: str) -> None:
     recorder = Recorder()
+    recorder.log(
+        "eth0------------I: New packet at ifindex=2; mark=0",
+        f"eth0------------I: UDP; ports: s=51820 d={port}",
+        "eth0------------I: Final result=DENY (11). Program execution time: 7ns",
+    )
     recorder.drop(B_NS, UPLINK, packets.udp(CLIENT, 51820, NODE_B, port), TC_INGRESS)
     flow = (CLIENT, 51820, NODE_B, port)
-    recorder.state(B_NS, state_of(state.LAYOUTS[0], flow, 17, reason=11, result=2))
-    (cause,) = causes(recorder)
+    recorder.state(B_NS, state_of(table, flow, 17, reason=11, result=2))
+    where = topology()
+    node = where.namespaces[B_NS]
+    where.namespaces[B_NS] = replace(node, state_name=table.map_name, state_bytes=table.size)
+    (cause,) = causes(recorder, where)
     assert cause.calico_reason == "UNAUTH_SOURCE"
     assert cause.detail.startswith(meaning)
 

@@ -387,7 +387,8 @@ def _meaning(calico_reason: str, packet: Packet, held: state.CalicoState | None,
             return reasons.IPIP_OF_A_POD if of_pod else f"{reasons.IPIP_OF_NO_NODE}, or inside a tunnel"
         if tunnel is not None and held.holds(*_flow(tunnel)):
             return reasons.VXLAN_OF_NO_NODE
-        if side is state.Side.FROM_HEP and held.proto == UDP and held.dport in reasons.WIREGUARD_PORTS:
+        of_v3_32 = held.calico_reason is not None  # before it no state keeps a reason, and WireGuard is let in
+        if of_v3_32 and side is state.Side.FROM_HEP and held.proto == UDP and held.dport in reasons.WIREGUARD_PORTS:
             return reasons.WIREGUARD_OF_NO_NODE
         if inner is not None and held.holds(*_flow(inner)) and (tunnel or inner.proto == _TCP):
             return reasons.NOT_IN_SOURCE_RANGES
