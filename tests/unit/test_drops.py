@@ -688,7 +688,10 @@ def test_pods_of_interfaces() -> None:
 @pytest.mark.parametrize(
     ("workloads", "hosts", "found"),
     [
-        ("eni5a1 enifd02 eni0b3", "eth0 ens5", "eni enifd"),
+        ("eni5a1 enifd02 eni0b3", "eth0 ens5", "eni"),
+        ("eniabcdef123", "eth0", "eni"),
+        ("gkeab12 lxccafe vethdeadbeef", "eth0", "gke lxc veth"),
+        ("calicoab1 tapad2b1c", "eth0 tap0", "calico tapad2b1c"),
         ("azv5a1 cali9c2", "eth0", "azv cali"),
         ("veth5a1 p4p1 LXC7", "veth0 p1p1", "LXC7 p4p1 veth5a1"),  # the host's begin so too, or there is no beginning
         ("", "eth0", ""),
