@@ -105,7 +105,7 @@ class Recorder:
         self.records.append(STATE.encode(**fields, skbaddr=skb, state_bytes=len(raw), state=raw))
 
     def stack(self, netns: int, *addresses: int, skb: int = 0xAA) -> None:
-        """The kernel's stack at the drop just before."""
+        """The kernel's stack at the drop that comes next."""
         fields = self._common(EventType.STACK, netns)
         packed = struct.pack(f"<{len(addresses)}Q", *addresses)
         self.records.append(STACK.encode(**fields, skbaddr=skb, frames=len(addresses), addresses=packed))
