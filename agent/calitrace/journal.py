@@ -55,7 +55,7 @@ class Writer:
 @dataclass
 class Journal:
     """A journal read back. *probes*: by number. *statements*: by time and sk_buff of a drop, see correlate.witness.
-    *walks*: of a probe that was refused, in the maps of each node, by its namespace, see correlate.walk.
+    *walks*: of a probe that was refused or lost, in the maps of each node, by its namespace, see correlate.walk.
 
     *cut_at*: byte at which it was cut short, None when it has its end frame. *broken*: what garbage ended it, see
     :func:`read`.

@@ -141,6 +141,18 @@ def test_a_tunnel_that_is_left_to_the_host(vni: int, calico: bool, left: str) ->
     assert cause.detail == f"{left} in __udp4_lib_rcv"
 
 
+@pytest.mark.parametrize(
+    ("reason", "meaning"), [("UDP_CSUM", ""), ("SOCKET_RCVBUFF", " (the socket's receive buffer is full)")]
+)
+def test_a_tunnel_that_a_socket_did_not_take_was_not_left_to_nobody(reason: str, meaning: str) -> None:
+    recorder = Recorder()
+    recorder.drop(B_NS, UPLINK, packets.vxlan(NODE_A, NODE_B, packets.syn(), 4096), 9, location=0xF00)
+    (dropped,) = joined(recorder)
+    cause = explain(dropped.event, [], None, topology(), Names({9: reason}, {0xF00: "udp_queue_rcv_one_skb+0x12"}))
+    assert cause.text == f"dropped by the kernel, not by Calico: {reason} in udp_queue_rcv_one_skb+0x12{meaning}"
+    assert cause.detail == f"{reason} in udp_queue_rcv_one_skb"
+
+
 def test_a_later_fragment_has_no_ports() -> None:
     """What Calico takes for ports in it is payload: the state is known by its addresses."""
     recorder = Recorder()
@@ -150,23 +162,39 @@ def test_a_later_fragment_has_no_ports() -> None:
     recorder.state(B_NS, state_of(state.LAYOUTS[0], (CLIENT, 777, POD, 888), 17, reason=4, result=2, pol_rc=2))
     recorder.drop(B_NS, CALI, bytes(fragment), TC_EGRESS)
     recorder.state(B_NS, state_of(state.LAYOUTS[0], (CLIENT, 777, POD, 888), 17, reason=21, result=2))
-    cause, reordered = causes(recorder)
+    recorder.drop(B_NS, CALI, bytes(fragment), TC_EGRESS)
+    recorder.state(B_NS, state_of(state.LAYOUTS[0], (CLIENT, 777, POD, 888), 17, reason=12, result=2))
+    cause, reordered, unroutable = causes(recorder)
+    assert unroutable.detail == "the backend is not in Calico's routes map"
     assert reordered.detail == "a fragment came before the first one of its packet"
     assert (cause.calico_reason, cause.sources) == ("DROPPED_BY_POLICY", ("state",))
     assert cause.detail.startswith("denied by policy; a later fragment has no ports")
-    dropped, _ = joined(recorder)
+    dropped, *_ = joined(recorder)
     assert str(dropped.event.packet.inner) == f"udp later fragment {CLIENT} > {POD}"
 
 
 @pytest.mark.parametrize(
-    ("port", "meaning"), [(51820, "UDP to WireGuard's port"), (51000, "the source is not allowed")]
+    ("port", "table", "meaning"),
+    [
+        (51820, state.LAYOUTS[0], "UDP to WireGuard's port"),
+        (51000, state.LAYOUTS[0], "the source is not allowed"),
+        (51820, state.LAYOUTS[1], "the source is not allowed"),  # before v3.32
+    ],
 )
-def test_wireguard_from_no_node(port: int, meaning: str) -> None:
+def test_wireguard_from_no_node(port: int, table: state.Layout, meaning: str) -> None:
     recorder = Recorder()
+    recorder.log(
+        "eth0------------I: New packet at ifindex=2; mark=0",
+        f"eth0------------I: UDP; ports: s=51820 d={port}",
+        "eth0------------I: Final result=DENY (11). Program execution time: 7ns",
+    )
     recorder.drop(B_NS, UPLINK, packets.udp(CLIENT, 51820, NODE_B, port), TC_INGRESS)
     flow = (CLIENT, 51820, NODE_B, port)
-    recorder.state(B_NS, state_of(state.LAYOUTS[0], flow, 17, reason=11, result=2))
-    (cause,) = causes(recorder)
+    recorder.state(B_NS, state_of(table, flow, 17, reason=11, result=2))
+    where = topology()
+    node = where.namespaces[B_NS]
+    where.namespaces[B_NS] = replace(node, state_name=table.map_name, state_bytes=table.size)
+    (cause,) = causes(recorder, where)
     assert cause.calico_reason == "UNAUTH_SOURCE"
     assert cause.detail.startswith(meaning)
 
@@ -663,7 +691,10 @@ def test_pods_of_interfaces() -> None:
 @pytest.mark.parametrize(
     ("workloads", "hosts", "found"),
     [
-        ("eni5a1 enifd02 eni0b3", "eth0 ens5", "eni enifd"),
+        ("eni5a1 enifd02 eni0b3", "eth0 ens5", "eni"),
+        ("eniabcdef123", "eth0", "eni"),
+        ("gkeab12 lxccafe vethdeadbeef", "eth0", "gke lxc veth"),
+        ("calicoab1 tapad2b1c", "eth0 tap0", "calico tapad2b1c"),
         ("azv5a1 cali9c2", "eth0", "azv cali"),
         ("veth5a1 p4p1 LXC7", "veth0 p1p1", "LXC7 p4p1 veth5a1"),  # the host's begin so too, or there is no beginning
         ("", "eth0", ""),

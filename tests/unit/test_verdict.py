@@ -10,12 +10,13 @@ from tests.unit import packets
 from tests.unit.packets import CLIENT, NODE_A, NODE_B, NODEPORT, POD, RUN_ID, SPORT, TARGET_PORT, Recorder
 
 from calitrace import events, identity, journal
+from calitrace.cli.probe import to_ask_for
 from calitrace.correlate import walk
 from calitrace.correlate.analysis import analyse
 from calitrace.correlate.drops import Confidence, Place
 from calitrace.correlate.verdict import Kind, Verdict
 from calitrace.events import HopKind
-from calitrace.model import Link, Namespace, Outcome, Role, Topology
+from calitrace.model import Link, Namespace, Outcome, Probe, Role, Topology
 from calitrace.report import jsonlines, text
 
 RECEIVE, QUEUE, XMIT, CONSUME = HopKind.RECEIVE, HopKind.QUEUE, HopKind.XMIT, HopKind.CONSUME
@@ -363,7 +364,8 @@ def test_a_refusal_that_is_lost_on_its_way_back(code: int, kind: Kind) -> None:
     assert "that ICMP error left node-a ens192 as 10.10.0.1 and never reached client" in verdict.cause
     assert verdict.cause.endswith("(projectcalico/calico#4439)") == (kind is Kind.TOO_BIG)
     recorder.hop(RECEIVE, CLIENT_NS, UPLINK, error)
-    assert "that ICMP error reached client, which did not take it: a firewall there" in judged(recorder).cause
+    reached = "that ICMP error reached client, which did not take it: a firewall there, or it came too late"
+    assert reached in judged(recorder).cause
     recorder.drop(CLIENT_NS, UPLINK, error, NO_SOCKET)
     assert "was lost at client eth0: dropped by the kernel, not by Calico: NO_SOCKET" in judged(recorder).cause
 
@@ -381,6 +383,46 @@ def test_a_lost_refusal_of_a_client_that_is_not_observed() -> None:
         "the pod (pod-b) refused: TCP RST from 10.65.1.2; nothing listens there; "
         "that RST left pod-b eth0 as 10.65.1.2 and never reached 10.10.0.100"
     )
+
+
+@pytest.mark.parametrize("outcome", [Outcome.REFUSED, Outcome.UNANSWERED])
+def test_a_refusal_that_comes_in_from_a_node_that_is_not_observed(outcome: Outcome) -> None:
+    """As on a real cluster: only the node that the probe came to is observed."""
+    where = topology(without_b=True)
+    del where.namespaces[POD_NS]
+    recorder = Recorder()
+    to_node_b(recorder)
+    reset = packets.tcp(POD, TARGET_PORT, CLIENT, SPORT, 0x14, 0, identity.tcp_sequence(RUN_ID, 0) + 1)
+    recorder.hop(RECEIVE, A_NS, UPLINK, packets.vxlan(NODE_B, NODE_A, reset), skb=0xBB)
+    verdict = judged(recorder, outcome, where=where, detail="TCP RST from 10.65.1.2")
+    assert (verdict.kind, verdict.confidence) == (Kind.REFUSED, Confidence.LIKELY)
+    refused = "refused: TCP RST from 10.65.1.2; it came in at node-a ens192: the side that refused is not observed"
+    lost = "; that RST was last seen arriving at node-a ens192 as 10.65.1.2 and never reached client"
+    assert verdict.cause == refused + (lost if outcome is Outcome.UNANSWERED else "")
+
+
+@pytest.mark.parametrize(
+    ("src", "lost", "confidence"),
+    [(NODE_B, 0, "proven"), (NODE_A, 0, "proven"), (NODE_B, 1, "proven"), (NODE_A, 1, "likely")],
+)
+def test_who_refused_as_another_address(src: str, lost: int, confidence: str) -> None:
+    """A backend in the node's own network: what it sends is the service's by then. Unless it came in unseen."""
+    recorder = Recorder()
+    recorder.hop(RECEIVE, B_NS, UPLINK, to_node_b(recorder))
+    reset = packets.tcp(src, NODEPORT, CLIENT, SPORT, 0x14, 0, identity.tcp_sequence(RUN_ID, 0) + 1)
+    recorder.hop(QUEUE, B_NS, UPLINK, reset, skb=0xBB)
+    verdict = judged(recorder, Outcome.REFUSED, detail="TCP RST", lost=lost)
+    assert verdict.confidence.value == confidence
+    assert verdict.cause.startswith("the node itself (node-b)") == (confidence == "proven")
+
+
+def test_a_refusal_that_is_dropped_before_it_is_sent() -> None:
+    recorder = Recorder()
+    to_pod(recorder)
+    reset = packets.tcp(POD, TARGET_PORT, CLIENT, SPORT, 0x14, 0, identity.tcp_sequence(RUN_ID, 0) + 1)
+    recorder.drop(POD_NS, UPLINK, reset, TC_EGRESS, skb=0xBB)
+    verdict = judged(recorder)
+    assert verdict.cause.startswith("the pod (pod-b) refused: TCP RST from 10.65.1.2; nothing listens there; that RST")
 
 
 def test_an_error_about_the_answer_refuses_nothing() -> None:
@@ -479,6 +521,33 @@ def test_without_its_log_calicos_maps_tell_why_it_refused(
     assert verdict.calico_reason == ("BLACK_HOLE" if kind is Kind.REFUSED else "")
     assert f"Calico's maps after it: {step}" in verdict.evidence
     assert any("not told from" in each for each in verdict.evidence) == (step is ELSEWHERE)
+
+
+@pytest.mark.parametrize("step", [UNUSED, EMPTY])
+def test_the_maps_tell_it_of_a_lost_refusal_too(step: walk.Step) -> None:
+    recorder = Recorder()
+    recorder.hop(RECEIVE, A_NS, UPLINK, packets.syn())
+    recorder.hop(QUEUE, A_NS, UPLINK, packets.icmp_error(NODE_A, CLIENT, packets.syn()))
+    verdict = judged(recorder, walks={A_NS: [asdict(step)]})
+    assert verdict.kind is (Kind.REFUSED if step is UNUSED else Kind.NO_BACKEND)
+    assert verdict.cause.endswith("that ICMP error left node-a ens192 as 10.10.0.1 and never reached client")
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "asked"),
+    [
+        ("answered unanswered unanswered", [1]),
+        ("unanswered refused unanswered refused", [1]),
+        ("answered send_error", []),
+    ],
+)
+def test_the_maps_are_asked_for_one_probe(outcomes: str, asked: list[int]) -> None:
+    probes = [
+        Probe(number, 6, CLIENT, SPORT, NODE_A, NODEPORT, 0, 40, Outcome(each), detail=ICMP * (each == "refused"))
+        for number, each in enumerate(outcomes.split())
+    ]
+    assert [each.number for each in to_ask_for(probes)] == asked
+    assert to_ask_for([replace(each, detail="TCP RST") for each in probes if each.outcome is Outcome.REFUSED]) == []
 
 
 def test_refused_by_the_pod() -> None:

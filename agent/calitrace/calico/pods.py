@@ -15,7 +15,7 @@ from typing import Any
 from calitrace.calico import WORKLOAD_PREFIX
 
 WORKLOAD = 0x1  # flag in the ifstate map, of every version. Source: felix/bpf/ifstate/map.go
-_LETTERS = re.compile("[a-z]{3,}")  # before a hash
+_LETTERS = re.compile("[a-z]{3,}?(?![a-f]*[g-z])")  # before a hash, which may begin with some of its own: a to f
 
 
 def prefixes(interfaces: Iterable[tuple[str, bool]]) -> tuple[str, ...]:

@@ -168,7 +168,6 @@ def _traced(run: ProbeRun, path: Path | None, vxlan_port: int, output: str, verb
     from calitrace.cli.recording import Recording, say
     from calitrace.cli.report import render
     from calitrace.kernel.collectors import Plan
-    from calitrace.model import Outcome
     from calitrace.probes import results
 
     plan = Plan(run_id=run.run_id, client=(run.src, *run.ports), vxlan_port=vxlan_port)
@@ -180,15 +179,22 @@ def _traced(run: ProbeRun, path: Path | None, vxlan_port: int, output: str, verb
             if verbose:
                 say(results.probe_line(probe))
 
-        refused = [p for p in run.run(done, recording.probe) if p.outcome is Outcome.REFUSED and "ICMP" in p.detail]
-        if refused:
-            _ask_maps(refused[0], recording)
+        for probe in to_ask_for(run.run(done, recording.probe)):
+            _ask_maps(probe, recording)
         journal = recording.finish()
     if path is not None:
         say(f"recorded {len(journal.events)} events in {path}")
     if run.own_losses():
         say(f"warning: {run.own_losses()} replies lost in our own receive buffers")
     return render(journal, output=output, verbose=verbose, stories=stories, check=True)
+
+
+def to_ask_for(probes: list[Probe]) -> list[Probe]:
+    """The probe that the maps are to be asked for, if any: one that was refused with ICMP, which may have been lost."""
+    from calitrace.model import Outcome
+
+    refused = [probe for probe in probes if probe.outcome is Outcome.REFUSED and "ICMP" in probe.detail]
+    return (refused or [probe for probe in probes if probe.outcome is Outcome.UNANSWERED])[:1]
 
 
 def _ask_maps(probe: Probe, recording: Recording) -> None:

@@ -175,7 +175,8 @@ def explain(drop: Drop, passages: Sequence[Passage], copy: StateCopy | None, top
         who, function = "not by Calico", symbol.split("+", 1)[0]
         if function.startswith(_REDIRECTS):
             who = "which could not redirect it as a BPF program told it to"
-        left = _left_to_the_host(drop, link) if function.startswith(_UDP_RECEIVES) else ""
+        unwanted = function.startswith(_UDP_RECEIVES) and reason in ("NO_SOCKET", *_NOT_SAID)
+        left = _left_to_the_host(drop, link) if unwanted else ""
         meaning = f"; {left}" if left else f" ({_KERNEL[reason]})" if reason in _KERNEL else ""
         return Cause(
             f"dropped by the kernel, {who}: {said_by_kernel} in {symbol}{meaning}",
@@ -238,7 +239,7 @@ def explain(drop: Drop, passages: Sequence[Passage], copy: StateCopy | None, top
     named = tuple(names.rule(rule) for rule in rules)
     detail = ": ".join(part for part in (detail or "cause not recorded", ", ".join(named)) if part)
     inner = drop.packet.inner
-    if inner is not None and inner.fragment and inner.src.version == 4 and not calico_reason.startswith("FRAG_"):
+    if inner is not None and inner.fragment and inner.src.version == 4 and calico_reason == "DROPPED_BY_POLICY":
         detail += "; " + _OF_A_FRAGMENT
     found = {"log": passage, "state": held}
     sure = said and not inferred and not (passage is None and held and held.unread)
@@ -386,7 +387,8 @@ def _meaning(calico_reason: str, packet: Packet, held: state.CalicoState | None,
             return reasons.IPIP_OF_A_POD if of_pod else f"{reasons.IPIP_OF_NO_NODE}, or inside a tunnel"
         if tunnel is not None and held.holds(*_flow(tunnel)):
             return reasons.VXLAN_OF_NO_NODE
-        if side is state.Side.FROM_HEP and held.proto == UDP and held.dport in reasons.WIREGUARD_PORTS:
+        of_v3_32 = held.calico_reason is not None  # before it no state keeps a reason, and WireGuard is let in
+        if of_v3_32 and side is state.Side.FROM_HEP and held.proto == UDP and held.dport in reasons.WIREGUARD_PORTS:
             return reasons.WIREGUARD_OF_NO_NODE
         if inner is not None and held.holds(*_flow(inner)) and (tunnel or inner.proto == _TCP):
             return reasons.NOT_IN_SOURCE_RANGES

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 
 _SMALL = 576  # bytes: what any IPv4 network carries; RFC 791
+_SENT = (HopKind.QUEUE, HopKind.XMIT)
 
 
 class Kind(str, Enum):
@@ -139,9 +140,10 @@ class _Judge:
             how = explain(event, last.passages, last.state, self.topology, self.names).text
             lost = f"{what} was lost at {self._place(last)}: {how}"
         elif event.netns == (target.inum if target else -1) and event.kind is not HopKind.QUEUE:
-            lost = f"{what} reached {name}, which did not take it: a firewall there"
+            lost = f"{what} reached {name}, which did not take it: a firewall there, or it came too late"
         else:
-            lost = f"{what} left {self._place(last)} as {error.src} and never reached {name}"
+            seen = "left" if event.kind in _SENT else "was last seen arriving at"
+            lost = f"{what} {seen} {self._place(last)} as {error.src} and never reached {name}"
         if error.is_too_big:
             lost += "; it goes on sending packets of that size (projectcalico/calico#4439)"
         return replace(
@@ -210,12 +212,15 @@ class _Judge:
         drops = [s.event for s in requests if isinstance(s.event, Drop) and s.event.netns == first.event.netns]
         seen_at = namespace.role if namespace else Role.OTHER
         by_itself = namespace is not None and seen_at is Role.CLIENT and namespace.has(str(error.src))
+        from_outside = not by_itself if seen_at is Role.CLIENT else self._is_from_outside(first, error)
         if by_itself:
             cause = f"{name} itself refused: {detail}"
             if drops and self.names.drop_reason(drops[-1]) == "NEIGH_FAILED":
                 cause += "; the next hop does not answer ARP"
         elif seen_at is Role.CLIENT:
             cause = f"refused: {detail}; the side that refused is not observed"
+        elif from_outside:
+            cause = f"refused: {detail}; it came in at {self._place(first)}: the side that refused is not observed"
         else:
             where = "the pod" if seen_at is Role.POD else "the node itself"
             cause = f"{where} ({name}) refused: {detail}"
@@ -223,12 +228,24 @@ class _Judge:
                 cause += "; nothing listens there"
         return Verdict(
             Kind.REFUSED,
-            Confidence.LIKELY if seen_at is Role.CLIENT and not by_itself else Confidence.PROVEN,
+            Confidence.LIKELY if from_outside else Confidence.PROVEN,
             cause,
             place=self._place(first),
             skb_drop_reason=self.names.drop_reason(drops[-1]) if drops else "",
             evidence=self._path(),
         )
+
+    def _is_from_outside(self, first: Step, error: Layer) -> bool:
+        """Whether a refusal that was first seen there was made elsewhere, where nobody looked.
+
+        Its source alone does not tell: Calico has turned it back into the service's address before it is sent, also
+        when it comes in a tunnel.
+        """
+        kind = first.event.kind if isinstance(first.event, Hop) else None
+        if kind is HopKind.RECEIVE:
+            return True
+        namespace = self.topology.namespaces[first.event.netns]  # steps are of observed namespaces only
+        return not namespace.has(str(error.src)) and (kind not in _SENT or self.lost > 0)
 
     def _reset(self, name: str, step: Step, became: str) -> Verdict:
         """Calico made the RST of the probe itself: a host that refuses makes one of its own."""
