@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import struct
 import subprocess
 from dataclasses import fields, replace
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,7 @@ from calitrace.checks.snapshot import (
     Host,
     Kubernetes,
     Link,
+    Map,
     Missing,
     Process,
     Program,
@@ -109,6 +112,15 @@ def counted(code: int, before: int, after: int, count: int = 25) -> Counters:
     first, last = list(NO_DROPS[:count]), list(NO_DROPS[:count])
     first[code], last[code] = before, after
     return Counters("eth0", 0, tuple(first), tuple(last))
+
+
+def older_flow(address: str, port: int) -> Map:
+    """The conntrack map of v3.14 to v3.23, with a client's UDP flow to that backend, which is the lower end (A)."""
+    ends = struct.pack("<I4s4sHH", 17, IPv4Address(address).packed, IPv4Address("10.65.0.100").packed, port, 40000)
+    value = bytearray(64)
+    value[16] = 2  # a NAT reverse entry
+    value[48:54] = IPv4Address("10.96.0.10").packed + struct.pack("<H", 53)
+    return pinned("cali_v4_ct2", (16, 64), [(ends, bytes(value))], 512000, id=11)
 
 
 # (check, what differs from the healthy node, a piece of the evidence)
@@ -362,6 +374,11 @@ FIRES: list[tuple[str, dict[str, Any], str]] = [
         "services.conntrack-stale",
         {"maps": with_map("cali_v4_ct4", raw=[connection(5000, 1, 0, 1, proto=17, server="10.65.1.9")])},
         "UDP 198.51.100.9:5000 -> 10.65.1.9:8080",
+    ),
+    (
+        "services.conntrack-stale",
+        {"maps": (older_flow("10.65.1.9", 8080), *MAPS[1:]), "calico_version": "v3.22"},
+        "UDP 10.65.1.9:8080 -> 10.65.0.100:40000",
     ),
     (
         "services.source-ranges",
@@ -788,6 +805,7 @@ QUIET: list[tuple[str, dict[str, Any]]] = [
             )
         },
     ),
+    ("services.conntrack-stale", {"maps": (older_flow("10.65.1.2", 8080), *MAPS[1:]), "calico_version": "v3.22"}),
     ("services.ip-forward", {"sysctls": {"net.ipv4.ip_forward": "0"}, "links": bare()}),
     (
         "services.macvtap",

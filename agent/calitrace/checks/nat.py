@@ -375,10 +375,15 @@ def stale(nat: Nat, connections: tuple[Connection, ...]) -> Said:
     """Looks in conntrack for UDP flows to a pod that is no backend of any service any more.
 
     Felix removes their entries within 10 seconds. Where it does not, a client that keeps its source port goes on
-    sending to the pod that is gone.
+    sending to the pod that is gone. Before v3.24 an entry does not tell which end is the client: either may be the pod.
     """
     held = set(nat.backends.values())
-    old = [each for each in connections if each.proto == _UDP and each.to_backend and each.server not in held]
+    ends = {f"{address}:{port}" for address, port in held}
+    old = [
+        each
+        for each in connections
+        if each.proto == _UDP and each.to_backend and each.server not in held and each.client not in ends
+    ]
     if old and held:
         yield Finding(
             Severity.WARNING,
