@@ -1319,6 +1319,24 @@ def test_forwarding_is_set_where_it_is_off() -> None:
     assert found.fix.startswith("sysctl -w net/ipv4/conf/eth0.10/forwarding=1; ")
 
 
+@pytest.mark.parametrize(
+    ("failed", "last", "name", "fires"),
+    [
+        ("2026-11-23 09:51:00.000", "2026-11-23 10:00:00.000", "eth0", True),
+        ("2026-11-23T09:51:00.000Z", "2026-11-23T10:00:00.000Z", "eth0", True),
+        ("2026-11-23 09:49:00.000", "2026-11-23 10:00:00.000", "eth0", False),  # it came about since
+        ("2026-11-23 09:51:00.000", "2026-11-23 10:00:00.000", "cali0goneforgood", False),
+        ("2026-11-23 09:51:00.000", "2026-11-31 10:00:00.000", "eth0", False),
+        ("2026-11-31 09:51:00.000", "2026-11-23 10:00:00.000", "eth0", False),
+    ],
+)
+def test_what_felix_failed_to_change_long_ago_is_over(failed: str, last: str, name: str, fires: bool) -> None:
+    text = f'Failed to apply policy to endpoint, leaving it dirty error=x name="{name}"'
+    lines = (*(line(text, "WARNING", failed),) * 5, line("Summarising 3 loops", time=last), "bird: x")
+    found = result("services.log-attach", felix_lines=lines).findings
+    assert [each.meaning.partition(",")[0] for each in found] == ["the interface has its programs"] * fires
+
+
 def test_what_felix_fails_to_change_is_less_grave_than_what_it_fails_to_attach() -> None:
     failing = line('Failed to apply policy to endpoint, leaving it dirty error=x name="eth0"')
     for links, severity in ((LINKS, Severity.WARNING), (bare(), Severity.ERROR)):
