@@ -80,6 +80,8 @@ PROXY = (*HEALTHY.processes, Process(99, "kube-proxy", "kube-proxy --config=/x")
 FOREIGN = Program(8, "cil_from_netdev", 300)
 BOND = Link(20, "bond0", "bond", addresses=("192.0.2.11/24",))
 VLAN = Link(22, "eth0.10", "vlan", addresses=("192.0.2.11/24",), parent="eth0", programs=BOTH)
+MACVTAP = (*LINKS, Link(62, "macvtap0", "macvtap", parent="eth0"))
+MANAGEMENT = Link(64, "mgmt0", addresses=("172.16.0.2/24",))
 UNDER_VLAN = (*with_link(ETH0, programs={}), VLAN)
 WG = Link(21, "wg0", "wireguard", 1420, addresses=("10.9.0.1/24",), udp_port=51820)
 PRINTING = ProgramTimes(
@@ -321,10 +323,9 @@ FIRES: list[tuple[str, dict[str, Any], str]] = [
         {"felix_objects": felix(bpfHostConntrackBypass=True), "chains": ("cni_hostport/hostports", "hostports")},
         "chain cni_hostport/hostports",
     ),
-    (
-        "services.macvtap",
-        {"links": (*LINKS, Link(62, "macvtap0", "macvtap", parent="eth0")), "calico_version": "v3.26"},
-        "macvtap0: macvtap on eth0",
+    *(
+        ("services.macvtap", {"links": MACVTAP, "calico_version": release}, "macvtap0: macvtap on eth0")
+        for release in ("v3.26", "v3.27.3", "v3.28.0")
     ),
     (
         "maps.programs-left",
@@ -807,9 +808,14 @@ QUIET: list[tuple[str, dict[str, Any]]] = [
     ),
     ("services.conntrack-stale", {"maps": (older_flow("10.65.1.2", 8080), *MAPS[1:]), "calico_version": "v3.22"}),
     ("services.ip-forward", {"sysctls": {"net.ipv4.ip_forward": "0"}, "links": bare()}),
+    ("services.macvtap", {"links": (*MACVTAP, Link(63, "macvlan0", "macvlan"))}),
+    ("services.macvtap", {"links": MACVTAP, "calico_version": "v3.27.4"}),
+    ("services.macvtap", {"links": MACVTAP, "calico_version": "v3.28.1-rc1"}),
+    ("cpu.kube-proxy-rules", {"links": (*LINKS, Link(61, "kube-ipvs0", "dummy"))}),  # Calico does not remove it
     (
-        "services.macvtap",
-        {"links": (*LINKS, Link(62, "macvtap0", "macvtap", parent="eth0"), Link(63, "macvlan0", "macvlan"))},
+        "services.ip-forward",  # a network for management, with a static route
+        {"links": (*LINKS, MANAGEMENT), "routes": (*ROUTES, Route("172.16.0.0/16", "mgmt0", "172.16.0.1"))}
+        | {"sysctls": {"net.ipv4.ip_forward": "1", "net.ipv4.conf.mgmt0.forwarding": "0"}},
     ),
     ("maps.programs-left", {"programs": (PREAMBLE,) * 600}),
     ("debug.slow-programs", {"program_times": PRINTING, "felix_objects": felix(bpfLogLevel="Debug")}),
@@ -1099,10 +1105,17 @@ UNKNOWN: list[tuple[str, dict[str, Any], str]] = [
     ("services.nat-interfaces", {"kubernetes": kubernetes(calico_node=image("v3.26.4"))}, "are of v3.27"),
     ("services.host-without-nat", {"kubernetes": kubernetes(calico_node=image("v3.26.4"))}, "are of v3.27"),
     ("services.ip-forward", {"sysctls": {}}, "could not be read"),
+    ("services.macvtap", {"links": MACVTAP, "kubernetes": Missing("no"), "maps": ()}, "release is not known"),
+    ("services.macvtap", {"links": MACVTAP, "calico_version": "v3.27"}, "this is v3.27"),
     (
         "services.macvtap",
-        {"links": (*LINKS, Link(62, "macvtap0", "macvtap", parent="eth0")), "kubernetes": Missing("no"), "maps": ()},
-        "Calico's release is not known",
+        {"links": MACVTAP, "kubernetes": Missing("no"), "maps": (pinned("cali_counters2", (8, 112), []),)},
+        "this is v3.26 to v3.29",
+    ),
+    (
+        "services.host-without-nat",
+        {"felix_objects": felix(bpfHostNetworkedNATWithoutCTLB="Disabled"), "processes": Missing("not root")},
+        "whether kube-proxy runs",
     ),
     ("services.felix-started", {"felix_lines": (line("something"),)}, "does not go back"),
     ("services.host-conntrack-bypass", GONE_ALL, "depends on Calico's release"),
@@ -1310,6 +1323,23 @@ def test_what_to_run_names_what_was_seen() -> None:
         )
     (found,) = result("performance.ipip", kubernetes=kubernetes(ip_pools=(pool(ipipMode="Always"),))).findings
     assert found.fix.startswith("kubectl patch ippool default --type merge")
+
+
+def test_a_device_and_a_vlan_on_it_get_one_advice() -> None:
+    """From v3.30 on what serves one takes the programs from the other: no fix may undo the other's."""
+    (found,) = result("services.uplink-programs", links=UNDER_VLAN).findings
+    bare_vlan = replace(VLAN, programs={})
+    (parent,) = result("services.vlan-parent", links=(*LINKS, bare_vlan)).findings
+    assert found.fix == parent.fix
+    assert found.fix.startswith("give the addresses of eth0 to a device on top, such as eth0.10; or make a Felix")
+    (older,) = result("services.vlan-parent", links=(*LINKS, bare_vlan), calico_version="v3.29.1").findings
+    assert older.fix == "let bpfDataIfacePattern match eth0.10 and not eth0"
+    none: dict[str, Any] = {"links": (*with_link(ETH0, programs={}), bare_vlan)}
+    found, _ = result("services.uplink-programs", **none).findings  # the VLAN has taken nothing away
+    assert (found.subject, found.meaning.endswith("Calico's programs are not on it")) == ("eth0", True)
+    none["links"] = (*with_link(ETH0, programs={}, addresses=()), bare_vlan)
+    found_there = result("services.uplink-programs", routes=(), **none).findings  # only the VLAN is to have them
+    assert [each.subject for each in found_there] == ["eth0.10"]
 
 
 def test_forwarding_is_set_where_it_is_off() -> None:
