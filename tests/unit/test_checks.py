@@ -84,9 +84,12 @@ MACVTAP = (*LINKS, Link(62, "macvtap0", "macvtap", parent="eth0"))
 MANAGEMENT = Link(64, "mgmt0", addresses=("172.16.0.2/24",))
 UNDER_VLAN = (*with_link(ETH0, programs={}), VLAN)
 WG = Link(21, "wg0", "wireguard", 1420, addresses=("10.9.0.1/24",), udp_port=51820)
+OWN_CT = {"cali_v4_ct4": 11}
+INTERNAL_LOCAL = [*FRONTENDS, frontend("10.96.0.53", 53, 2, 2, 0, 2, proto=17)]
 PRINTING = ProgramTimes(
-    1.0, (ProgramTime(9, "cali_from_hep", 7_800_000, 200), ProgramTime(10, "cali_to_hep", 180_000, 200))
+    1.0, (ProgramTime(7, "cali_tc_preambl", 7_800_000, 200), ProgramTime(10, "cali_to_hep", 180_000, 200))
 )
+NO_GRO = {"rx-gro": False}
 MESH = with_map("cali_v4_routes", raw=[*NODE_ROUTES, route("10.9.0.2/32", 0x10)])
 VIA_WG = (*ROUTES, Route("10.65.1.0/26", "wg0", "10.9.0.2"))
 VIA_BOND = (Route("default", "bond0", "192.0.2.1"),)
@@ -329,7 +332,7 @@ FIRES: list[tuple[str, dict[str, Any], str]] = [
     ),
     (
         "maps.programs-left",
-        {"programs": tuple(Program(n, ("cali_tc_preambl", "p4i_cali123")[n % 2], 100) for n in range(800))},
+        {"programs": tuple(Program(n, ("cali_tc_preambl", "p4i_cali123")[n % 2], 100, OWN_CT) for n in range(800))},
         "800 programs of Calico's for 4 interfaces, 80000 bytes",
     ),
     (
@@ -337,7 +340,7 @@ FIRES: list[tuple[str, dict[str, Any], str]] = [
         {"felix_lines": (line('Failed to apply policy to endpoint, leaving it dirty error=x name="eth0"'),) * 5},
         "5 times, last:",
     ),
-    ("debug.slow-programs", {"program_times": PRINTING}, "cali_from_hep (id 9): 200 runs, 39.0 µs each"),
+    ("debug.slow-programs", {"program_times": PRINTING}, "cali_tc_preambl (id 7): 200 runs, 39.0 µs each"),
     ("debug.slow-programs", {"program_times": PRINTING} | OLD_BROKEN, "bpfLogLevel is not known"),
     (
         "debug.slow-programs",
@@ -368,7 +371,7 @@ FIRES: list[tuple[str, dict[str, Any], str]] = [
     ),
     (
         "services.internal-local-without-backend",
-        {"maps": with_map("cali_v4_nat_fe3", raw=[*FRONTENDS, frontend("10.96.0.53", 53, 2, 2, 0, 2, proto=17)])},
+        {"maps": with_map("cali_v4_nat_fe3", raw=INTERNAL_LOCAL)},
         "10.96.0.53:53 proto 17: backends 2, on this node 0",
     ),
     (
@@ -818,13 +821,27 @@ QUIET: list[tuple[str, dict[str, Any]]] = [
         | {"sysctls": {"net.ipv4.ip_forward": "1", "net.ipv4.conf.mgmt0.forwarding": "0"}},
     ),
     ("maps.programs-left", {"programs": (PREAMBLE,) * 600}),
+    (
+        "maps.programs-left",  # five nodes on one machine
+        {"programs": tuple(Program(n, "cali_tc_main", 100, {"cali_v4_ct4": 11 + n % 5}) for n in range(800))},
+    ),
+    (
+        "services.internal-local-without-backend",
+        {"maps": with_map("cali_v4_nat_fe3", raw=INTERNAL_LOCAL), "calico_version": "v3.26"},
+    ),
     ("debug.slow-programs", {"program_times": PRINTING, "felix_objects": felix(bpfLogLevel="Debug")}),
     (
-        "debug.slow-programs",  # another's, and too few to tell
+        "debug.slow-programs",  # another's, one at no interface (connect time), and too few to tell
         {
+            "links": with_link(ETH0, programs=BOTH | {"ingress": (FOREIGN, PREAMBLE)}),
             "program_times": ProgramTimes(
-                1.0, (ProgramTime(9, "cil_from_netdev", 7_800_000, 200), ProgramTime(10, "cali_to_hep", 300_000, 20))
-            )
+                1.0,
+                (
+                    ProgramTime(8, "cil_from_netdev", 7_800_000, 200),
+                    ProgramTime(9, "calico_connect_", 7_800_000, 200),
+                    ProgramTime(7, "cali_tc_preambl", 300_000, 20),
+                ),
+            ),
         },
     ),
     ("services.dsr-cloud", {"felix_objects": DSR, "cloud": Cloud("azure")}),
@@ -1107,6 +1124,22 @@ UNKNOWN: list[tuple[str, dict[str, Any], str]] = [
     ("services.ip-forward", {"sysctls": {}}, "could not be read"),
     ("services.macvtap", {"links": MACVTAP, "kubernetes": Missing("no"), "maps": ()}, "release is not known"),
     ("services.macvtap", {"links": MACVTAP, "calico_version": "v3.27"}, "this is v3.27"),
+    *(
+        (
+            "services.internal-local-without-backend",
+            {"kubernetes": Missing("no"), "maps": (*with_map("cali_v4_nat_fe3", raw=INTERNAL_LOCAL)[:5], *telling)},
+            why,
+        )
+        for telling, why in (
+            ((), "before v3.27 internalTrafficPolicy is not honoured: the release is not known"),
+            ((pinned("cali_counters2", (8, 112), []),), "v3.26 to v3.29"),
+        )
+    ),
+    (
+        "maps.programs-left",
+        {"programs": tuple(Program(n, "cali_tc_main", 100) for n in range(800))},
+        "which of 800 programs of Calico's",
+    ),
     (
         "services.macvtap",
         {"links": MACVTAP, "kubernetes": Missing("no"), "maps": (pinned("cali_counters2", (8, 112), []),)},
@@ -1284,6 +1317,24 @@ def test_the_longest_prefix_is_the_way_to_another_node() -> None:
     assert [each.subject for each in result("services.tunnel-over-l3", **changes).findings] == ["wg0"]
     changes["maps"] = with_map("cali_v4_routes", raw=NODE_ROUTES)
     assert result("services.tunnel-over-l3", **changes).findings == ()
+
+
+def test_of_two_routes_to_one_network_the_lower_metric_is_the_way() -> None:
+    routes = (Route("192.0.2.0/24", "eth0", metric=100), Route("192.0.2.0/24", "wg0", metric=600), *ROUTES[::2])
+    assert result("services.tunnel-over-l3", links=(*LINKS, WG), routes=routes).findings == ()
+    routes = (replace(routes[0], metric=700), *routes[1:])
+    assert [each.subject for each in result("services.tunnel-over-l3", links=(*LINKS, WG), routes=routes).findings] == [
+        "wg0"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("check", "changes"), [("performance.mtu-chain", {"mtu": 1400}), ("performance.gro-off", {"features": NO_GRO})]
+)
+def test_performance_looks_at_the_way_to_other_nodes(check: str, changes: dict[str, Any]) -> None:
+    eth1 = replace(ETH0, index=70, name="eth1", addresses=("10.9.0.1/24",), **changes)
+    links, routes = (*LINKS, eth1), (*ROUTES, Route("10.9.0.0/24", "eth1"))
+    assert "eth1" in said(result(check, links=links, routes=routes, maps=MESH))
 
 
 def test_the_other_nodes_are_known_of_the_api_as_well() -> None:
