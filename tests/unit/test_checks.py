@@ -327,7 +327,7 @@ FIRES: list[tuple[str, dict[str, Any], str]] = [
         "chain cni_hostport/hostports",
     ),
     *(
-        ("services.macvtap", {"links": MACVTAP, "calico_version": release}, "macvtap0: macvtap on eth0")
+        ("services.macvtap", {"links": MACVTAP, "calico_version": release}, release)
         for release in ("v3.26", "v3.27.3", "v3.28.0")
     ),
     (

@@ -396,7 +396,7 @@ def stale(nat: Nat, connections: tuple[Connection, ...]) -> Said:
             "",
             tuple(
                 iter_numbered(
-                    (f"UDP {e.client} -> {e.server[0]}:{e.server[1]}: no backend has that" for e in old), _MOST
+                    (f"UDP {e.client} -> {e.server[0]}:{e.server[1]}: neither is a backend" for e in old), _MOST
                 )
             ),
             "these clients keep sending to pods that are no backends any more; Felix removes such entries within 10 s, "

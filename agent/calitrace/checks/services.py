@@ -363,15 +363,18 @@ def macvtap(links: Links, release: Release | None = None) -> Said:
         parent = by_name.get(link.parent)
         if link.kind not in ("macvtap", "macvlan") or parent is None or not parent.any_calico:
             continue
-        mended = None if release is None else _leaves_macvtap_alone(release)
+        if release is None:
+            yield Unknown(f"{link.name} is on {parent.name}, and Calico's release is not known")
+            continue
+        mended = _leaves_macvtap_alone(release)
         if mended is None:
-            known = release or "Calico's release is not known"
-            yield Unknown(f"{link.name} is on {parent.name}; mended in v3.27.4 and v3.28.1, and this is {known}")
+            yield Unknown(f"{link.name} is on {parent.name}; mended in v3.27.4 and v3.28.1, and this is {release}")
         elif not mended:
+            known = f"{release}" if release.patch is None else f"{release}.{release.patch}"
             yield Finding(
                 WARNING,
                 link.name,
-                (f"{link.name}: {link.kind} on {parent.name}", f"{parent.name}: {hooks(parent)}", str(release)),
+                (f"{link.name}: {link.kind} on {parent.name}", f"{parent.name}: {hooks(parent)}", known),
                 "packets for the machine behind it can be forwarded by Calico and lost; v3.27.4, v3.28.1 and later "
                 "leave them alone (projectcalico/calico#6450, #8918)",
                 "update Calico; or put that machine on an interface that bpfDataIfacePattern does not match",
