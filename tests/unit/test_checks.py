@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import struct
 import subprocess
 from dataclasses import fields, replace
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,7 @@ from calitrace.checks.snapshot import (
     Host,
     Kubernetes,
     Link,
+    Map,
     Missing,
     Process,
     Program,
@@ -77,11 +80,16 @@ PROXY = (*HEALTHY.processes, Process(99, "kube-proxy", "kube-proxy --config=/x")
 FOREIGN = Program(8, "cil_from_netdev", 300)
 BOND = Link(20, "bond0", "bond", addresses=("192.0.2.11/24",))
 VLAN = Link(22, "eth0.10", "vlan", addresses=("192.0.2.11/24",), parent="eth0", programs=BOTH)
+MACVTAP = (*LINKS, Link(62, "macvtap0", "macvtap", parent="eth0"))
+MANAGEMENT = Link(64, "mgmt0", addresses=("172.16.0.2/24",))
 UNDER_VLAN = (*with_link(ETH0, programs={}), VLAN)
 WG = Link(21, "wg0", "wireguard", 1420, addresses=("10.9.0.1/24",), udp_port=51820)
+OWN_CT = {"cali_v4_ct4": 11}
+INTERNAL_LOCAL = [*FRONTENDS, frontend("10.96.0.53", 53, 2, 2, 0, 2, proto=17)]
 PRINTING = ProgramTimes(
-    1.0, (ProgramTime(9, "cali_from_hep", 7_800_000, 200), ProgramTime(10, "cali_to_hep", 180_000, 200))
+    1.0, (ProgramTime(7, "cali_tc_preambl", 7_800_000, 200), ProgramTime(10, "cali_to_hep", 180_000, 200))
 )
+NO_GRO = {"rx-gro": False}
 MESH = with_map("cali_v4_routes", raw=[*NODE_ROUTES, route("10.9.0.2/32", 0x10)])
 VIA_WG = (*ROUTES, Route("10.65.1.0/26", "wg0", "10.9.0.2"))
 VIA_BOND = (Route("default", "bond0", "192.0.2.1"),)
@@ -109,6 +117,15 @@ def counted(code: int, before: int, after: int, count: int = 25) -> Counters:
     first, last = list(NO_DROPS[:count]), list(NO_DROPS[:count])
     first[code], last[code] = before, after
     return Counters("eth0", 0, tuple(first), tuple(last))
+
+
+def older_flow(address: str, port: int) -> Map:
+    """The conntrack map of v3.14 to v3.23, with a client's UDP flow to that backend, which is the lower end (A)."""
+    ends = struct.pack("<I4s4sHH", 17, IPv4Address(address).packed, IPv4Address("10.65.0.100").packed, port, 40000)
+    value = bytearray(64)
+    value[16] = 2  # a NAT reverse entry
+    value[48:54] = IPv4Address("10.96.0.10").packed + struct.pack("<H", 53)
+    return pinned("cali_v4_ct2", (16, 64), [(ends, bytes(value))], 512000, id=11)
 
 
 # (check, what differs from the healthy node, a piece of the evidence)
@@ -309,14 +326,13 @@ FIRES: list[tuple[str, dict[str, Any], str]] = [
         {"felix_objects": felix(bpfHostConntrackBypass=True), "chains": ("cni_hostport/hostports", "hostports")},
         "chain cni_hostport/hostports",
     ),
-    (
-        "services.macvtap",
-        {"links": (*LINKS, Link(62, "macvtap0", "macvtap", parent="eth0")), "calico_version": "v3.26"},
-        "macvtap0: macvtap on eth0",
+    *(
+        ("services.macvtap", {"links": MACVTAP, "calico_version": release}, release)
+        for release in ("v3.26", "v3.27.3", "v3.28.0")
     ),
     (
         "maps.programs-left",
-        {"programs": tuple(Program(n, ("cali_tc_preambl", "p4i_cali123")[n % 2], 100) for n in range(800))},
+        {"programs": tuple(Program(n, ("cali_tc_preambl", "p4i_cali123")[n % 2], 100, OWN_CT) for n in range(800))},
         "800 programs of Calico's for 4 interfaces, 80000 bytes",
     ),
     (
@@ -324,7 +340,7 @@ FIRES: list[tuple[str, dict[str, Any], str]] = [
         {"felix_lines": (line('Failed to apply policy to endpoint, leaving it dirty error=x name="eth0"'),) * 5},
         "5 times, last:",
     ),
-    ("debug.slow-programs", {"program_times": PRINTING}, "cali_from_hep (id 9): 200 runs, 39.0 µs each"),
+    ("debug.slow-programs", {"program_times": PRINTING}, "cali_tc_preambl (id 7): 200 runs, 39.0 µs each"),
     ("debug.slow-programs", {"program_times": PRINTING} | OLD_BROKEN, "bpfLogLevel is not known"),
     (
         "debug.slow-programs",
@@ -355,13 +371,18 @@ FIRES: list[tuple[str, dict[str, Any], str]] = [
     ),
     (
         "services.internal-local-without-backend",
-        {"maps": with_map("cali_v4_nat_fe3", raw=[*FRONTENDS, frontend("10.96.0.53", 53, 2, 2, 0, 2, proto=17)])},
+        {"maps": with_map("cali_v4_nat_fe3", raw=INTERNAL_LOCAL)},
         "10.96.0.53:53 proto 17: backends 2, on this node 0",
     ),
     (
         "services.conntrack-stale",
         {"maps": with_map("cali_v4_ct4", raw=[connection(5000, 1, 0, 1, proto=17, server="10.65.1.9")])},
         "UDP 198.51.100.9:5000 -> 10.65.1.9:8080",
+    ),
+    (
+        "services.conntrack-stale",
+        {"maps": (older_flow("10.65.1.9", 8080), *MAPS[1:]), "calico_version": "v3.22"},
+        "UDP 10.65.1.9:8080 -> 10.65.0.100:40000",
     ),
     (
         "services.source-ranges",
@@ -788,19 +809,39 @@ QUIET: list[tuple[str, dict[str, Any]]] = [
             )
         },
     ),
+    ("services.conntrack-stale", {"maps": (older_flow("10.65.1.2", 8080), *MAPS[1:]), "calico_version": "v3.22"}),
     ("services.ip-forward", {"sysctls": {"net.ipv4.ip_forward": "0"}, "links": bare()}),
+    ("services.macvtap", {"links": (*MACVTAP, Link(63, "macvlan0", "macvlan"))}),
+    ("services.macvtap", {"links": MACVTAP, "calico_version": "v3.27.4"}),
+    ("services.macvtap", {"links": MACVTAP, "calico_version": "v3.28.1-rc1"}),
+    ("cpu.kube-proxy-rules", {"links": (*LINKS, Link(61, "kube-ipvs0", "dummy"))}),  # Calico does not remove it
     (
-        "services.macvtap",
-        {"links": (*LINKS, Link(62, "macvtap0", "macvtap", parent="eth0"), Link(63, "macvlan0", "macvlan"))},
+        "services.ip-forward",  # a network for management, with a static route
+        {"links": (*LINKS, MANAGEMENT), "routes": (*ROUTES, Route("172.16.0.0/16", "mgmt0", "172.16.0.1"))}
+        | {"sysctls": {"net.ipv4.ip_forward": "1", "net.ipv4.conf.mgmt0.forwarding": "0"}},
     ),
     ("maps.programs-left", {"programs": (PREAMBLE,) * 600}),
+    (
+        "maps.programs-left",  # five nodes on one machine
+        {"programs": tuple(Program(n, "cali_tc_main", 100, {"cali_v4_ct4": 11 + n % 5}) for n in range(800))},
+    ),
+    (
+        "services.internal-local-without-backend",
+        {"maps": with_map("cali_v4_nat_fe3", raw=INTERNAL_LOCAL), "calico_version": "v3.26"},
+    ),
     ("debug.slow-programs", {"program_times": PRINTING, "felix_objects": felix(bpfLogLevel="Debug")}),
     (
-        "debug.slow-programs",  # another's, and too few to tell
+        "debug.slow-programs",  # another's, one at no interface (connect time), and too few to tell
         {
+            "links": with_link(ETH0, programs=BOTH | {"ingress": (FOREIGN, PREAMBLE)}),
             "program_times": ProgramTimes(
-                1.0, (ProgramTime(9, "cil_from_netdev", 7_800_000, 200), ProgramTime(10, "cali_to_hep", 300_000, 20))
-            )
+                1.0,
+                (
+                    ProgramTime(8, "cil_from_netdev", 7_800_000, 200),
+                    ProgramTime(9, "calico_connect_", 7_800_000, 200),
+                    ProgramTime(7, "cali_tc_preambl", 300_000, 20),
+                ),
+            ),
         },
     ),
     ("services.dsr-cloud", {"felix_objects": DSR, "cloud": Cloud("azure")}),
@@ -1081,10 +1122,33 @@ UNKNOWN: list[tuple[str, dict[str, Any], str]] = [
     ("services.nat-interfaces", {"kubernetes": kubernetes(calico_node=image("v3.26.4"))}, "are of v3.27"),
     ("services.host-without-nat", {"kubernetes": kubernetes(calico_node=image("v3.26.4"))}, "are of v3.27"),
     ("services.ip-forward", {"sysctls": {}}, "could not be read"),
+    ("services.macvtap", {"links": MACVTAP, "kubernetes": Missing("no"), "maps": ()}, "release is not known"),
+    ("services.macvtap", {"links": MACVTAP, "calico_version": "v3.27"}, "this is v3.27"),
+    *(
+        (
+            "services.internal-local-without-backend",
+            {"kubernetes": Missing("no"), "maps": (*with_map("cali_v4_nat_fe3", raw=INTERNAL_LOCAL)[:5], *telling)},
+            why,
+        )
+        for telling, why in (
+            ((), "before v3.27 internalTrafficPolicy is not honoured: the release is not known"),
+            ((pinned("cali_counters2", (8, 112), []),), "v3.26 to v3.29"),
+        )
+    ),
+    (
+        "maps.programs-left",
+        {"programs": tuple(Program(n, "cali_tc_main", 100) for n in range(800))},
+        "which of 800 programs of Calico's",
+    ),
     (
         "services.macvtap",
-        {"links": (*LINKS, Link(62, "macvtap0", "macvtap", parent="eth0")), "kubernetes": Missing("no"), "maps": ()},
-        "Calico's release is not known",
+        {"links": MACVTAP, "kubernetes": Missing("no"), "maps": (pinned("cali_counters2", (8, 112), []),)},
+        "this is v3.26 to v3.29",
+    ),
+    (
+        "services.host-without-nat",
+        {"felix_objects": felix(bpfHostNetworkedNATWithoutCTLB="Disabled"), "processes": Missing("not root")},
+        "whether kube-proxy runs",
     ),
     ("services.felix-started", {"felix_lines": (line("something"),)}, "does not go back"),
     ("services.host-conntrack-bypass", GONE_ALL, "depends on Calico's release"),
@@ -1255,6 +1319,24 @@ def test_the_longest_prefix_is_the_way_to_another_node() -> None:
     assert result("services.tunnel-over-l3", **changes).findings == ()
 
 
+def test_of_two_routes_to_one_network_the_lower_metric_is_the_way() -> None:
+    routes = (Route("192.0.2.0/24", "eth0", metric=100), Route("192.0.2.0/24", "wg0", metric=600), *ROUTES[::2])
+    assert result("services.tunnel-over-l3", links=(*LINKS, WG), routes=routes).findings == ()
+    routes = (replace(routes[0], metric=700), *routes[1:])
+    assert [each.subject for each in result("services.tunnel-over-l3", links=(*LINKS, WG), routes=routes).findings] == [
+        "wg0"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("check", "changes"), [("performance.mtu-chain", {"mtu": 1400}), ("performance.gro-off", {"features": NO_GRO})]
+)
+def test_performance_looks_at_the_way_to_other_nodes(check: str, changes: dict[str, Any]) -> None:
+    eth1 = replace(ETH0, index=70, name="eth1", addresses=("10.9.0.1/24",), **changes)
+    links, routes = (*LINKS, eth1), (*ROUTES, Route("10.9.0.0/24", "eth1"))
+    assert "eth1" in said(result(check, links=links, routes=routes, maps=MESH))
+
+
 def test_the_other_nodes_are_known_of_the_api_as_well() -> None:
     changes: dict[str, Any] = {"maps": (), "routes": (Route("192.0.2.12/32", "wg0"),), "links": (*LINKS, WG)}
     six = {"status": {"addresses": [{"type": "InternalIP", "address": "2001:db8::3"}]}, "metadata": {"name": "six"}}
@@ -1294,11 +1376,46 @@ def test_what_to_run_names_what_was_seen() -> None:
     assert found.fix.startswith("kubectl patch ippool default --type merge")
 
 
+def test_a_device_and_a_vlan_on_it_get_one_advice() -> None:
+    """From v3.30 on what serves one takes the programs from the other: no fix may undo the other's."""
+    (found,) = result("services.uplink-programs", links=UNDER_VLAN).findings
+    bare_vlan = replace(VLAN, programs={})
+    (parent,) = result("services.vlan-parent", links=(*LINKS, bare_vlan)).findings
+    assert found.fix == parent.fix
+    assert found.fix.startswith("give the addresses of eth0 to a device on top, such as eth0.10; or make a Felix")
+    (older,) = result("services.vlan-parent", links=(*LINKS, bare_vlan), calico_version="v3.29.1").findings
+    assert older.fix == "let bpfDataIfacePattern match eth0.10 and not eth0"
+    none: dict[str, Any] = {"links": (*with_link(ETH0, programs={}), bare_vlan)}
+    found, _ = result("services.uplink-programs", **none).findings  # the VLAN has taken nothing away
+    assert (found.subject, found.meaning.endswith("Calico's programs are not on it")) == ("eth0", True)
+    none["links"] = (*with_link(ETH0, programs={}, addresses=()), bare_vlan)
+    found_there = result("services.uplink-programs", routes=(), **none).findings  # only the VLAN is to have them
+    assert [each.subject for each in found_there] == ["eth0.10"]
+
+
 def test_forwarding_is_set_where_it_is_off() -> None:
     vlan = replace(ETH0, name="eth0.10", addresses=("192.0.2.11/24",))
     sysctls = {"net.ipv4.ip_forward": "1", "net.ipv4.conf.eth0.10.forwarding": "0"}
     (found,) = result("services.ip-forward", links=(*LINKS, vlan), sysctls=sysctls).findings
     assert found.fix.startswith("sysctl -w net/ipv4/conf/eth0.10/forwarding=1; ")
+
+
+@pytest.mark.parametrize(
+    ("failed", "last", "name", "fires"),
+    [
+        ("2026-11-23 09:51:00.000", "2026-11-23 10:00:00.000", "eth0", True),
+        ("2026-11-23T09:51:00.000Z", "2026-11-23T10:00:00.000Z", "eth0", True),
+        ("2026-11-23 09:49:00.000", "2026-11-23 10:00:00.000", "eth0", False),  # it came about since
+        ("2026-11-23 09:51:00.000", "2026-11-23 10:00:00.000", "cali0goneforgood", False),
+        ("2026-11-23 09:51:00.000", "2026-11-31 10:00:00.000", "eth0", False),
+        ("2026-11-31 09:51:00.000", "2026-11-23 10:00:00.000", "eth0", False),
+    ],
+)
+def test_what_felix_failed_to_change_long_ago_is_over(failed: str, last: str, name: str, fires: bool) -> None:
+    text = f'Failed to apply policy to endpoint, leaving it dirty error=x name="{name}"'
+    lines = (*(line(text, "WARNING", failed),) * 5, line("Summarising 3 loops", time=last), "bird: x")
+    found = result("services.log-attach", felix_lines=lines).findings
+    assert [each.meaning.partition(",")[0] for each in found] == ["the interface has its programs"] * fires
 
 
 def test_what_felix_fails_to_change_is_less_grave_than_what_it_fails_to_attach() -> None:

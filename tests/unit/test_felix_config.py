@@ -170,7 +170,11 @@ def test_what_is_kept_of_a_log_is_what_checks_look_at() -> None:
         line("Summarising 3 loops"),
         f"bird: {felix_log.STARTED}",
         *map(line, wanted[3:]),
+        line("Summarising 4 loops"),
+        line("Summarising 5 loops"),
+        "bird: y",
     ]
+    wanted.append("Summarising 5 loops")
     assert [each.text for each in felix_log.telling(lines)] == wanted
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 
 _LINE = re.compile(
     r"(?:^|\s)(?P<time>\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d[.,]\d{3,9}(?:Z|[+-]\d\d:?\d\d)?) "
@@ -187,6 +189,8 @@ KNOWN = (
 )
 
 
+_TAIL = 100  # lines in which Felix's last one is looked for
+_RECENT = timedelta(minutes=10)
 BEGINS = ("Felix starting up", "Logging initialized")
 _TELLING = re.compile(
     "|".join((*BEGINS, re.escape(STARTED), *(p for row in KNOWN for p in (row.text, row.cured) if p)))
@@ -213,12 +217,31 @@ def _unwrapped(raw: str) -> str:
 
 
 def telling(lines: Iterable[str]) -> tuple[Line, ...]:
-    """Of Felix's lines those that any check looks at, and the first, which says how far back the log goes."""
+    """Of Felix's lines those that any check looks at, and the first and the last, which say from when to when it is."""
     found: list[Line] = []
+    tail: deque[str] = deque(maxlen=_TAIL)
     for raw in lines:
         if not found or _TELLING.search(raw):
             found += parse([raw])
-    return tuple(found)
+            tail.clear()
+        else:
+            tail.append(raw)
+    return (*found, *tuple(parse(tail))[-1:])
+
+
+def recent(lines: Sequence[Line], until: Line) -> list[Line]:
+    """Those of the last ten minutes before *until*, by the log's own times; what tells no time is left out."""
+    end = _time(until)
+    times = ((line, _time(line)) for line in lines)
+    return [line for line, time in times if end is not None and time is not None and end - time <= _RECENT]
+
+
+def _time(line: Line) -> datetime | None:
+    # All of one log are in the same zone.
+    try:
+        return datetime.fromisoformat(line.time[:19])
+    except ValueError:  # a day or hour that there is not
+        return None
 
 
 def interface(line: Line) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 Version = tuple[int, int]
 OLDEST: Version = (3, 13)  # the first with the eBPF dataplane
 MASTER: Version = (3, 33)  # whatever follows the last release that we know
-_TEXT = re.compile(r"v?(\d+)\.(\d+)(?:[.-].*)?")
+_TEXT = re.compile(r"v?(\d+)\.(\d+)(?:\.(\d+))?(?:[.-].*)?")
 # Name and value size (bytes, of one CPU) of the maps whose shape changed most often. Source: felix/bpf/counters/map.go
 # and felix/bpf/state/map.go of each release.
 _BY_MAP: Mapping[tuple[str, int], tuple[Version, Version]] = {
@@ -34,11 +34,14 @@ _OLD_BY_MAP: Mapping[tuple[str, int], tuple[Version, Version]] = {
 
 @dataclass(frozen=True)
 class Release:
-    """Calico is between *oldest* and *newest*, both included. *source*: what says so."""
+    """Calico is between *oldest* and *newest*, both included. *source*: what says so. *patch*: the third number, where
+    that is told.
+    """
 
     oldest: Version
     newest: Version
     source: str
+    patch: int | None = None
 
     def __str__(self) -> str:
         first, last = _name(self.oldest), _name(self.newest)
@@ -57,7 +60,7 @@ def parse(text: str, source: str) -> Release | None:
     if match is None:
         return None
     version = (int(match[1]), int(match[2]))
-    return Release(version, version, source)
+    return Release(version, version, source, int(match[3]) if match[3] else None)
 
 
 def of_maps(maps: Iterable[tuple[str, int]]) -> Release | None:

@@ -74,7 +74,9 @@ def kube_proxy_rules(links: Links, chains: tuple[str, ...], processes: tuple[Pro
     They cost each packet that enters the host's stack, and send traffic to endpoints that have long gone.
     """
     mine = _of_proxy(chains) + [each for each in chains if each.startswith("kube-proxy/")]
-    addresses = [f"kube-ipvs0: {len(link.addresses)} addresses" for link in links if link.name == "kube-ipvs0"]
+    addresses = [
+        f"kube-ipvs0: {len(link.addresses)} addresses" for link in links if link.name == "kube-ipvs0" and link.addresses
+    ]
     found = kube_proxies(processes)
     if isinstance(found, Unknown):
         yield found

@@ -13,6 +13,10 @@ from calitrace.checks.snapshot import Link
 
 Links = tuple[Link, ...]
 _STILL = 5  # times that an interface fails and is no passing trouble; projectcalico/calico#10376
+_OLD_PROGRAMS = (
+    "the interface has its programs, and Felix fails again and again to change them: they may be those of an earlier "
+    "policy or setting (projectcalico/calico#10376)"
+)
 
 
 def felix_started(felix_log: tuple[log.Line, ...], links: Links) -> Said:
@@ -38,18 +42,23 @@ def felix_started(felix_log: tuple[log.Line, ...], links: Links) -> Said:
 
 def _from_log(known: log.Known, felix_log: tuple[log.Line, ...], links: Links | None = None) -> Iterator[Finding]:
     found = log.present(known, felix_log)
-    grave = known.grave
+    grave, meaning = known.grave, known.meaning
     if known.check == "services.log-attach" and links is not None:
-        again = Counter(map(log.interface, found))
         lasting = [line for line in found if not _recovered(line, links)]
-        # Its programs are there, and still Felix tries: what it tries to change does not come about.
-        found = lasting or [line for line in found if again[log.interface(line)] >= _STILL]
-        grave = bool(lasting)
+        if not lasting:
+            # Its programs are there, and still Felix tries: what it tries to change does not come about.
+            here = {link.name for link in links}
+            late = [line for line in log.recent(found, felix_log[-1]) if log.interface(line) in here]
+            again = Counter(map(log.interface, late))
+            found = [line for line in late if again[log.interface(line)] >= _STILL]
+            grave, meaning = False, _OLD_PROGRAMS
+        else:
+            found = lasting
     if found:
         times = f"{len(found)} times, last:" if len(found) > 1 else "once:"
         severity = Severity.ERROR if grave else Severity.WARNING
         fix = known.fix.replace("IFACE", log.interface(found[-1]) or "IFACE")
-        yield Finding(severity, "", (times, found[-1].raw), known.meaning, fix)
+        yield Finding(severity, "", (times, found[-1].raw), meaning, fix)
 
 
 def _recovered(line: log.Line, links: Links) -> bool:

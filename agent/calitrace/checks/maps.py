@@ -270,14 +270,18 @@ def jit_limit(programs: tuple[Program, ...], sysctls: dict[str, str]) -> Said:
         )
 
 
-def programs_left(programs: tuple[Program, ...], links: Links) -> Said:
+def programs_left(programs: tuple[Program, ...], links: Links, maps: Maps) -> Said:
     """Counts Calico's loaded programs against the interfaces that have any: far more are left of earlier ones.
 
     Before v3.27 each hook has a chain of about ten programs of its own, since then one or two and a share in common
-    ones. Each takes kernel memory, and counts against net.core.bpf_jit_limit. Those of all nodes on one machine count.
+    ones. Each takes kernel memory, and counts against net.core.bpf_jit_limit. Of several nodes on one machine those
+    programs count that use this node's maps.
     """
     here = sum(link.any_calico for link in links)
-    mine = [each for each in programs if _is_calicos(each)]
+    calicos, own = [each for each in programs if _is_calicos(each)], {each.id for each in maps}
+    mine = [each for each in calicos if own & set(each.maps.values())]
+    if here and len(calicos) > _MOST_PROGRAMS and not mine:
+        yield Unknown(f"which of {len(calicos)} programs of Calico's use this node's maps is not known")
     used = sum(each.jited_bytes for each in mine)
     if here and len(mine) > _MOST_PROGRAMS + _MOST_OF_INTERFACE * here:
         yield Finding(

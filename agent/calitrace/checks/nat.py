@@ -7,6 +7,7 @@ from itertools import islice
 from typing import Any
 
 from calitrace.calico.felix_config import Setting, Settings
+from calitrace.calico.release import Release
 from calitrace.checks.decoded import (
     ANY_NODE,
     DROP,
@@ -21,7 +22,7 @@ from calitrace.checks.decoded import (
     Nat,
     NodeRoute,
 )
-from calitrace.checks.finding import Check, Finding, Said, Section, Severity
+from calitrace.checks.finding import Check, Finding, Said, Section, Severity, Unknown
 from calitrace.checks.objects import L3_KINDS, RESTART, dig, grep_log, items, iter_numbered, name_of, ways_to
 from calitrace.checks.snapshot import Link, Route
 
@@ -30,6 +31,7 @@ Objects = tuple[dict[str, Any], ...]
 PROTOCOLS = {"TCP": 6, "UDP": 17}
 _MOST = 5
 _UDP = 17
+_INTERNAL_LOCAL = (3, 27)
 _LEAST_LOST = 3  # fewer are clients that gave up
 _DUMP = "calitrace maps nat dump"
 
@@ -132,29 +134,33 @@ def local_without_backend(nat: Nat, links: tuple[Link, ...]) -> Said:
             tuple(iter_numbered(lines, _MOST)),
             "connections from outside to this node are refused: externalTrafficPolicy: Local and no pod here "
             "(projectcalico/calico#9330)",
-            'use nodes with a pod; or kubectl patch svc NAME -p \'{"spec":{"externalTrafficPolicy":"Cluster"}}\'',
+            "use nodes with a pod; or kubectl patch svc NAME -n NAMESPACE -p "
+            """'{"spec":{"externalTrafficPolicy":"Cluster"}}'""",
         )
 
 
-def internal_local_without_backend(nat: Nat) -> Said:
+def internal_local_without_backend(nat: Nat, release: Release | None = None) -> Said:
     """Looks for services with internalTrafficPolicy: Local that have backends, and none on this node.
 
     Pods and processes of this node are then refused, which is right for a service that runs on each node. Before v3.27
-    the policy was not honoured.
+    the policy is not honoured.
     """
     lines = [
         f"{each}: backends {each.count}, on this node 0, flags internal-local"
         for each in nat.frontends
         if each.flags & INTERNAL_LOCAL and each.local == 0 and 0 < each.count < DROP and each.address != ANY_NODE
     ]
-    if lines:
+    if lines and (release is None or release.oldest < _INTERNAL_LOCAL <= release.newest):
+        yield Unknown(f"before v3.27 internalTrafficPolicy is not honoured: {release or 'the release is not known'}")
+    elif lines and release is not None and release.newest >= _INTERNAL_LOCAL:
         yield Finding(
             Severity.INFO,
             "",
             tuple(iter_numbered(lines, _MOST)),
-            "pods and processes of this node are refused: internalTrafficPolicy: Local and no pod here; before v3.27 "
-            "they are not (projectcalico/calico#8255)",
-            'run a pod here; or kubectl patch svc NAME -p \'{"spec":{"internalTrafficPolicy":"Cluster"}}\'',
+            "pods and processes of this node are refused: internalTrafficPolicy: Local and no pod here "
+            "(projectcalico/calico#8255)",
+            "run a pod here; or kubectl patch svc NAME -n NAMESPACE -p "
+            """'{"spec":{"internalTrafficPolicy":"Cluster"}}'""",
         )
 
 
@@ -375,17 +381,22 @@ def stale(nat: Nat, connections: tuple[Connection, ...]) -> Said:
     """Looks in conntrack for UDP flows to a pod that is no backend of any service any more.
 
     Felix removes their entries within 10 seconds. Where it does not, a client that keeps its source port goes on
-    sending to the pod that is gone.
+    sending to the pod that is gone. Before v3.24 an entry does not tell which end is the client: either may be the pod.
     """
     held = set(nat.backends.values())
-    old = [each for each in connections if each.proto == _UDP and each.to_backend and each.server not in held]
+    ends = {f"{address}:{port}" for address, port in held}
+    old = [
+        each
+        for each in connections
+        if each.proto == _UDP and each.to_backend and each.server not in held and each.client not in ends
+    ]
     if old and held:
         yield Finding(
             Severity.WARNING,
             "",
             tuple(
                 iter_numbered(
-                    (f"UDP {e.client} -> {e.server[0]}:{e.server[1]}: no backend has that" for e in old), _MOST
+                    (f"UDP {e.client} -> {e.server[0]}:{e.server[1]}: neither is a backend" for e in old), _MOST
                 )
             ),
             "these clients keep sending to pods that are no backends any more; Felix removes such entries within 10 s, "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from ipaddress import IPv4Network
+from ipaddress import IPv4Address, IPv4Network
 from typing import Any
 
 from calitrace.calico.felix_config import Setting, Settings, Unset
@@ -76,14 +76,24 @@ def node_addresses(nodes: Iterable[Any], node: str) -> set[str]:
 
 
 def ways_to(routes: Iterable[Route], addresses: Iterable[str]) -> dict[str, str]:
-    """Interfaces by which these addresses are reached, each with one of them: the longest prefix counts."""
-    networks = [(_network(route.dst), route.interface) for route in routes]
+    """Interfaces by which these addresses are reached, with one each: of the longest prefix, the lowest metric."""
+    by_length: dict[int, dict[IPv4Address, list[Route]]] = {}
+    for route in routes:
+        network = _network(route.dst)
+        if network is not None:
+            by_length.setdefault(network.prefixlen, {}).setdefault(network.network_address, []).append(route)
+    lengths = sorted(by_length, reverse=True)
     found: dict[str, str] = {}
     for address in sorted(addresses):
         target = _network(address)
-        if target is not None:
-            ways = [(net.prefixlen, name) for net, name in networks if net is not None and target.subnet_of(net)]
-            found = {name: address for length, name in ways if length == max(ways)[0]} | found
+        if target is None:
+            continue
+        nets = ((n, target.supernet(new_prefix=n).network_address) for n in lengths if n <= target.prefixlen)
+        ways = next((by_length[n][net] for n, net in nets if net in by_length[n]), [])
+        lowest = min((route.metric for route in ways), default=0)
+        for route in ways:
+            if route.metric == lowest:
+                found.setdefault(route.interface, address)
     return found
 
 

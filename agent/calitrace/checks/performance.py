@@ -119,9 +119,9 @@ def vxlan_not_needed(nodes: Objects, ip_pools: Objects) -> Said:
         )
 
 
-def mtu_chain(links: Links, routes: tuple[Route, ...]) -> Said:
+def mtu_chain(links: Links, routes: tuple[Route, ...], peer_ways: dict[str, str] | None = None) -> Said:
     """Compares the MTU of uplink, overlay device and pods: each must leave room for what is put around it."""
-    found = uplinks(links, routes, set())
+    found = uplinks(links, routes, set(), peer_ways)
     if isinstance(found, Unknown):
         yield found
         return
@@ -228,9 +228,9 @@ def bpf_stats(sysctls: dict[str, str]) -> Said:
         )
 
 
-def gro_off(links: Links, routes: tuple[Route, ...]) -> Said:
+def gro_off(links: Links, routes: tuple[Route, ...], peer_ways: dict[str, str] | None = None) -> Said:
     """Looks at generic receive offload on uplinks: without it each frame runs through the programs by itself."""
-    found = uplinks(links, routes, set())
+    found = uplinks(links, routes, set(), peer_ways)
     if isinstance(found, Unknown):
         yield found
         return

@@ -16,6 +16,7 @@ from calitrace.checks.objects import (
     OWN_DEVICES,
     RESTART,
     calico_environment,
+    carriers,
     data_pattern,
     detach,
     dig,
@@ -147,9 +148,10 @@ def uplink_programs(
     for link in {each.name: each for each in (*carrying, *matched)}.values():
         if link.all_calico:
             continue
-        above = _above(link, links, pattern) if release is None or release.newest >= _TREES else ()
-        if above and link not in carrying:
+        on_top = _above(link, links, pattern) if release is None or release.newest >= _TREES else ()
+        if on_top and link not in carrying:
             continue
+        above = [f"{each.name}: vlan on {link.name}; {hooks(each)}" for each in on_top if each.any_calico]
         if above and isinstance(pattern, tuple) and pattern[0].search(link.name):
             yield Finding(
                 grave(link, routes, addresses, peer_ways),
@@ -157,8 +159,7 @@ def uplink_programs(
                 (f"{link.name}: {hooks(link)}; {_ways(link, routes)}", *above, pattern[1]),
                 f"from v3.30 on Felix attaches to what lies on {link.name} and takes its programs from {link.name} "
                 "itself: services are not reachable through its own address",
-                f"let bpfDataIfacePattern match {link.name} and not what lies on it, such as "
-                f"^{re.escape(link.name)}$; or give the address to a device on top",
+                _topmost(link, on_top[0]),
             )
             continue
         if isinstance(pattern, tuple) and not pattern[0].search(link.name) and not _is_l3(felix, link):
@@ -176,13 +177,18 @@ def uplink_programs(
 _TREES = (3, 30)  # projectcalico/calico#9498
 
 
-def _above(link: Link, links: Links, pattern: tuple[re.Pattern[str], str] | Unknown | None) -> tuple[str, ...]:
-    """VLANs on a device that bpfDataIfacePattern matches as well, in words."""
+def _above(link: Link, links: Links, pattern: tuple[re.Pattern[str], str] | Unknown | None) -> Links:
+    """VLANs on a device that bpfDataIfacePattern matches as well."""
     on_top = (each for each in links if each.parent == link.name and each.kind == "vlan")
-    return tuple(
-        f"{each.name}: vlan on {link.name}; {hooks(each)}"
-        for each in on_top
-        if isinstance(pattern, tuple) and pattern[0].search(each.name)
+    return tuple(each for each in on_top if isinstance(pattern, tuple) and pattern[0].search(each.name))
+
+
+def _topmost(link: Link, on_top: Link) -> str:
+    """What to do where a device and a VLAN on it both carry traffic: no pattern serves both (v3.30 and later)."""
+    return (
+        f"give the addresses of {link.name} to a device on top, such as {on_top.name}; or make a FelixConfiguration "
+        f"node.NAME for this node alone, whose bpfDataIfacePattern matches the one of {link.name} and {on_top.name} "
+        "that carries the cluster's traffic, and not the other"
     )
 
 
@@ -326,10 +332,11 @@ def enslaved_programs(links: Links) -> Said:
             )
 
 
-def vlan_parent(links: Links) -> Said:
+def vlan_parent(links: Links, release: Release | None = None) -> Said:
     """Looks for VLAN devices whose parent carries Calico's programs.
 
-    The parent sees tagged frames, which the programs take for malformed.
+    The parent sees tagged frames, which the programs take for malformed. From v3.30 on a parent has none when
+    bpfDataIfacePattern matches the VLAN.
     """
     by_name = {link.name: link for link in links}
     for link in links:
@@ -340,7 +347,9 @@ def vlan_parent(links: Links) -> Said:
                 parent.name,
                 (f"{link.name}: vlan on {parent.name}", f"{parent.name}: {hooks(parent)}"),
                 "tagged frames on the parent can be dropped as malformed (projectcalico/calico#9401)",
-                f"let bpfDataIfacePattern match {link.name} and not {parent.name}",
+                _topmost(parent, link)
+                if release is None or release.newest >= _TREES
+                else f"let bpfDataIfacePattern match {link.name} and not {parent.name}",
             )
 
 
@@ -356,15 +365,30 @@ def macvtap(links: Links, release: Release | None = None) -> Said:
             continue
         if release is None:
             yield Unknown(f"{link.name} is on {parent.name}, and Calico's release is not known")
-        elif release.newest <= (3, 27):
+            continue
+        mended = _leaves_macvtap_alone(release)
+        if mended is None:
+            yield Unknown(f"{link.name} is on {parent.name}; mended in v3.27.4 and v3.28.1, and this is {release}")
+        elif not mended:
+            known = f"{release}" if release.patch is None else f"{release}.{release.patch}"
             yield Finding(
                 WARNING,
                 link.name,
-                (f"{link.name}: {link.kind} on {parent.name}", f"{parent.name}: {hooks(parent)}", str(release)),
-                "packets for the machine behind it can be forwarded by Calico and lost; v3.27.4 and later leave them "
-                "alone (projectcalico/calico#6450, #8918)",
+                (f"{link.name}: {link.kind} on {parent.name}", f"{parent.name}: {hooks(parent)}", known),
+                "packets for the machine behind it can be forwarded by Calico and lost; v3.27.4, v3.28.1 and later "
+                "leave them alone (projectcalico/calico#6450, #8918)",
                 "update Calico; or put that machine on an interface that bpfDataIfacePattern does not match",
             )
+
+
+def _leaves_macvtap_alone(release: Release) -> bool | None:
+    """None where the release is not known well enough."""
+    first = {(3, 27): 4, (3, 28): 1}.get(release.oldest) if release.oldest == release.newest else None
+    if first is not None:
+        return None if release.patch is None else release.patch >= first
+    if release.newest < (3, 27):
+        return False
+    return True if release.oldest > (3, 28) else None
 
 
 def foreign_program(links: Links) -> Said:
@@ -658,14 +682,16 @@ def ip_forward(
 ) -> Said:
     """Looks whether the node forwards: net.ipv4.ip_forward, and forwarding of its uplinks and pods' interfaces.
 
-    Calico asks the kernel for the way, which forwards from no interface that may not.
+    Calico asks the kernel for the way, which forwards from no interface that may not. Uplinks are those with the
+    default route, a node address or other nodes behind them: others, such as for management, may be closed on purpose.
     """
     if "net.ipv4.ip_forward" not in sysctls:
         yield Unknown("net.ipv4.ip_forward could not be read")
         return
-    found = uplinks(links, routes, _addresses(nodes, host), peer_ways)
+    addresses = _addresses(nodes, host)
+    found = carriers(links, routes, addresses, peer_ways or {})
     names = [link.name for link in links if link.workload and link.up]
-    names += [] if isinstance(found, Unknown) else [link.name for link in found]
+    names += [link.name for link in found if grave(link, routes, addresses, peer_ways) is ERROR]
     off = [f"net.ipv4.conf.{name}.forwarding" for name in names]
     off = [name for name in ("net.ipv4.ip_forward", *off) if sysctls.get(name) == "0"]
     if off and ebpf_on(links):
@@ -730,11 +756,14 @@ def host_without_nat(
     if isinstance(ctlb, Unset) or isinstance(without, Unset) or isinstance(legacy, Unset):
         yield Unknown("bpfConnectTimeLoadBalancing or bpfHostNetworkedNATWithoutCTLB is not known")
         return
-    proxy = any(each.name == "kube-proxy" for each in processes or ())
     everything = not ctlb.says("TCP") if legacy.value is None else not legacy.value
     balanced = ctlb.says("Enabled") if legacy.value is None else legacy.value
     what = "" if everything else " over UDP, such as DNS"
-    if without.says("Disabled") and not balanced and ebpf_on(links) and not proxy:
+    if not without.says("Disabled") or balanced or not ebpf_on(links):
+        return
+    if processes is None:
+        yield Unknown("whether kube-proxy runs, which would serve the node itself, is not known")
+    elif not any(each.name == "kube-proxy" for each in processes):
         yield Finding(
             WARNING,
             "",

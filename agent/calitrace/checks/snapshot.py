@@ -93,11 +93,12 @@ class Link:
 
 @dataclass(frozen=True)
 class Route:
-    """A route of the main table. *dst*: "default" or a network."""
+    """A route of the main table. *dst*: "default" or a network. *metric*: of two to one network the lower counts."""
 
     dst: str
     interface: str
     gateway: str = ""
+    metric: int = 0
 
 
 @dataclass(frozen=True)

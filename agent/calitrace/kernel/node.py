@@ -270,7 +270,7 @@ def _iter_routes(route: Any) -> Iterator[Route]:
         hops += [(hop["oif"], hop.get_attr("RTA_GATEWAY")) for hop in message.get_attr("RTA_MULTIPATH") or ()]
         for index, gateway in hops:
             if index:
-                yield Route(dst, names.get(index, str(index)), gateway or "")
+                yield Route(dst, names.get(index, str(index)), gateway or "", message.get_attr("RTA_PRIORITY") or 0)
 
 
 def _links(route: Any) -> tuple[Link, ...]:
@@ -356,13 +356,29 @@ def _likely_first(links: list[Link]) -> list[Link]:
 
 # BPF
 
+_OF_ONE_NODE = ("cali_state", "cali_v4_state", "cali_v4_ct")
+
 
 def iter_programs() -> Iterator[Program]:
-    """All loaded programs of this machine. Raises OSError."""
+    """All loaded programs of this machine, with those of Calico's maps that tell one node's from another's.
+
+    Raises OSError.
+    """
+    names: dict[int, str] = {}
     for identifier in syscall.program_ids():
         with suppress(OSError):
             info = syscall.program_by_id(identifier)
-            yield Program(identifier, info.name, info.jited_bytes)
+            for map_id in info.map_ids:
+                if map_id not in names:
+                    names[map_id] = _map_name(map_id)
+            used = {names[each]: each for each in info.map_ids if names[each].startswith(_OF_ONE_NODE)}
+            yield Program(identifier, info.name, info.jited_bytes, used)
+
+
+def _map_name(identifier: int) -> str:
+    with suppress(OSError):
+        return syscall.map_by_id(identifier).name
+    return ""
 
 
 def _map(found: maps.Found) -> Map:
