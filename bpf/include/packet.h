@@ -152,15 +152,18 @@ static __always_inline int read_packet(u8 *to, u32 bytes, u64 from)
 /* Leave nothing in a capture behind its *bytes*: other packets have been there. For a little-endian machine. */
 static __always_inline void clear_behind(u8 *capture, u32 bytes)
 {
-	u32 at = bytes;
+	u32 end = bytes;
 
-	asm volatile("" : "+r"(at)); /* as in read_packet() */
-	if (at >= CAPTURE_BYTES)
-		return;
-	*(u64 *)(capture + (at & ~7)) &= (1ULL << (at & 7) * 8) - 1;
+	asm volatile("" : "+r"(end)); /* as in read_packet() */
 #pragma clang loop unroll(disable)
-	for (at = (at & ~7) + 8; at < CAPTURE_BYTES; at += 8)
-		*(volatile u64 *)(capture + at) = 0; /* else LLVM makes a memset() of the loop */
+	for (u32 at = 0; at < CAPTURE_BYTES; at += 8) {
+		u64 *word = (u64 *)(capture + at);
+
+		if (at >= end)
+			*word = 0;
+		else if (end - at < 8)
+			*word &= (1ULL << (end - at) * 8) - 1;
+	}
 }
 
 static __always_inline void describe_device(u64 dev, u32 *ifindex, u32 *netns)
