@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import select
 import signal
+import socket
 import sys
-import threading
 import time
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
@@ -110,10 +111,20 @@ def _show(readings: Iterable[Reading], choice: Choice, output: str) -> None:
 
 def _live(reader: Reader, interval: float | None, count: int | None, writer: _Writer | None) -> Iterator[Reading]:
     """Readings, *interval* apart; they end after *count*, on a signal, or where nobody looks."""
-    stop = threading.Event()
+    signals = []
+
+    def asked(number: int, _: object) -> None:
+        signals.append(number)
+        if len(signals) > 1:  # we wait for somebody who does not read what we print
+            raise KeyboardInterrupt
+
     with ExitStack() as stack:
+        # A handler must not set an Event: it may have interrupted that Event's wait, which holds the lock.
+        stopped, stop = (stack.enter_context(each) for each in socket.socketpair())
+        stop.setblocking(False)
+        stack.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(stop.fileno()))
         for number in (signal.SIGINT, signal.SIGTERM):
-            stack.callback(signal.signal, number, signal.signal(number, lambda *_: stop.set()))
+            stack.callback(signal.signal, number, signal.signal(number, asked))
         due, used, taken = time.monotonic(), time.process_time(), 0
         end = due + _UNATTENDED_S if count is None and not sys.stdout.isatty() else None
         while True:
@@ -125,7 +136,7 @@ def _live(reader: Reader, interval: float | None, count: int | None, writer: _Wr
             if interval is None or taken == count or (end is not None and due + interval > end):
                 break
             due = max(due + interval, time.monotonic())  # what was missed, as when we were stopped, is not made up for
-            if stop.wait(due - time.monotonic()):
+            if select.select([stopped], [], [], max(due - time.monotonic(), 0))[0]:
                 break
         if writer is not None:
             writer.end()
