@@ -65,16 +65,6 @@ static __always_inline u32 be32_at(const u8 *p)
 	return (u32)p[0] << 24 | p[1] << 16 | p[2] << 8 | p[3];
 }
 
-/* Sent without a wake-up: the next event that may wake the reader counts it. */
-static __always_inline void sent(u32 bytes)
-{
-	u32 zero = 0;
-	u64 *total = unannounced.lookup(&zero);
-
-	if (total)
-		*total += bytes;
-}
-
 /*
  * A wake-up costs far more than the copy: one for WAKE_BYTES sent by this CPU; the reader's timer does the rest.
  * (BCC before 0.30 does not know bpf_ringbuf_query.) Where there was no room, the next event wakes: sent(WAKE_BYTES).
@@ -91,6 +81,16 @@ static __always_inline u64 wakeup(u32 bytes)
 		return BPF_RB_NO_WAKEUP;
 	*total = 0;
 	return BPF_RB_FORCE_WAKEUP;
+}
+
+/* Sent without a wake-up: the next event that may wake the reader counts it. */
+static __always_inline void sent(u32 bytes)
+{
+	u32 zero = 0;
+	u64 *total = unannounced.lookup(&zero);
+
+	if (total)
+		*total += bytes;
 }
 
 /*
