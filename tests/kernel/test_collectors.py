@@ -518,7 +518,7 @@ def test_headers_of_a_run_killed_while_compiling_go_with_a_later_one(
 ) -> None:
     code = (
         "import os, signal; from calitrace.kernel import headers, loader\n"
-        "headers.structs_from = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "headers.write_tree = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "loader.compile_bpf('')\n"
     )
     killed = subprocess.run([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)}, check=False)

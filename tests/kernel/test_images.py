@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgpack
 import pytest
 
+from calitrace.errors import EnvironmentUnfit
 from calitrace.events import Stat
-from calitrace.kernel import images, loader
+from calitrace.kernel import headers, images, loader
 from calitrace.kernel.collectors import Collectors, Plan
 from calitrace.model import Hop
 from tests.kernel.test_collectors import collect, send_udp
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from tests.kernel.conftest import Pair
 
 pytestmark = pytest.mark.root
@@ -28,13 +30,14 @@ RUNS = (0x5EED1234, 0xFFFFFFFF)
 def compilations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A cache of this test's own; grows with each compilation."""
     done: list[str] = []
-    compile_bpf = loader.compile_bpf
+    compile_apart = images._compile_apart
 
-    def counted(text: str, **options: Any) -> Any:
+    def counted(text: str, *further: Any) -> images.Image:
         done.append(text)
-        return compile_bpf(text, **options)
+        return compile_apart(text, *further)
 
-    monkeypatch.setattr(loader, "compile_bpf", counted)
+    monkeypatch.setattr(images, "_compile_apart", counted)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(images, "CACHE", tmp_path / "cache")
     return done
 
@@ -101,6 +104,37 @@ def test_a_disk_that_takes_nothing_costs_time_only(
     for _ in range(2):
         assert hops(pair, RUNS[0], Plan(run_id=RUNS[0], log="", drop=False))
     assert len(compilations) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("int f(void *context) { return undeclared; }", "undeclared"),
+        # LLVM knows no such call for BPF. LLVM 14 ends the process there, without an exception.
+        ("int f(u64 *context) { char a[64]; __builtin_memset(a, 0, *context & 63); return a[7]; }", "memset"),
+    ],
+    ids=["clang", "llvm"],
+)
+def test_a_compiler_that_gives_up(compilations: list[str], text: str, said: str) -> None:
+    with pytest.raises(loader.CompileFailed, match="BPF programs") as failure:
+        images.compiled(text, ["f"], defines={}, types=headers.kernel_btf(), inner={})
+    assert said in failure.value.log
+    assert len(compilations) == 1
+    assert not list(images.CACHE.parent.iterdir())
+
+
+def test_neither_bcc_nor_a_module_from_the_working_directory(
+    compilations: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("bcc", "json", "msgpack"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit(7)")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [each for each in sys.path if not Path(each, "bcc").is_dir()])
+    with pytest.raises(EnvironmentUnfit, match="module bcc is not there") as failure:
+        images.compiled("int f(void *context) { return 0; }", ["f"], defines={}, types=headers.kernel_btf(), inner={})
+    assert not isinstance(failure.value, loader.CompileFailed)
+    assert "python3-bpfcc" in failure.value.hint
+    assert len(compilations) == 1
 
 
 def test_only_the_images_that_were_used_last_stay(pair: Pair, compilations: list[str]) -> None:

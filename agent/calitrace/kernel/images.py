@@ -15,12 +15,15 @@ import os
 import resource
 import stat
 import struct
+import subprocess
+import sys
 import tempfile
 from contextlib import ExitStack, suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from calitrace.errors import EnvironmentUnfit
 from calitrace.kernel import headers, loader, syscall
 
 if TYPE_CHECKING:
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from calitrace.btf import Btf
 
 CACHE = Path("/var/cache/calitrace")
+_CHILD = "import sys; sys.path[:] = sys.argv[1:]; from calitrace.kernel.images import compile_for_parent as f; f()"
 _log = logging.getLogger(__name__)
 _KEPT = 32  # one for each set of options that somebody used
 _INSTRUCTION = struct.Struct("=BBhi")  # struct bpf_insn of include/uapi/linux/bpf.h
@@ -140,10 +144,13 @@ def _without_descriptors(code: bytes, names: Mapping[int, str]) -> Function:
 def compiled(
     text: str, functions: Iterable[str], *, defines: Mapping[str, str], types: Btf | None, inner: Mapping[str, str]
 ) -> Image:
-    """The image of a source, compiled only if nobody did it before. Arguments, and what is raised, as `compile_bpf`."""
+    """The image of a source, compiled only if nobody did it before. *inner*: as of `image_of`.
+
+    Raises as `loader.compile_bpf`.
+    """
     loader.require_privilege()
     functions = list(functions)
-    structs = headers.structs_from(types).structs if types is not None else ""
+    structs = headers.structs_from(types).structs if types is not None else None
     system = os.uname()
     made_by = [Path(each).read_bytes() for each in (__file__, headers.__file__, loader.__file__)]
     made_from = (system[2:], _compiler(), made_by, structs, text, sorted(defines.items()), functions, inner)
@@ -152,16 +159,51 @@ def compiled(
         return _read(kept)
     except (OSError, ValueError) as reason:
         _log.debug("compiling, since %s: %s", kept, reason)
-    bpf = loader.compile_bpf(text, defines=defines, types=types)
-    try:
-        image = image_of(bpf, functions, inner)
-    finally:
-        bpf.cleanup()
+    image = _compile_apart(text, functions, defines, structs, inner)
     try:
         _write(kept, image)
     except (OSError, ValueError) as failure:  # a read-only or full disk: the next start compiles again
         _log.debug("%s is not kept: %s", kept, failure)
     return image
+
+
+def _compile_apart(
+    text: str, functions: Iterable[str], defines: Mapping[str, str], structs: str | None, inner: Mapping[str, str]
+) -> Image:
+    """Compile in a process of its own: LLVM's memory goes with it, and some of LLVM's errors end a process."""
+    import msgpack
+
+    # With our sys.path: its own would begin with the working directory, where anybody may have put modules.
+    command, pipe = [sys.executable, "-c", _CHILD, *sys.path], subprocess.PIPE
+    # A session of its own: the terminal's Ctrl-C is ours to answer.
+    with (
+        loader.header_tree(structs) as (prelude, tree),
+        subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True) as child,
+    ):
+        request = (prelude + text, functions, dict(defines), tree, dict(inner))
+        answer, said = child.communicate(msgpack.packb(request))
+    log = said.decode(errors="replace")
+    if child.returncode:
+        raise loader.CompileFailed(f"the compiler of our BPF programs ended with status {child.returncode}", log)
+    image, failed, cause, hint = msgpack.unpackb(answer)
+    if failed:
+        raise loader.CompileFailed(cause, log)
+    if cause:
+        raise EnvironmentUnfit(cause, hint)
+    return Image.unpack(image)
+
+
+def compile_for_parent() -> None:
+    """The other side of `_compile_apart`."""
+    import msgpack
+
+    text, functions, defines, tree, inner = msgpack.unpackb(sys.stdin.buffer.read())
+    try:
+        image = image_of(loader.compile_aloud(text, defines, tree), functions, inner)
+        answer = (image.pack(), False, "", "")
+    except EnvironmentUnfit as failure:
+        answer = (b"", isinstance(failure, loader.CompileFailed), failure.cause, failure.hint)
+    sys.stdout.buffer.write(msgpack.packb(answer))
 
 
 def _compiler() -> tuple[str, int]:

@@ -14,13 +14,10 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from calitrace.errors import EnvironmentUnfit
 from calitrace.kernel import headers, syscall
-
-if TYPE_CHECKING:
-    from calitrace.btf import Btf
 
 _TREE = "calitrace-headers-"
 _ABANDONED_S = 600  # compiling takes seconds
@@ -34,7 +31,7 @@ _REAL_HEADERS = """\
 class CompileFailed(EnvironmentUnfit):
     """Clang or the verifier refused a program. *log*: what they printed."""
 
-    def __init__(self, cause: str, log: str) -> None:
+    def __init__(self, cause: str, log: str = "") -> None:
         super().__init__(cause, "run again with --debug for the compiler's or verifier's log")
         self.log = log
 
@@ -56,19 +53,42 @@ def bpf_source(relative: str) -> str:
     return (bpf_dir() / relative).read_text()
 
 
-def compile_bpf(
-    text: str,
-    *,
-    defines: Mapping[str, str] = {},
-    types: Btf | None = None,
-) -> Any:
+def compile_bpf(text: str, *, defines: Mapping[str, str] = {}) -> Any:
     """Compile *text* and load its maps; returns a ``bcc.BPF`` whose programs are not yet loaded.
 
-    *defines*: macros. *types*: the kernel's BTF when the caller has read it already.
-    Raises CompileFailed with clang's output, EnvironmentUnfit without BCC, without BTF and headers, and without the
-    privilege.
+    *defines*: macros. Raises CompileFailed with clang's output, EnvironmentUnfit without BCC, without BTF and headers,
+    and without the privilege.
     """
     require_privilege()
+    types = headers.kernel_btf()
+    structs = headers.structs_from(types).structs if types else None
+    try:
+        with header_tree(structs) as (prelude, tree), captured_stderr() as log:
+            return compile_aloud(prelude + text, defines, tree)
+    except CompileFailed as failure:
+        failure.log = log.text
+        raise
+
+
+@contextmanager
+def header_tree(structs: str | None) -> Iterator[tuple[str, str | None]]:
+    """What to put before a program, and the directory with the headers to compile it with; None: the kernel's own.
+
+    *structs*: what `headers.structs_from` makes of BTF; None without BTF. Raises EnvironmentUnfit.
+    """
+    if structs is None:
+        _require_real_headers()
+        yield _REAL_HEADERS, None
+        return
+    _remove_abandoned()
+    with tempfile.TemporaryDirectory(prefix=_TREE) as directory:
+        uname = os.uname()
+        headers.write_tree(Path(directory), uname.machine, uname.release)
+        yield structs, directory
+
+
+def compile_aloud(text: str, defines: Mapping[str, str], tree: str | None) -> Any:
+    """As compile_bpf, in a `header_tree`; what clang and LLVM say goes to stderr, and not into the error."""
     try:
         from bcc import BPF
     except ImportError:
@@ -76,25 +96,13 @@ def compile_bpf(
             f"the Python module bcc is not there for {sys.executable}",
             "install python3-bpfcc and run calitrace from an environment made with --system-site-packages",
         ) from None
-    types = types or headers.kernel_btf()
     cflags = [f"-D{name}={value}" for name, value in defines.items()]
     cflags += ["-Wno-unused-function", "-Wno-gnu-variable-sized-type-not-at-end"]
-    _remove_abandoned()
-    with tempfile.TemporaryDirectory(prefix=_TREE) as directory:
-        if types is not None:
-            uname = os.uname()
-            headers.write_tree(Path(directory), uname.machine, uname.release)
-            prelude = headers.structs_from(types).structs
-            source = _environment("BCC_KERNEL_SOURCE", directory)
-        else:
-            _require_real_headers()
-            prelude, source = _REAL_HEADERS, _environment("BCC_KERNEL_SOURCE", None)
-        with source, captured_stderr() as log:
-            try:
-                return BPF(text=(prelude + text).encode(), cflags=cflags)
-            except Exception as failure:  # BCC raises bare Exception; clang's words went to stderr
-                cause = str(failure) or "clang failed"
-    raise CompileFailed(f"cannot compile our BPF programs: {cause}", log.text)
+    with _environment("BCC_KERNEL_SOURCE", tree):
+        try:
+            return BPF(text=text.encode(), cflags=cflags)
+        except Exception as failure:  # BCC raises bare Exception
+            raise CompileFailed(f"cannot compile our BPF programs: {str(failure) or 'clang failed'}") from failure
 
 
 def _remove_abandoned() -> None:
