@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -121,6 +122,22 @@ def test_a_compiler_that_gives_up(compilations: list[str], text: str, said: str)
     assert said in failure.value.log
     assert len(compilations) == 1
     assert not list(images.CACHE.parent.iterdir())
+
+
+def test_a_module_anywhere_in_memory() -> None:
+    """Debian's Python has its heap below 4 GB, others have not; nor has a thread."""
+    code = (
+        "from threading import Thread\n"
+        "from calitrace.kernel import images, loader\n"
+        "def compiled():\n"
+        "    bpf = loader.compile_bpf('BPF_ARRAY(found, u64, 1); int f(void *context) { return 0; }')\n"
+        "    print(bpf.module > 2**32, *images.image_of(bpf, ['f'], {}).maps)\n"
+        "thread = Thread(target=compiled)\n"
+        "thread.start()\n"
+        "thread.join()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "True found\n"), done.stderr
 
 
 def test_neither_bcc_nor_a_module_from_the_working_directory(

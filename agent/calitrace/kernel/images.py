@@ -114,12 +114,13 @@ def image_of(bpf: Any, functions: Iterable[str], inner: Mapping[str, str]) -> Im
     """What BCC compiled. *bpf*: a ``bcc.BPF``; *inner*: for each map of maps, the one that those in it are like."""
     from bcc.libbcc import lib
 
-    name_of = lib["bpf_table_name"]  # a handle of our own: BCC's Python has none for it
+    # Handles of our own: BCC's Python has none, and without a signature the module's address is cut to 32 bits.
+    count, name_of, descriptor_of = lib["bpf_num_tables"], lib["bpf_table_name"], lib["bpf_table_fd_id"]
+    count.restype, count.argtypes = ctypes.c_size_t, (ctypes.c_void_p,)
     name_of.restype, name_of.argtypes = ctypes.c_char_p, (ctypes.c_void_p, ctypes.c_size_t)
-    descriptors = {
-        name_of(bpf.module, index).decode(): lib.bpf_table_fd_id(bpf.module, index)
-        for index in range(lib.bpf_num_tables(bpf.module))
-    }
+    descriptor_of.restype, descriptor_of.argtypes = ctypes.c_int, (ctypes.c_void_p, ctypes.c_size_t)
+    tables = range(count(bpf.module))
+    descriptors = {name_of(bpf.module, each).decode(): descriptor_of(bpf.module, each) for each in tables}
     names = {descriptor: name for name, descriptor in descriptors.items()}
     maps = {}
     for name, descriptor in descriptors.items():
