@@ -620,6 +620,7 @@ def _walk(source_end: str, target: str, ingress: str, **options: Any) -> int:
     from dataclasses import asdict
 
     from calitrace.correlate import walk
+    from calitrace.report import mapdump
 
     place, _, proto = target.partition("/")
     if proto not in ("tcp", "udp"):
@@ -642,15 +643,9 @@ def _walk(source_end: str, target: str, ingress: str, **options: Any) -> int:
         source.note(f"no interface {ingress} is here")
     packet = walk.Packet(src, sport, dst, dport, proto, ingress)
     steps = walk.walk(packet, map_source.tables(source, ipv6=":" in dst, packet=packet if sport else None))
-    for step in steps:
-        if _as_json(options):
-            click.echo(json.dumps(asdict(step)))
-        elif step.lookup == "verdict":
-            click.echo(f"{step.key}: {step.found}")
-        else:
-            click.echo(f"{'BROKEN' if step.broken else 'ok':7} {step.lookup:13} {step.key}: {step.found}")
-            if step.broken:
-                click.echo(f"{'':7} {'':13} {step.broken}: {step.suffers}")
+    lines = (json.dumps(asdict(step)) for step in steps) if _as_json(options) else mapdump.iter_walk(steps)
+    for line in lines:
+        click.echo(line)
     _finish(source)
     return int(Exit.FINDINGS if any(step.broken for step in steps) else Exit.DONE)
 
