@@ -288,8 +288,8 @@ FIRES: list[tuple[str, dict[str, Any], str]] = [
     ),
     (
         "services.host-without-nat",
-        {"felix_objects": felix(bpfHostNetworkedNATWithoutCTLB="Disabled")},
-        "bpfConnectTimeLoadBalancing: TCP",
+        {"felix_objects": felix(bpfHostNetworkedNATWithoutCTLB="Disabled"), "chains": Missing("no netlink")},
+        "no kube-proxy among 2 processes",
     ),
     (
         "services.host-without-nat",
@@ -1149,6 +1149,15 @@ UNKNOWN: list[tuple[str, dict[str, Any], str]] = [
         "services.host-without-nat",
         {"felix_objects": felix(bpfHostNetworkedNATWithoutCTLB="Disabled"), "processes": Missing("not root")},
         "whether kube-proxy runs",
+    ),
+    *(
+        ("services.host-without-nat", {"felix_objects": felix(bpfHostNetworkedNATWithoutCTLB="Disabled")} | proxy, why)
+        for proxy, why in (  # the last: kube-proxy is part of k3s, or this is a container of its own
+            ({"chains": ("KUBE-SERVICES", "cali-FORWARD")}, "which may serve the node itself: 1 chains of kube-proxy"),
+            ({"chains": ("kube-proxy/services",)}, "which may serve the node itself: 1 chains of kube-proxy"),
+            ({"links": (*LINKS, Link(50, "kube-ipvs0", addresses=("10.96.0.1/32",)))}, "kube-ipvs0: 1 addresses"),
+            ({"processes": (Process(57, "calico-node"), Process(8, "k3s-server"))}, "no process kubelet in sight"),
+        )
     ),
     ("services.felix-started", {"felix_lines": (line("something"),)}, "does not go back"),
     ("services.host-conntrack-bypass", GONE_ALL, "depends on Calico's release"),
