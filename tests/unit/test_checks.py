@@ -1427,6 +1427,18 @@ def test_what_felix_failed_to_change_long_ago_is_over(failed: str, last: str, na
     assert [each.meaning.partition(",")[0] for each in found] == ["the interface has its programs"] * fires
 
 
+@pytest.mark.parametrize(
+    ("links", "name"), [(bare(), ' name="eth0"'), (LINKS, ""), (Missing("no netlink"), ' name="eth0"')]
+)
+def test_what_felix_failed_to_attach_long_ago_is_over(links: Any, name: str) -> None:
+    """It tries again at least every 90 s. That an interface has no programs now may be meant: it is a bond's port."""
+    for failed, severities in (("2026-11-23 09:51:00.000", [Severity.ERROR]), ("2026-11-23 06:51:00.000", [])):
+        failing = line(f"Failed to apply policy to endpoint, leaving it dirty error=x{name}", "WARNING", failed)
+        lines = (failing, line("Summarising 3 loops", time="2026-11-23 10:00:00.000"))
+        found = result("services.log-attach", links=links, felix_lines=lines).findings
+        assert [each.severity for each in found] == severities
+
+
 def test_what_felix_fails_to_change_is_less_grave_than_what_it_fails_to_attach() -> None:
     failing = line('Failed to apply policy to endpoint, leaving it dirty error=x name="eth0"')
     for links, severity in ((LINKS, Severity.WARNING), (bare(), Severity.ERROR)):
