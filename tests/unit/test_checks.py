@@ -75,6 +75,7 @@ from calitrace.checks.snapshot import (
 )
 from calitrace.cli.main import COMMANDS
 from calitrace.report import check as shown
+from calitrace.report import folding
 
 PROXY = (*HEALTHY.processes, Process(99, "kube-proxy", "kube-proxy --config=/x"))  # type: ignore[misc]
 FOREIGN = Program(8, "cil_from_netdev", 300)
@@ -1276,7 +1277,7 @@ def test_every_check_explains_itself() -> None:
         assert check.id in text
         assert check.explanation[0].isupper()
         assert f"needs: {', '.join(check.needs)}" in text
-        assert all(len(each) <= shown.WIDTH for each in text.splitlines())
+        assert all(len(each) <= folding.WIDTH for each in text.splitlines())
 
 
 def test_the_daemonset_says_felixs_environment_where_the_process_is_not_seen() -> None:
@@ -1602,7 +1603,7 @@ def test_table() -> None:
         "         page   Troubleshoot access to services",
     ]
     assert lines[6:9] == ["WARNING  services.mtu  a|b", "         saw    one", "                two"]
-    assert all(len(each) <= shown.WIDTH for each in lines)
+    assert all(len(each) <= folding.WIDTH for each in lines)
     assert "         no API server was asked (2 checks)" in lines
     assert lines[-1] == "1 error, 1 warning; 1 check passed, 2 not run"
     verbose = "\n".join(shown.iter_table(results_with(WARNING), verbose=True))
@@ -1619,7 +1620,7 @@ def test_a_command_is_folded_so_that_a_shell_takes_it() -> None:
     lines = list(shown.iter_table(results_with(finding)))
     at = next(number for number, each in enumerate(lines) if each.startswith("         fix"))
     fix = lines[at : next(n for n, each in enumerate(lines) if each.startswith("         page"))]
-    assert all(len(each) <= shown.WIDTH for each in fix)
+    assert all(len(each) <= folding.WIDTH for each in fix)
     assert fix[0].endswith(" \\")
     assert "                ip link show  # is it's there?" in fix
     assert "                calico-node -bpf nat dump" in fix

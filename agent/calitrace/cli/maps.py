@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from calitrace.calico import WORKLOAD_PREFIX, pods
+from calitrace.calico import WORKLOAD_PREFIX, pods, policy
 from calitrace.cli import map_changes, map_source, map_words
 from calitrace.cli.commands import Commands
 from calitrace.errors import Error, Exit, LayoutMismatch, Malformed, NotCalico, UsageError
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from calitrace.calico.maps import RawMap
 
-POLICY_DIRECTORY = Path("/var/run/calico/bpf/policy")
 # Command: what it shows, and the maps' base names without cali_ and family.
 SUBJECTS = {
     "arp": ("Neighbours that NodePort tunnels were received from.", ("arp",)),
@@ -74,7 +73,7 @@ _WHERE = (
     click.option("--netns", default="", help="Look through the mounts of a process in this network namespace."),
     click.option("--pid", type=int, help="Look through the mounts of this process."),
     click.option(
-        "--policy-dir", type=click.Path(path_type=Path), default=POLICY_DIRECTORY, show_default=True,
+        "--policy-dir", type=click.Path(path_type=Path), default=policy.DIRECTORY, show_default=True,
         help="Felix's policy debug files.",
     ),
 )  # fmt: skip
@@ -297,8 +296,6 @@ def _policy(words: tuple[str, ...], asm: bool, **options: Any) -> int:
 
     Rules are named by Felix's policy debug files (bpfPolicyDebugEnabled).
     """
-    from calitrace.calico import policy
-
     if not words:
         return _dump("policy", **options)
     interface, *hooks = words

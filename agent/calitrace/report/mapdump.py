@@ -16,7 +16,7 @@ from calitrace.calico.maps import MOST_BACKENDS, identify
 from calitrace.calico.maptables import Layout, Table
 from calitrace.calico.timeouts import Timeouts
 from calitrace.packet import PROTOCOLS
-from calitrace.report.folding import folded
+from calitrace.report.folding import WIDTH, folded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from calitrace.calico.maps import RawMap
     from calitrace.correlate.walk import Step
 
-_WIDTH = 80
 NORMAL, NAT_FWD, NAT_REV = 0, 1, 2
 _TYPES = {NORMAL: "normal", NAT_FWD: "nat-fwd", NAT_REV: "nat-rev"}
 # felix/bpf-gpl/conntrack_types.h; 0x40 since v3.19, up to 0x200 since v3.24, to 0x2000 v3.26, the last ones v3.32.
@@ -616,11 +615,11 @@ def iter_walk(steps: Iterable[Step]) -> Iterator[str]:
     for step in steps:
         told = f"{step.key}: {step.found}"
         if step.lookup == "verdict":
-            yield from folded(told, _WIDTH, 8)
+            yield from folded(told, WIDTH, 8)
             continue
-        yield from folded(f"{'BROKEN' if step.broken else 'ok':7} {step.lookup:13} {told}", _WIDTH, 24)
+        yield from folded(f"{'BROKEN' if step.broken else 'ok':7} {step.lookup:13} {told}", WIDTH, 24)
         if step.broken:
-            yield from folded(f"{'':22}{step.broken}: {step.suffers}", _WIDTH, 24)
+            yield from folded(f"{'':22}{step.broken}: {step.suffers}", WIDTH, 24)
 
 
 def iter_ip_sets(entries: Iterable[dict[str, Any]]) -> Iterator[str]:
