@@ -86,6 +86,7 @@ MANAGEMENT = Link(64, "mgmt0", addresses=("172.16.0.2/24",))
 UNDER_VLAN = (*with_link(ETH0, programs={}), VLAN)
 WG = Link(21, "wg0", "wireguard", 1420, addresses=("10.9.0.1/24",), udp_port=51820)
 OWN_CT = {"cali_v4_ct4": 11}
+OWN_PROGRAM = Program(1, "cali_tc_main", 100, OWN_CT)
 INTERNAL_LOCAL = [*FRONTENDS, frontend("10.96.0.53", 53, 2, 2, 0, 2, proto=17)]
 PRINTING = ProgramTimes(
     1.0, (ProgramTime(7, "cali_tc_preambl", 7_800_000, 200), ProgramTime(10, "cali_to_hep", 180_000, 200))
@@ -334,6 +335,14 @@ FIRES: list[tuple[str, dict[str, Any], str]] = [
     (
         "maps.programs-left",
         {"programs": tuple(Program(n, ("cali_tc_preambl", "p4i_cali123")[n % 2], 100, OWN_CT) for n in range(800))},
+        "800 programs of Calico's for 4 interfaces, 80000 bytes",
+    ),
+    (
+        "maps.programs-left",  # of before an upgrade, as an interface still has them
+        {
+            "programs": tuple(Program(n, "calico_tc_main", 100, {"cali_v4_ct3": 5}) for n in range(800)),
+            "links": with_link(ETH0, programs=dict.fromkeys(BOTH, (Program(1, "cali_tc_preambl", 1, {"x": 5}),))),
+        },
         "800 programs of Calico's for 4 interfaces, 80000 bytes",
     ),
     (
@@ -1140,6 +1149,11 @@ UNKNOWN: list[tuple[str, dict[str, Any], str]] = [
         "maps.programs-left",
         {"programs": tuple(Program(n, "cali_tc_main", 100) for n in range(800))},
         "which of 800 programs of Calico's",
+    ),
+    (
+        "maps.programs-left",
+        {"programs": (*(Program(n, "cali_tc_main", 100, {"cali_v4_ct3": 99}) for n in range(800)), OWN_PROGRAM)},
+        "800 programs use a cali_v4_ct3, which is not this node's: they are left of before an upgrade, unless a node",
     ),
     (
         "services.macvtap",
