@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -24,6 +26,12 @@ def lacking() -> dict[str, str]:
     except (OSError, EnvironmentUnfit) as refused:
         return {"bpf": f"needs a kernel that takes BPF programs ({refused})"}
     return {}
+
+
+def of_a_dead_run(name: str) -> bool:
+    """Whether the first number in a name is the id of a process that is gone: what it made was never taken down."""
+    found = re.search(r"\d+", name)
+    return found is not None and not Path(f"/proc/{found[0]}").exists()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -62,7 +62,8 @@ FIELDS: dict[str, dict[str, str]] = {
         ),
         "VERDICT": (
             "what follows from it, with its evidence. confidence: proven where the kernel or Calico said it, or "
-            "where nothing was lost and the place at which the packet did not arrive was looked at; else likely"
+            "where nothing was lost and the place at which the packet did not arrive was looked at; else likely. "
+            "next: a command that shows more, for root on the machine that recorded; it only reads"
         ),
     },
     "maps": {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from pyroute2 import IPRoute
 from pyroute2 import netns as pyroute_netns
 
 from calitrace.kernel import headers, loader, netns, syscall
+from tests.conftest import of_a_dead_run
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -71,6 +73,19 @@ class Pair:
             yield
         finally:
             os.close(link)
+
+
+def remove_namespaces_of_dead_runs() -> None:
+    """Of a run that was killed the namespaces stay."""
+    for name in sorted(each.name for each in netns.RUN_NETNS.iterdir()) if netns.RUN_NETNS.is_dir() else ():
+        if re.match(r"(ct-left-|ct-right-|dataplane)\d", name) and of_a_dead_run(name):
+            pyroute_netns.remove(name)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _clean() -> None:
+    if os.geteuid() == 0:
+        remove_namespaces_of_dead_runs()
 
 
 @pytest.fixture

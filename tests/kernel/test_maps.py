@@ -392,9 +392,9 @@ def test_walk_over_ipv6_maps(bpffs: Path) -> None:
     where = ("--bpffs", str(bpffs))
 
     def verdict(source: str = "fd99::9") -> str:
-        done = calitrace("walk", source, "[fd00::1]:30080/tcp", *where)
+        done = calitrace("walk", source, "[fd00::1]:30080/tcp", "-o", "json", *where)
         assert done.stdout, done.stderr
-        return done.stdout.splitlines()[-1].partition("]:30080: ")[2]
+        return str(json.loads(done.stdout.splitlines()[-1])["found"])
 
     assert verdict() == (
         "1 of 2 new connections: delivered to [fd65::2]:8080 by cali6; 1 of 2 new connections: "

@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from calitrace.errors import EnvironmentUnfit
 from calitrace.kernel import netns, syscall
 from calitrace.lab import lifecycle
-from calitrace.lab.topology import Lab
+from calitrace.lab.topology import RUNTIME, Lab
+from tests.conftest import of_a_dead_run
 
 COMMAND = (sys.executable, "-c", "from calitrace.cli.main import run; run()")
 REACHES_S = 5.0
@@ -65,6 +67,21 @@ def left_behind(lab: Lab) -> list[str]:
             if f"CALITRACE_TEST_LAB={lab.name}\0".encode() in environment + b"\0":
                 found.append(f"process {process.name}")
     return found
+
+
+def take_down_labs_of_dead_runs() -> None:
+    """Of a run that was killed the lab stays, with its servers."""
+    for record in sorted(RUNTIME.glob("lab-test-*.json")):
+        name = record.stem.removeprefix("lab-")
+        if of_a_dead_run(name):
+            with contextlib.suppress(EnvironmentUnfit):  # another run is at it, or it is of another version
+                lifecycle.down(Lab(name), progress=lambda _: None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _clean() -> None:
+    if os.geteuid() == 0:
+        take_down_labs_of_dead_runs()
 
 
 @pytest.fixture

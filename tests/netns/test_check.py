@@ -34,9 +34,8 @@ LAB_SPEC = {
     "bpfMapSizeConntrack": 16384,
     "bpfKubeProxyIptablesCleanupEnabled": True,
 }
-# The lab has a service whose backend has no route, for the drop that this causes; and its nodes use no services.
-ROUTES_ONLY = {("services.nat-backends-routed", None)}
-BASELINE = ROUTES_ONLY | {("services.host-without-nat", None)}
+# The lab has a service whose backend has no route, for the drop that this causes.
+BASELINE = {("services.nat-backends-routed", None)}
 Found = set[tuple[str, str | None]]
 
 
@@ -219,9 +218,9 @@ def test_settings(lab: Lab, tmp_path: Path, spec: dict[str, Any], expected: tupl
 
 
 @contextmanager
-def kube_proxy(lab: Lab, directory: Path) -> Iterator[int]:
+def process_named(lab: Lab, directory: Path, name: str) -> Iterator[int]:
     """A real process of that name in the node's namespace; it sleeps."""
-    program = directory / "kube-proxy"
+    program = directory / name
     shutil.copy(shutil.which("sleep") or "/bin/sleep", program)
     with netns.inside(lab.namespace("node-a")):
         process = subprocess.Popen([program, "300"])
@@ -233,15 +232,23 @@ def kube_proxy(lab: Lab, directory: Path) -> Iterator[int]:
 
 
 def test_kube_proxy(lab: Lab, tmp_path: Path, felix: tuple[str, str]) -> None:
-    with kube_proxy(lab, tmp_path) as pid:
+    with process_named(lab, tmp_path, "kube-proxy") as pid:
         objects = run(lab, *felix)
-        assert findings(objects) == ROUTES_ONLY | {("cpu.kube-proxy-fight", "kube-proxy")}  # it serves the node itself
+        assert findings(objects) == BASELINE | {("cpu.kube-proxy-fight", "kube-proxy")}
         (fight,) = [each for each in objects if each.get("id") == "cpu.kube-proxy-fight" and each["type"] == "finding"]
         assert any(f"process {pid}: " in each for each in fight["evidence"])
         kept = felix_file(tmp_path, bpfKubeProxyIptablesCleanupEnabled=False, bpfKubeProxyHealthzPort=0)
-        assert findings(run(lab, "--felix-config", kept)) == ROUTES_ONLY
-        assert findings(run(lab)) == ROUTES_ONLY | {("services.kube-proxy-beside", None)}
+        assert findings(run(lab, "--felix-config", kept)) == BASELINE
+        assert findings(run(lab)) == BASELINE | {("services.kube-proxy-beside", None)}
     assert findings(run(lab, *felix)) == BASELINE
+
+
+@pytest.mark.parametrize(("name", "found"), [("kubelet", {("services.host-without-nat", None)}), ("k3s-server", set())])
+def test_that_no_kube_proxy_runs_is_known_beside_a_kubelet(
+    lab: Lab, tmp_path: Path, felix: tuple[str, str], name: str, found: Found
+) -> None:
+    with process_named(lab, tmp_path, name):
+        assert findings(run(lab, *felix)) == BASELINE | found
 
 
 def test_vxlan_blocked(lab: Lab, felix: tuple[str, str], tmp_path: Path) -> None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+from pyroute2 import netns as pyroute_netns
 
 from calitrace.kernel import netns, syscall
 from calitrace.lab import network, processes, state
 from calitrace.lab.topology import Lab
-from tests.netns.conftest import COMMAND, calitrace, left_behind, on
+from tests.kernel.conftest import remove_namespaces_of_dead_runs
+from tests.netns.conftest import COMMAND, calitrace, left_behind, on, take_down_labs_of_dead_runs
 
 pytestmark = pytest.mark.root
 
@@ -41,6 +45,29 @@ def struck_up(lab: Lab, when: str, number: int, fatal: int) -> subprocess.Comple
     """Run `up` and hit it with a signal before or after the record is written for the *number*-th time."""
     words = [sys.executable, "-c", STRIKE, when, str(number), str(fatal), "lab", "up", "--name", lab.name]
     return subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_what_a_dead_run_of_the_tests_left_goes() -> None:
+    """A lab, and the two namespaces of tests/kernel; those of this run stay."""
+    with subprocess.Popen(["true"]) as dead:
+        pass
+    gone, mine = Lab(f"test-{dead.pid}-0"), Lab(f"test-{os.getpid()}-lives")
+    names = [f"ct-{side}-{pid}-0" for pid in (dead.pid, os.getpid()) for side in ("left", "right")]
+    assert on(gone, "up").returncode == 0
+    try:
+        for name in names:
+            pyroute_netns.create(name)
+        state.save(mine, state.State(phase="up"))
+        take_down_labs_of_dead_runs()
+        remove_namespaces_of_dead_runs()
+        assert (left_behind(gone), mine.state_file.exists()) == ([], True)
+        assert [name for name in names if (netns.RUN_NETNS / name).exists()] == names[2:]
+    finally:
+        state.forget(mine)
+        on(gone, "down")
+        for name in names:
+            with contextlib.suppress(OSError):
+                pyroute_netns.remove(name)
 
 
 def test_up_status_exec_down(spare: Lab) -> None:

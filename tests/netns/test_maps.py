@@ -207,8 +207,7 @@ def test_walk_stale_and_disagreeing_conntrack(lab: Lab, edit: Edit) -> None:
 
 def verdict(lab: Lab, source: str, target: str, *words: str) -> str:
     """What walk says becomes of a packet on node-a."""
-    done = calitrace("maps", "walk", source, target, *words, "--bpffs", str(lab.pins / "node-a"))
-    return done.stdout.splitlines()[-1].partition(": ")[2]
+    return str(maps(lab, "node-a", "walk", source, target, *words)[-1]["found"])
 
 
 def test_walk_ends_with_what_becomes_of_the_packet(lab: Lab, edit: Edit) -> None:

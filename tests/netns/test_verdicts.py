@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
+import socket
+import struct
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -14,7 +17,7 @@ import pytest
 
 from calitrace.kernel import netns
 from calitrace.lab.topology import Lab
-from tests.netns.conftest import calitrace, on
+from tests.netns.conftest import calitrace, changed, on
 
 pytestmark = pytest.mark.root
 TARGETS = {"tcp": "10.10.0.1:30080", "udp": "10.10.0.1:30053"}
@@ -63,6 +66,17 @@ def fabric(lab: Lab, rule: str) -> Iterator[None]:
     finally:
         with netns.inside(lab.namespace("fabric")):
             subprocess.run(["nft", "delete", "table", "bridge", "lab"], check=True)
+
+
+def shown(probe: dict[str, Any]) -> str:
+    """What the command behind a verdict prints."""
+    words = shlex.split(probe["next"])
+    if words[0] == "calitrace":
+        done = calitrace(*words[1:])
+        assert done.returncode in (0, 1), done.stderr
+    else:
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+    return done.stdout
 
 
 def only(values: list[Any]) -> Any:
@@ -116,6 +130,7 @@ def test_policy_deny(healed: Lab, level: str, proto: str) -> None:
         "interface": "calif00dbeef012",
         "hook": "tc egress",
     }
+    assert "// Start of policy default.deny-lab-clients\n" in shown(probes[0])
 
 
 def test_no_backend(healed: Lab, level: str) -> None:
@@ -126,6 +141,7 @@ def test_no_backend(healed: Lab, level: str) -> None:
     assert only([p["place"]["namespace"] for p in probes]) == healed.namespace("node-a")
     said = "Calico's maps after it: NAT backend service 1: none: refused with an ICMP error"
     assert all(said in probe["evidence"] for probe in probes)
+    assert "frontend without backend: refused with an ICMP error" in shown(probes[0])
 
 
 @pytest.mark.parametrize("proto", ["tcp", "udp"])
@@ -143,12 +159,14 @@ def test_rpf(healed: Lab, level: str, proto: str) -> None:
     assert all(said in probe["cause"] for probe in probes)
     back = f"{healed.namespace('node-a')} reaches 10.10.0.100 by cali1a2b3c4d5e6"
     assert all(probe["cause"].endswith(back) for probe in probes)
+    assert "dev cali1a2b3c4d5e6" in shown(probes[0])
 
 
 def test_no_route_to_the_backend(lab: Lab, level: str) -> None:
     probes = verdicts(lab, "tcp", "10.10.0.1:30087")
     assert only([p["calico_reason"] for p in probes]) == "RT_UNKNOWN"
     assert only([p["confidence"] for p in probes]) == "proven"
+    assert "no route: dropped, RT_UNKNOWN" in shown(probes[0])
 
 
 @pytest.mark.parametrize(("proto", "size"), [("udp", 1470), ("tcp", 1430)])
@@ -198,8 +216,28 @@ def test_a_path_with_a_smaller_mtu_that_says_nothing(lab: Lab) -> None:
     assert all(p["cause"].endswith("does a small probe come through (MTU)?") for p in probes)
 
 
-def test_a_closed_port_of_the_pod_is_the_pods(lab: Lab) -> None:
-    probes = verdicts(lab, "tcp", "10.10.0.1:30999")  # no service: the node itself refuses
+def test_where_no_service_is_the_node_itself_refuses(lab: Lab) -> None:
+    probes = verdicts(lab, "tcp", "10.10.0.1:30999")
     assert only([p["verdict"] for p in probes]) == "refused"
     assert only([p["by_calico"] for p in probes]) is False
     assert all("the node itself" in p["cause"] for p in probes)
+    assert "the host itself answers, and refuses when" in shown(probes[0])
+
+
+@pytest.mark.parametrize(
+    ("proto", "target", "service", "listens", "verdict"),
+    [("tcp", "10.10.0.1:30081", 2, False, "refused"), ("udp", "10.10.0.1:30054", 5, True, "no-reply")],
+)
+def test_what_listens_in_the_pod(lab: Lab, proto: str, target: str, service: int, listens: bool, verdict: str) -> None:
+    """A backend with another port: nothing is there, or what never answers."""
+    with contextlib.ExitStack() as stack:
+        with netns.inside(lab.namespace("pod-a")):
+            silent = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        silent.bind(("", 0))
+        port = silent.getsockname()[1]
+        backend = struct.pack("<4sHxx", socket.inet_aton("10.65.0.2"), port)
+        stack.enter_context(changed(lab.pins / "node-a" / "cali_v4_nat_be", struct.pack("<II", service, 0), backend))
+        probes = verdicts(lab, proto, target)
+        assert only([p["verdict"] for p in probes]) == verdict
+        _, *sockets = shown(probes[0]).splitlines()
+        assert [f":{port} " in each for each in sockets] == [True] * listens

@@ -75,6 +75,7 @@ from calitrace.checks.snapshot import (
 )
 from calitrace.cli.main import COMMANDS
 from calitrace.report import check as shown
+from calitrace.report import folding
 
 PROXY = (*HEALTHY.processes, Process(99, "kube-proxy", "kube-proxy --config=/x"))  # type: ignore[misc]
 FOREIGN = Program(8, "cil_from_netdev", 300)
@@ -85,6 +86,7 @@ MANAGEMENT = Link(64, "mgmt0", addresses=("172.16.0.2/24",))
 UNDER_VLAN = (*with_link(ETH0, programs={}), VLAN)
 WG = Link(21, "wg0", "wireguard", 1420, addresses=("10.9.0.1/24",), udp_port=51820)
 OWN_CT = {"cali_v4_ct4": 11}
+OWN_PROGRAM = Program(1, "cali_tc_main", 100, OWN_CT)
 INTERNAL_LOCAL = [*FRONTENDS, frontend("10.96.0.53", 53, 2, 2, 0, 2, proto=17)]
 PRINTING = ProgramTimes(
     1.0, (ProgramTime(7, "cali_tc_preambl", 7_800_000, 200), ProgramTime(10, "cali_to_hep", 180_000, 200))
@@ -288,8 +290,8 @@ FIRES: list[tuple[str, dict[str, Any], str]] = [
     ),
     (
         "services.host-without-nat",
-        {"felix_objects": felix(bpfHostNetworkedNATWithoutCTLB="Disabled")},
-        "bpfConnectTimeLoadBalancing: TCP",
+        {"felix_objects": felix(bpfHostNetworkedNATWithoutCTLB="Disabled"), "chains": Missing("no netlink")},
+        "no kube-proxy among 2 processes",
     ),
     (
         "services.host-without-nat",
@@ -333,6 +335,14 @@ FIRES: list[tuple[str, dict[str, Any], str]] = [
     (
         "maps.programs-left",
         {"programs": tuple(Program(n, ("cali_tc_preambl", "p4i_cali123")[n % 2], 100, OWN_CT) for n in range(800))},
+        "800 programs of Calico's for 4 interfaces, 80000 bytes",
+    ),
+    (
+        "maps.programs-left",  # of before an upgrade, as an interface still has them
+        {
+            "programs": tuple(Program(n, "calico_tc_main", 100, {"cali_v4_ct3": 5}) for n in range(800)),
+            "links": with_link(ETH0, programs=dict.fromkeys(BOTH, (Program(1, "cali_tc_preambl", 1, {"x": 5}),))),
+        },
         "800 programs of Calico's for 4 interfaces, 80000 bytes",
     ),
     (
@@ -1141,6 +1151,11 @@ UNKNOWN: list[tuple[str, dict[str, Any], str]] = [
         "which of 800 programs of Calico's",
     ),
     (
+        "maps.programs-left",
+        {"programs": (*(Program(n, "cali_tc_main", 100, {"cali_v4_ct3": 99}) for n in range(800)), OWN_PROGRAM)},
+        "800 programs use a cali_v4_ct3, which is not this node's: they are left of before an upgrade, unless a node",
+    ),
+    (
         "services.macvtap",
         {"links": MACVTAP, "kubernetes": Missing("no"), "maps": (pinned("cali_counters2", (8, 112), []),)},
         "this is v3.26 to v3.29",
@@ -1149,6 +1164,15 @@ UNKNOWN: list[tuple[str, dict[str, Any], str]] = [
         "services.host-without-nat",
         {"felix_objects": felix(bpfHostNetworkedNATWithoutCTLB="Disabled"), "processes": Missing("not root")},
         "whether kube-proxy runs",
+    ),
+    *(
+        ("services.host-without-nat", {"felix_objects": felix(bpfHostNetworkedNATWithoutCTLB="Disabled")} | proxy, why)
+        for proxy, why in (  # the last: kube-proxy is part of k3s, or this is a container of its own
+            ({"chains": ("KUBE-SERVICES", "cali-FORWARD")}, "which may serve the node itself: 1 chains of kube-proxy"),
+            ({"chains": ("kube-proxy/services",)}, "which may serve the node itself: 1 chains of kube-proxy"),
+            ({"links": (*LINKS, Link(50, "kube-ipvs0", addresses=("10.96.0.1/32",)))}, "kube-ipvs0: 1 addresses"),
+            ({"processes": (Process(57, "calico-node"), Process(8, "k3s-server"))}, "no process kubelet in sight"),
+        )
     ),
     ("services.felix-started", {"felix_lines": (line("something"),)}, "does not go back"),
     ("services.host-conntrack-bypass", GONE_ALL, "depends on Calico's release"),
@@ -1267,7 +1291,7 @@ def test_every_check_explains_itself() -> None:
         assert check.id in text
         assert check.explanation[0].isupper()
         assert f"needs: {', '.join(check.needs)}" in text
-        assert all(len(each) <= shown.WIDTH for each in text.splitlines())
+        assert all(len(each) <= folding.WIDTH for each in text.splitlines())
 
 
 def test_the_daemonset_says_felixs_environment_where_the_process_is_not_seen() -> None:
@@ -1416,6 +1440,18 @@ def test_what_felix_failed_to_change_long_ago_is_over(failed: str, last: str, na
     lines = (*(line(text, "WARNING", failed),) * 5, line("Summarising 3 loops", time=last), "bird: x")
     found = result("services.log-attach", felix_lines=lines).findings
     assert [each.meaning.partition(",")[0] for each in found] == ["the interface has its programs"] * fires
+
+
+@pytest.mark.parametrize(
+    ("links", "name"), [(bare(), ' name="eth0"'), (LINKS, ""), (Missing("no netlink"), ' name="eth0"')]
+)
+def test_what_felix_failed_to_attach_long_ago_is_over(links: Any, name: str) -> None:
+    """It tries again at least every 90 s. That an interface has no programs now may be meant: it is a bond's port."""
+    for failed, severities in (("2026-11-23 09:51:00.000", [Severity.ERROR]), ("2026-11-23 06:51:00.000", [])):
+        failing = line(f"Failed to apply policy to endpoint, leaving it dirty error=x{name}", "WARNING", failed)
+        lines = (failing, line("Summarising 3 loops", time="2026-11-23 10:00:00.000"))
+        found = result("services.log-attach", links=links, felix_lines=lines).findings
+        assert [each.severity for each in found] == severities
 
 
 def test_what_felix_fails_to_change_is_less_grave_than_what_it_fails_to_attach() -> None:
@@ -1581,7 +1617,7 @@ def test_table() -> None:
         "         page   Troubleshoot access to services",
     ]
     assert lines[6:9] == ["WARNING  services.mtu  a|b", "         saw    one", "                two"]
-    assert all(len(each) <= shown.WIDTH for each in lines)
+    assert all(len(each) <= folding.WIDTH for each in lines)
     assert "         no API server was asked (2 checks)" in lines
     assert lines[-1] == "1 error, 1 warning; 1 check passed, 2 not run"
     verbose = "\n".join(shown.iter_table(results_with(WARNING), verbose=True))
@@ -1598,7 +1634,7 @@ def test_a_command_is_folded_so_that_a_shell_takes_it() -> None:
     lines = list(shown.iter_table(results_with(finding)))
     at = next(number for number, each in enumerate(lines) if each.startswith("         fix"))
     fix = lines[at : next(n for n, each in enumerate(lines) if each.startswith("         page"))]
-    assert all(len(each) <= shown.WIDTH for each in fix)
+    assert all(len(each) <= folding.WIDTH for each in fix)
     assert fix[0].endswith(" \\")
     assert "                ip link show  # is it's there?" in fix
     assert "                calico-node -bpf nat dump" in fix

@@ -20,6 +20,7 @@ from calitrace.cli import drops
 from calitrace.correlate import noise
 from calitrace.correlate.drops import Cause, Confidence, Dropped, Joiner, Names, Place, explain, stack
 from calitrace.decode import decode
+from calitrace.events import NO_REASON
 from calitrace.kernel.collectors import Collectors, Plan
 from calitrace.model import Cell
 from calitrace.report import drops as report
@@ -151,6 +152,26 @@ def test_a_tunnel_that_a_socket_did_not_take_was_not_left_to_nobody(reason: str,
     cause = explain(dropped.event, [], None, topology(), Names({9: reason}, {0xF00: "udp_queue_rcv_one_skb+0x12"}))
     assert cause.text == f"dropped by the kernel, not by Calico: {reason} in udp_queue_rcv_one_skb+0x12{meaning}"
     assert cause.detail == f"{reason} in udp_queue_rcv_one_skb"
+
+
+@pytest.mark.parametrize(
+    ("function", "reason", "said"),
+    [
+        ("__udp4_lib_rcv", NO_REASON, "; no socket, it seems: VXLAN on UDP 4789 with VNI 4096: "),
+        ("udp_queue_rcv_one_skb", NO_REASON, ""),  # there was a socket, whose buffer may be full
+        ("__udp4_lib_rcv", 2, ""),  # not specified: this kernel would say that there is no socket
+    ],
+)
+def test_a_kernel_without_reasons_does_not_say_that_nothing_wanted_a_tunnel(
+    function: str, reason: int, said: str
+) -> None:
+    """What UDP drops there may have a wrong checksum as well, and be a tunnel that is taken else."""
+    recorder = Recorder()
+    recorder.drop(B_NS, UPLINK, packets.vxlan(NODE_A, NODE_B, packets.syn(), 4096), reason, location=0xF00)
+    (dropped,) = joined(recorder)
+    cause = explain(dropped.event, [], None, topology(), Names(REASONS, {0xF00: f"{function}+0x12"}))
+    assert (said in cause.text, "VXLAN" in cause.text, "VXLAN" in cause.detail) == (True, bool(said), bool(said))
+    assert cause.confidence is (Confidence.LIKELY if said else Confidence.PROVEN)
 
 
 def test_a_later_fragment_has_no_ports() -> None:

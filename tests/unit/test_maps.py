@@ -749,6 +749,24 @@ def test_a_whole_chain() -> None:
     assert [step.lookup for step in walk.walk(PACKET, tables(interfaces=None))].count("ifstate") == 0
 
 
+def test_a_walk_is_read_at_80_columns() -> None:
+    lines = list(mapdump.iter_walk(walk.walk(PACKET, changed("backends", 0, addr="10.77.0.9"))))
+    assert [line for line in lines if len(line) > 80] == []
+    assert lines[1:4] == [
+        "ok      conntrack     tcp 10.10.0.100:4000 <-> 10.10.0.1:30080: none: a new",
+        "                        connection, which another TCP packet than a SYN cannot",
+        "                        begin",
+    ]
+    assert lines[-6:] == [
+        "BROKEN  route         10.77.0.9: none",
+        "                      no route: dropped, RT_UNKNOWN",
+        "ok      route         10.65.1.2: 10.65.1.0/26 workload, next hop 10.10.0.2",
+        "tcp 10.10.0.100:4000 -> 10.10.0.1:30080: 1 of 2 new connections: dropped,",
+        "        RT_UNKNOWN (no route); 1 of 2 new connections: forwarded in Calico's",
+        "        VXLAN to node 10.10.0.2, for 10.65.1.2:8080",
+    ]
+
+
 @pytest.mark.parametrize(
     ("changes", "broken"),
     [

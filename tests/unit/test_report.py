@@ -13,7 +13,7 @@ from calitrace import journal
 from calitrace.correlate.analysis import Analysis, analyse
 from calitrace.errors import Malformed
 from calitrace.model import Namespace, Outcome, Role, Topology
-from calitrace.report import jsonlines, text
+from calitrace.report import folding, jsonlines, text
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 
@@ -30,7 +30,10 @@ def recorded(**changed: Any) -> journal.Journal:
     """A journal of a probe that policy denied at the pod."""
     recorder = Recorder()
     denied_at_the_pod(recorder, log=True, state=None)
-    header = {"run_id": RUN_ID, "vxlan_port": 4789, "drop_reasons": REASONS, "topology": topology().to_map(), **changed}
+    header = {
+        "run_id": RUN_ID, "vxlan_port": 4789, "drop_reasons": REASONS, "topology": topology().to_map(),
+        "policy_files": ["/var/run/calico/bpf/policy/cali1_ingress_v4.json"], **changed,
+    }  # fmt: skip
     return journal.Journal(header, [*recorder.records, b"short"], {0: probe()}, totals={"lost": {"hop": 1}}, cut_at=9)
 
 
@@ -44,7 +47,7 @@ def analysis() -> Analysis:
 def test_text() -> None:
     lines = [*text.iter_report(analysis()), text.summary(analysis())]
     assert "".join(f"{line}\n" for line in lines) == (GOLDEN / "denied.txt").read_text()
-    assert max(map(len, lines)) <= text.WIDTH
+    assert max(map(len, lines)) <= folding.WIDTH
 
 
 def test_json() -> None:
@@ -54,7 +57,7 @@ def test_json() -> None:
 @pytest.mark.parametrize(
     "changed",
     [{"run_id": "x"}, {"topology": 3}, {"topology": [{}]}, {"topology": [{"inum": []}]}, {"drop_reasons": 3},
-     {"rules": None}, {"warnings": 3}],
+     {"rules": None}, {"warnings": 3}, {"policy_files": 3}],
 )  # fmt: skip
 def test_a_wrong_header_is_malformed(changed: dict[str, Any]) -> None:
     with pytest.raises(Malformed):

@@ -17,7 +17,7 @@ from calitrace.correlate.drops import Confidence, Place
 from calitrace.correlate.verdict import Kind, Verdict
 from calitrace.events import HopKind
 from calitrace.model import Link, Namespace, Outcome, Probe, Role, Topology
-from calitrace.report import jsonlines, text
+from calitrace.report import folding, jsonlines, text
 
 RECEIVE, QUEUE, XMIT, CONSUME = HopKind.RECEIVE, HopKind.QUEUE, HopKind.XMIT, HopKind.CONSUME
 CLIENT_NS, A_NS, B_NS, POD_NS, FABRIC_NS = 1, 2, 3, 4, 5
@@ -87,7 +87,7 @@ def judged(
     analysis = analyse(recorded, short_names=True)
     for verbose in (False, True):
         for line in text.iter_report(analysis, verbose=verbose):
-            assert verbose or len(line) <= text.WIDTH
+            assert verbose or len(line) <= folding.WIDTH
     assert list(jsonlines.iter_objects(analysis))
     return analysis.verdicts[0]
 

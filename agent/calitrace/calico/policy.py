@@ -19,6 +19,7 @@ from calitrace.errors import Malformed
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
+DIRECTORY = "/var/run/calico/bpf/policy"
 _MATCH_ID = re.compile(r"Rule MatchID:\s*(0x[0-9a-fA-F]+|\d+)")
 _START = re.compile(r"Start of (?P<kind>\S+)\s*(?P<rest>.*)", re.DOTALL)
 _END_OF_RULE = "End of rule"

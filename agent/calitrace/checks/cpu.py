@@ -7,7 +7,16 @@ from typing import Any
 from calitrace.calico.felix_config import Settings, Unset
 from calitrace.calico.release import Release
 from calitrace.checks.finding import Check, Finding, Said, Section, Severity, Unknown
-from calitrace.checks.objects import KUBE_PROXY_OFF, ebpf_on, grep_log, iter_numbered, kube_proxies, patch
+from calitrace.checks.objects import (
+    KUBE_PROXY_OFF,
+    ebpf_on,
+    grep_log,
+    iter_numbered,
+    kube_proxies,
+    patch,
+    proxy_chains,
+    proxy_rules,
+)
 from calitrace.checks.snapshot import Link, Map, Process, ProgramTimes, ThreadTimes
 
 Links = tuple[Link, ...]
@@ -73,18 +82,15 @@ def kube_proxy_rules(links: Links, chains: tuple[str, ...], processes: tuple[Pro
 
     They cost each packet that enters the host's stack, and send traffic to endpoints that have long gone.
     """
-    mine = _of_proxy(chains) + [each for each in chains if each.startswith("kube-proxy/")]
-    addresses = [
-        f"kube-ipvs0: {len(link.addresses)} addresses" for link in links if link.name == "kube-ipvs0" and link.addresses
-    ]
+    left = proxy_rules(links, chains)
     found = kube_proxies(processes)
     if isinstance(found, Unknown):
         yield found
-    elif (mine or addresses) and ebpf_on(links) and not found:
+    elif left and ebpf_on(links) and not found:
         yield Finding(
             Severity.WARNING,
             "",
-            (*addresses, *([f"{len(mine)} chains of kube-proxy"] if mine else []), *iter_numbered(mine, 3)),
+            tuple(left),
             "left of a kube-proxy that no longer runs (projectcalico/calico#4146 looked like that)",
             "kube-proxy --cleanup  # on this node; or restart the node",
         )
@@ -97,7 +103,7 @@ def kube_proxy_rules_return(links: Links, chains: tuple[str, ...], chains_later:
     inside another process such as k3s's. kube-proxy looks after its rules each 30 s, so --interval 60 sees most.
     """
     known = set(chains)
-    new = [chain for chain in _of_proxy(chains_later) if chain not in known]
+    new = [chain for chain in proxy_chains(chains_later) if chain not in known]
     if new and ebpf_on(links):
         yield Finding(
             Severity.WARNING,
@@ -107,10 +113,6 @@ def kube_proxy_rules_return(links: Links, chains: tuple[str, ...], chains_later:
             "(projectcalico/calico#10538)",
             f"{KUBE_PROXY_OFF}; where it has to stay; " + patch('"bpfKubeProxyIptablesCleanupEnabled":false'),
         )
-
-
-def _of_proxy(chains: tuple[str, ...]) -> list[str]:
-    return [each for each in chains if each.startswith(("KUBE-SVC-", "KUBE-SEP-", "KUBE-SERVICES", "KUBE-EXT-"))]
 
 
 def min_sync_period(thread_times: ThreadTimes, felix: Settings, maps: tuple[Map, ...]) -> Said:

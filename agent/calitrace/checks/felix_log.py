@@ -12,6 +12,8 @@ from calitrace.checks.objects import ebpf_on, patch
 from calitrace.checks.snapshot import Link
 
 Links = tuple[Link, ...]
+# Felix tries again at each update, and each 90 s to refresh its routes and sets: what it has long not said is over.
+_RETRIED = "services.log-attach"
 _STILL = 5  # times that an interface fails and is no passing trouble; projectcalico/calico#10376
 _OLD_PROGRAMS = (
     "the interface has its programs, and Felix fails again and again to change them: they may be those of an earlier "
@@ -43,12 +45,14 @@ def felix_started(felix_log: tuple[log.Line, ...], links: Links) -> Said:
 def _from_log(known: log.Known, felix_log: tuple[log.Line, ...], links: Links | None = None) -> Iterator[Finding]:
     found = log.present(known, felix_log)
     grave, meaning = known.grave, known.meaning
-    if known.check == "services.log-attach" and links is not None:
+    if known.check == _RETRIED:
+        found = log.recent(found, felix_log[-1])
+    if known.check == _RETRIED and links is not None:
         lasting = [line for line in found if not _recovered(line, links)]
         if not lasting:
             # Its programs are there, and still Felix tries: what it tries to change does not come about.
             here = {link.name for link in links}
-            late = [line for line in log.recent(found, felix_log[-1]) if log.interface(line) in here]
+            late = [line for line in found if log.interface(line) in here]
             again = Counter(map(log.interface, late))
             found = [line for line in late if again[log.interface(line)] >= _STILL]
             grave, meaning = False, _OLD_PROGRAMS
@@ -78,5 +82,6 @@ def log_checks(area: str) -> tuple[Check, ...]:
 
 def _log_function(row: log.Known) -> partial[Iterator[Finding]]:
     function = partial(_from_log, row)
-    function.__doc__ = f"Looks in Felix's log for: {row.text}\n\nIt means: {row.meaning}."
+    last = " of its last ten minutes" if row.check == _RETRIED else ""
+    function.__doc__ = f"Looks in Felix's log{last} for: {row.text}\n\nIt means: {row.meaning}."
     return function

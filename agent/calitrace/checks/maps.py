@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 
 from calitrace.calico import maptables
 from calitrace.calico.felix_config import Settings, Unset
@@ -275,13 +276,24 @@ def programs_left(programs: tuple[Program, ...], links: Links, maps: Maps) -> Sa
 
     Before v3.27 each hook has a chain of about ten programs of its own, since then one or two and a share in common
     ones. Each takes kernel memory, and counts against net.core.bpf_jit_limit. Of several nodes on one machine those
-    programs count that use this node's maps.
+    programs count that use this node's maps: those that are pinned, and those of before an upgrade that a program at
+    an interface still uses.
     """
     here = sum(link.any_calico for link in links)
     calicos, own = [each for each in programs if _is_calicos(each)], {each.id for each in maps}
+    attached = (program for link in links for hook in link.programs.values() for program in hook)
+    own |= {used for program in attached if program.is_calico for used in program.maps.values()}
     mine = [each for each in calicos if own & set(each.maps.values())]
+    others = Counter(name for each in calicos if not own & set(each.maps.values()) for name in each.maps)
+    bases, names = {identify(each.name)[0] for each in maps}, {each.name for each in maps}
     if here and len(calicos) > _MOST_PROGRAMS and not mine:
         yield Unknown(f"which of {len(calicos)} programs of Calico's use this node's maps is not known")
+    for name, count in others.items():
+        if here and count > _MOST_PROGRAMS and identify(name)[0] in bases and name not in names:
+            yield Unknown(
+                f"{count} programs use a {name}, which is not this node's: they are left of before an upgrade, unless "
+                "a node of another release is on this machine"
+            )
     used = sum(each.jited_bytes for each in mine)
     if here and len(mine) > _MOST_PROGRAMS + _MOST_OF_INTERFACE * here:
         yield Finding(

@@ -229,6 +229,19 @@ def kube_proxies(processes: tuple[Process, ...]) -> list[Process] | Unknown:
     return found
 
 
+def proxy_chains(chains: tuple[str, ...]) -> list[str]:
+    """The chains that kube-proxy makes with iptables."""
+    return [each for each in chains if each.startswith(("KUBE-SVC-", "KUBE-SEP-", "KUBE-SERVICES", "KUBE-EXT-"))]
+
+
+def proxy_rules(links: tuple[Link, ...], chains: tuple[str, ...]) -> list[str]:
+    """What a kube-proxy, of any name and any mode, makes in the kernel; it stays when the process goes."""
+    mine = proxy_chains(chains) + [each for each in chains if each.startswith("kube-proxy/")]
+    held = [link for link in links if link.name == "kube-ipvs0" and link.addresses]
+    found = [f"kube-ipvs0: {len(link.addresses)} addresses" for link in held]
+    return [*found, *([f"{len(mine)} chains of kube-proxy"] if mine else []), *iter_numbered(mine, 3)]
+
+
 def widened(felix: Settings, field: str, name: str) -> str:
     """The command that lets a pattern for interfaces match one more."""
     setting = felix.get(field)

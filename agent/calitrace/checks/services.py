@@ -32,6 +32,7 @@ from calitrace.checks.objects import (
     name_of,
     node_addresses,
     patch,
+    proxy_rules,
     uplinks,
     widened,
 )
@@ -743,10 +744,17 @@ def nat_interfaces(links: Links, felix: Settings, release: Release) -> Said:
 
 
 def host_without_nat(
-    links: Links, felix: Settings, release: Release, processes: tuple[Process, ...] | None = None
+    links: Links,
+    felix: Settings,
+    release: Release,
+    processes: tuple[Process, ...] | None = None,
+    chains: tuple[str, ...] | None = None,
 ) -> Said:
     """Looks for a node whose own processes reach services in no way: bpfHostNetworkedNATWithoutCTLB Disabled, and
     connect-time load balancing that leaves out UDP (TCP) or everything (Disabled), without kube-proxy (v3.27).
+
+    That there is no kube-proxy is believed only where a kubelet is in sight, as for services.kube-proxy-absent, and
+    where the kernel has none of its rules.
     """
     if release.oldest < (3, 27):
         yield Unknown(f"the switches for it are of v3.27, and this is {release}")
@@ -763,11 +771,21 @@ def host_without_nat(
         return
     if processes is None:
         yield Unknown("whether kube-proxy runs, which would serve the node itself, is not known")
-    elif not any(each.name == "kube-proxy" for each in processes):
+        return
+    found, rules = kube_proxies(processes), proxy_rules(links, chains or ())
+    if isinstance(found, Unknown):
+        yield found
+    elif rules and not found:
+        yield Unknown(f"no kube-proxy in sight, but its rules, which may serve the node itself: {', '.join(rules)}")
+    elif not found:
         yield Finding(
             WARNING,
             "",
-            (str(without), str(ctlb if legacy.value is None else legacy)),
+            (
+                str(without),
+                str(ctlb if legacy.value is None else legacy),
+                f"no kube-proxy among {len(processes)} processes",
+            ),
             f"the node itself, and pods on its network, reach no service{what} "
             "(metal-stack/gardener-extension-provider-metal#506)",
             patch('"bpfHostNetworkedNATWithoutCTLB":"Enabled"', without),

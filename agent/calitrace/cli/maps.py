@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from calitrace.calico import WORKLOAD_PREFIX, pods
+from calitrace.calico import WORKLOAD_PREFIX, pods, policy
 from calitrace.cli import map_changes, map_source, map_words
 from calitrace.cli.commands import Commands
 from calitrace.errors import Error, Exit, LayoutMismatch, Malformed, NotCalico, UsageError
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from calitrace.calico.maps import RawMap
 
-POLICY_DIRECTORY = Path("/var/run/calico/bpf/policy")
 # Command: what it shows, and the maps' base names without cali_ and family.
 SUBJECTS = {
     "arp": ("Neighbours that NodePort tunnels were received from.", ("arp",)),
@@ -74,7 +73,7 @@ _WHERE = (
     click.option("--netns", default="", help="Look through the mounts of a process in this network namespace."),
     click.option("--pid", type=int, help="Look through the mounts of this process."),
     click.option(
-        "--policy-dir", type=click.Path(path_type=Path), default=POLICY_DIRECTORY, show_default=True,
+        "--policy-dir", type=click.Path(path_type=Path), default=policy.DIRECTORY, show_default=True,
         help="Felix's policy debug files.",
     ),
 )  # fmt: skip
@@ -297,8 +296,6 @@ def _policy(words: tuple[str, ...], asm: bool, **options: Any) -> int:
 
     Rules are named by Felix's policy debug files (bpfPolicyDebugEnabled).
     """
-    from calitrace.calico import policy
-
     if not words:
         return _dump("policy", **options)
     interface, *hooks = words
@@ -620,6 +617,7 @@ def _walk(source_end: str, target: str, ingress: str, **options: Any) -> int:
     from dataclasses import asdict
 
     from calitrace.correlate import walk
+    from calitrace.report import mapdump
 
     place, _, proto = target.partition("/")
     if proto not in ("tcp", "udp"):
@@ -642,15 +640,9 @@ def _walk(source_end: str, target: str, ingress: str, **options: Any) -> int:
         source.note(f"no interface {ingress} is here")
     packet = walk.Packet(src, sport, dst, dport, proto, ingress)
     steps = walk.walk(packet, map_source.tables(source, ipv6=":" in dst, packet=packet if sport else None))
-    for step in steps:
-        if _as_json(options):
-            click.echo(json.dumps(asdict(step)))
-        elif step.lookup == "verdict":
-            click.echo(f"{step.key}: {step.found}")
-        else:
-            click.echo(f"{'BROKEN' if step.broken else 'ok':7} {step.lookup:13} {step.key}: {step.found}")
-            if step.broken:
-                click.echo(f"{'':7} {'':13} {step.broken}: {step.suffers}")
+    lines = (json.dumps(asdict(step)) for step in steps) if _as_json(options) else mapdump.iter_walk(steps)
+    for line in lines:
+        click.echo(line)
     _finish(source)
     return int(Exit.FINDINGS if any(step.broken for step in steps) else Exit.DONE)
 

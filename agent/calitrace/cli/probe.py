@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from calitrace.calico import policy
 from calitrace.cli.commands import Commands
 from calitrace.cli.terminal import columns
 from calitrace.errors import Exit, UsageError
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from calitrace.model import Probe
     from calitrace.probes.run import ProbeRun, Settings
 
-POLICY_DIRS = (Path("/var/run/calico/bpf/policy"),)
+POLICY_DIRS = (Path(policy.DIRECTORY),)
 LAB_POLICY_DIRS = (Path("/run/calitrace"), "*/*/policy")
 
 

@@ -164,7 +164,8 @@ def header(
 ) -> dict[str, Any]:
     """What a journal must know to be read elsewhere. *warnings*: to which those about rule names are added."""
     reasons = types.enum("skb_drop_reason") if types else None
-    rules, unread = rule_names(policy_dirs)
+    directories = list(policy_dirs)
+    rules, unread = rule_names(directories)
     warnings += unread
     return {
         **origin(),
@@ -175,6 +176,7 @@ def header(
         "client": client,
         "drop_reasons": reasons or {},
         "rules": rules,
+        "policy_files": [str(file) for each in directories for file in sorted(each.glob("*.json"))],
         "topology": topology.to_map(),
         "warnings": warnings,
     }

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from calitrace.correlate import walk
+from calitrace.correlate import advice, walk
 from calitrace.correlate.drops import Names
 from calitrace.correlate.journey import Journey, Journeys
 from calitrace.correlate.verdict import Verdict, judge
@@ -40,17 +40,17 @@ def analyse(journal: Journal, *, short_names: bool = False) -> Analysis:
     """
     header = journal.header
     try:
-        topology = Topology.from_map(header["topology"])
+        whole = Topology.from_map(header["topology"])
         names = Names(dict(header["drop_reasons"]), journal.symbols, dict(header.get("rules", {})))
         run_id, vxlan_port = int(header["run_id"]), int(header["vxlan_port"])
         probes = [_probe(each) for _, each in sorted(journal.probes.items())]
         lost = sum(dict(journal.totals.get("lost", {})).values())
         notes = [f"warning: {each}" for each in header.get("warnings", [])]
+        host, files = str(header.get("node", "")), [str(each) for each in header.get("policy_files", [])]
         walks = {netns: [walk.Step(**each) for each in steps] for netns, steps in journal.walks.items()}
     except (KeyError, TypeError, ValueError) as wrong:
         raise Malformed(0, "a complete header", f"{type(wrong).__name__} {wrong}", "journal") from wrong
-    if short_names:
-        topology = topology.shortened()
+    topology = whole.shortened() if short_names else whole
     decoder = Decoder(vxlan_port)
     journeys = Journeys(run_id, probes, topology)
     for event in decoder.iter_events(journal.events):
@@ -58,11 +58,17 @@ def analyse(journal: Journal, *, short_names: bool = False) -> Analysis:
     numbers = {name: number for number, name in names.drop_reasons.items()}
     otherhost = numbers.get("SKB_DROP_REASON_OTHERHOST")
     found = [each.without_flooded(otherhost) for each in journeys.journeys.values()]
+    verdicts = [judge(each, topology, names, lost, walks) for each in found]
+    at = {topology.namespaces[inum].name: each for inum, each in whole.namespaces.items()}
+    places = [at.get(each.place.namespace) if each.place else None for each in verdicts]
     return Analysis(
         topology,
         names,
         found,
-        [judge(each, topology, names, lost, walks) for each in found],
+        [
+            replace(verdict, next=advice.command(journey, verdict, place, host, files))
+            for journey, verdict, place in zip(found, verdicts, places, strict=True)
+        ],
         lost,
         journeys.outside,
         decoder.malformed,

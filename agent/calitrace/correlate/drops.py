@@ -120,8 +120,10 @@ _XDP_FUNCTIONS = ("do_xdp_generic", "netif_receive_generic_xdp", "bpf_prog_run_g
 # Where the kernel fails to do what a program's redirect said: the device is gone or down, or no neighbour answers.
 # Source: net/core/filter.c
 _REDIRECTS = ("skb_do_redirect", "__bpf_redirect", "bpf_out_neigh_v")
-# The host's own UDP, which gets a packet of Calico's tunnel only where no program took it. Source: net/ipv4/udp.c
-_UDP_RECEIVES = ("__udp4_lib_rcv", "udp_unicast_rcv", "udp_queue_rcv", "udp_rcv")
+# The host's own UDP, which gets a packet of Calico's tunnel only where no program took it. It drops here what no socket
+# wants; also a wrong checksum and what IPsec refuses, which only a reason tells apart. What a socket was found for is
+# dropped elsewhere. Source: net/ipv4/udp.c
+_NO_SOCKET, _UDP_RECEIVES = "NO_SOCKET", ("__udp4_lib_rcv", "udp_rcv")
 # The kernel's reasons that an operator can do something about. Source: include/net/dropreason-core.h
 _KERNEL = {
     "FRAG_REASM_TIMEOUT": "the rest of its fragments never came",
@@ -131,7 +133,7 @@ _KERNEL = {
     "IP_RPFILTER": "the kernel's own reverse path filter, rp_filter",
     "NEIGH_FAILED": "the next hop does not answer ARP",
     "NETFILTER_DROP": "a rule of iptables or nftables there",
-    "NO_SOCKET": "nothing listens there",
+    _NO_SOCKET: "nothing listens there",
     "PKT_TOO_BIG": "larger than the MTU",
     "SOCKET_RCVBUFF": "the socket's receive buffer is full",
 }
@@ -175,14 +177,16 @@ def explain(drop: Drop, passages: Sequence[Passage], copy: StateCopy | None, top
         who, function = "not by Calico", symbol.split("+", 1)[0]
         if function.startswith(_REDIRECTS):
             who = "which could not redirect it as a BPF program told it to"
-        unwanted = function.startswith(_UDP_RECEIVES) and reason in ("NO_SOCKET", *_NOT_SAID)
+        unwanted = function.startswith(_UDP_RECEIVES) and reason in (_NO_SOCKET, "")
         left = _left_to_the_host(drop, link) if unwanted else ""
+        likely = left and not reason
+        left = f"no socket, it seems: {left}" if likely else left
         meaning = f"; {left}" if left else f" ({_KERNEL[reason]})" if reason in _KERNEL else ""
         return Cause(
             f"dropped by the kernel, {who}: {said_by_kernel} in {symbol}{meaning}",
             f"{left or said_by_kernel} in {function}",
             place,
-            Confidence.PROVEN,
+            Confidence.LIKELY if likely else Confidence.PROVEN,
             skb_drop_reason=reason,
             symbol=symbol,
             evidence=tuple(evidence),

@@ -60,7 +60,10 @@ class Kind(str, Enum):
 
 @dataclass(frozen=True)
 class Verdict:
-    """*cause*: one sentence. *calico_reason*: name of Calico's code; *rules*: those that decided, named if known."""
+    """*cause*: one sentence. *calico_reason*: name of Calico's code; *rules*: those that decided, named if known.
+
+    *next*: a command that shows more, or nothing.
+    """
 
     kind: Kind
     confidence: Confidence
@@ -72,6 +75,7 @@ class Verdict:
     skb_drop_reason: str = ""
     rules: tuple[str, ...] = ()
     evidence: tuple[str, ...] = ()
+    next: str = ""
 
 
 def judge(

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 import textwrap
 from collections.abc import Iterable, Iterator
 
 from calitrace.checks.finding import Check, Finding, Result, Severity, Status
 from calitrace.checks.snapshot import Missing, Snapshot
+from calitrace.report.folding import WIDTH, folded_command
 
-WIDTH = 80
-_WORD = re.compile(r"(?:'[^']*'|\"[^\"]*\"|[^\s'\"]|['\"])+")
 _COMMANDS = frozenset(
     {
         *("kubectl", "calicoctl", "calico-node", "calitrace", "bpftool", "ip", "tc", "ethtool", "sysctl", "tcpdump"),
@@ -62,7 +60,7 @@ def iter_table(results: list[Result], *, verbose: bool = False) -> Iterator[str]
         ):
             for number, line in enumerate(lines):
                 is_command = label == "fix" and line.partition(" ")[0] in _COMMANDS
-                fold = _folded_command if is_command else _folded
+                fold = folded_command if is_command else _folded
                 yield from fold(line, f"         {'' if number else label:6} ")
         yield f"         {'page':6} {result.check.section}"
         yield ""
@@ -86,25 +84,6 @@ def _folded(text: str, first: str) -> list[str]:
         text, WIDTH, initial_indent=first, subsequent_indent=" " * len(first), break_long_words=False,
         break_on_hyphens=False,
     ) or [first.rstrip()]  # fmt: skip
-
-
-def _folded_command(text: str, first: str) -> list[str]:
-    """A command that a shell still takes: broken between words, with a backslash, and before a comment."""
-    command, _, comment = text.partition("  # ")
-    lines = [first]
-    for word in _WORD.findall(command):
-        longer = f"{lines[-1]}{word} "
-        if len(longer) > WIDTH - 1 and lines[-1].strip() and lines[-1] != first:
-            lines[-1] += "\\"
-            lines.append(" " * (len(first) + 2) + f"{word} ")
-        else:
-            lines[-1] = longer
-    if comment and len(lines[-1]) + len(comment) + 3 <= WIDTH:
-        lines[-1] += f" # {comment}"
-    elif comment:
-        indent = " " * len(first)
-        lines += textwrap.wrap(comment, WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
-    return [line.rstrip() for line in lines]
 
 
 def iter_json(results: Iterable[Result]) -> Iterator[str]:

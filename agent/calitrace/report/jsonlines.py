@@ -41,6 +41,7 @@ def iter_objects(analysis: Analysis) -> Iterator[str]:
                 "skb_drop_reason": verdict.skb_drop_reason or None,
                 "rules": list(verdict.rules),
                 "evidence": list(verdict.evidence),
+                "next": verdict.next or None,
                 "hops": [_hop(analysis, step, probe.sent_ns) for step in journey.steps],
             }
         )

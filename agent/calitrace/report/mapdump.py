@@ -16,11 +16,13 @@ from calitrace.calico.maps import MOST_BACKENDS, identify
 from calitrace.calico.maptables import Layout, Table
 from calitrace.calico.timeouts import Timeouts
 from calitrace.packet import PROTOCOLS
+from calitrace.report.folding import WIDTH, folded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from calitrace.calico.maps import RawMap
+    from calitrace.correlate.walk import Step
 
 NORMAL, NAT_FWD, NAT_REV = 0, 1, 2
 _TYPES = {NORMAL: "normal", NAT_FWD: "nat-fwd", NAT_REV: "nat-rev"}
@@ -606,6 +608,18 @@ def _backend_lines(service: int, backends: Iterable[dict[str, Any] | None], *, b
     lost = "is missing" if both else "(backends were not read)"
     for ordinal, backend in enumerate(backends):
         yield f"\t{service}:{ordinal}\t {lost if backend is None else _end(backend['addr'], backend['port'])}"
+
+
+def iter_walk(steps: Iterable[Step]) -> Iterator[str]:
+    """A walk, a lookup after the other and last what becomes of the packet; of 80 columns, as it is no dump."""
+    for step in steps:
+        told = f"{step.key}: {step.found}"
+        if step.lookup == "verdict":
+            yield from folded(told, WIDTH, 8)
+            continue
+        yield from folded(f"{'BROKEN' if step.broken else 'ok':7} {step.lookup:13} {told}", WIDTH, 24)
+        if step.broken:
+            yield from folded(f"{'':22}{step.broken}: {step.suffers}", WIDTH, 24)
 
 
 def iter_ip_sets(entries: Iterable[dict[str, Any]]) -> Iterator[str]:

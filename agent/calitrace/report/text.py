@@ -11,6 +11,7 @@ from calitrace.correlate.journey import Direction, Step
 from calitrace.correlate.verdict import Kind, Verdict, tuple_of
 from calitrace.events import HopKind
 from calitrace.model import Drop, Outcome
+from calitrace.report.folding import WIDTH, folded_command
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from calitrace.correlate.analysis import Analysis
     from calitrace.correlate.journey import Journey
 
-WIDTH = 80
 _BELOW = " " * 13
 _HOPS = {HopKind.RECEIVE: "in", HopKind.QUEUE: "out", HopKind.XMIT: "sent", HopKind.CONSUME: "end"}
 
@@ -154,6 +154,8 @@ def _verdict(verdict: Verdict, members: int, total: int) -> Iterator[str]:
     rows += [("evidence" if first == 0 else "", each) for first, each in enumerate(verdict.evidence)]
     for name, text in rows:
         yield from textwrap.wrap(f"  {name:10}  {text}", WIDTH, subsequent_indent=" " * 14, break_long_words=False)
+    if verdict.next:
+        yield from folded_command(verdict.next, f"  {'next':10}  ")
 
 
 def summary(analysis: Analysis) -> str:
