@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgpack
@@ -21,6 +20,8 @@ from calitrace.model import Hop
 from tests.kernel.test_collectors import collect, send_udp
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.kernel.conftest import Pair
 
 pytestmark = pytest.mark.root
@@ -146,7 +147,10 @@ def test_neither_bcc_nor_a_module_from_the_working_directory(
     for name in ("bcc", "json", "msgpack"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit(7)")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [each for each in sys.path if not Path(each, "bcc").is_dir()])
+    first = tmp_path / "first"
+    first.mkdir()
+    (first / "bcc.py").write_text("raise ImportError")
+    monkeypatch.setattr(sys, "path", [str(first), *sys.path])
     with pytest.raises(EnvironmentUnfit, match="module bcc is not there") as failure:
         images.compiled("int f(void *context) { return 0; }", ["f"], defines={}, types=headers.kernel_btf(), inner={})
     assert not isinstance(failure.value, loader.CompileFailed)
