@@ -76,6 +76,13 @@ class Journal:
     cut_at: int | None = None
     broken: Malformed | None = None
 
+    @property
+    def gap(self) -> str:
+        """What of it could not be read, in words; empty when nothing is missing."""
+        if self.broken is not None:
+            return f"is damaged at byte {self.broken.offset}: what follows was not read"
+        return f"was cut short at byte {self.cut_at}: what follows is missing" if self.cut_at is not None else ""
+
 
 def map_bodies(raw: RawMap, blocks: Iterable[tuple[int, bytes, bytes]]) -> Iterator[dict[str, Any]]:
     """The bodies of a map's MAPS frames, one for each block: (number of entries, packed keys, packed values).
@@ -177,6 +184,8 @@ def _checked(item: object, at: int) -> tuple[str, dict[str, Any]]:
     kind, body = item
     if at == 0 and kind != HEADER:
         raise Malformed(at, f"a frame of kind {HEADER!r}", repr(kind), "journal")
+    if at != 0 and kind == HEADER:  # files that were joined: numbers of one mean nothing in the other
+        raise Malformed(at, "frames of one journal", "the header of another", "journal")
     if at == 0 and body.get("schema") != SCHEMA:
         raise Malformed(at, f"schema {SCHEMA}", f"schema {body.get('schema')}", "journal")
     raw = body.get("raw")

@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -25,8 +26,10 @@ from calitrace.kernel.collectors import Collectors, Plan
 from calitrace.model import Drop
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
+
+    from typing_extensions import Buffer
 
     from calitrace.btf import Btf
     from calitrace.correlate import walk
@@ -221,10 +224,46 @@ def watch_state(collectors: Collectors, topology: Topology, *, everywhere: bool 
     return [_UNREAD.format(topology.namespaces[inum].name, why) for inum, why in unread.items()]
 
 
+class _Output(io.BufferedWriter):
+    """A file that names itself when it cannot be written, as on a full disk: once, and not again when it is closed."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path, "x"))
+        self._path = path
+        self._failed = False
+
+    def write(self, data: Buffer, /) -> int:
+        """Raises UsageError."""
+        with self._named():
+            return super().write(data)
+
+    def flush(self) -> None:
+        """Raises UsageError."""
+        with self._named():
+            super().flush()
+
+    def close(self) -> None:
+        """Raises UsageError."""
+        failed = self._failed
+        try:
+            super().close()  # which flushes
+        except UsageError:
+            if not failed:
+                raise
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as failure:
+            self._failed = True
+            raise UsageError(f"cannot write {self._path}: {failure.strerror}") from failure
+
+
 def create(path: Path) -> BinaryIO:
-    """A new file. Raises UsageError when it exists or cannot be made."""
+    """A new file. Raises UsageError when it exists or cannot be made, and later when it cannot be written."""
     try:
-        return path.open("xb")
+        return _Output(path)
     except FileExistsError:
         raise UsageError(f"{path} exists already", "name another file, or remove it") from None
     except OSError as failure:
