@@ -255,11 +255,15 @@ def _common_prefix(names: list[str]) -> str:
 
 
 class Outcome(str, Enum):
-    """What became of a probe, seen from the one who sent it."""
+    """What became of a probe, seen from the one who sent it.
+
+    OPEN: nothing yet, and its time is not up: the run was stopped, or the journal ends here.
+    """
 
     ANSWERED = "answered"
     REFUSED = "refused"
     UNANSWERED = "unanswered"
+    OPEN = "open"
     SEND_ERROR = "send_error"
 
 

@@ -63,7 +63,7 @@ def topology(*, without_b: bool = False, foreign: bool = False, calico: bool = T
 def judged(
     recorder: Recorder, outcome: Outcome = Outcome.UNANSWERED, *, lost: int = 0, where: Topology | None = None,
     detail: str = "", size: int = 40, rules: dict[int, str] | None = None, reasons: dict[int, str] | None = None,
-    symbols: dict[int, str] | None = None, walks: dict[int, list[dict[str, Any]]] | None = None,
+    symbols: dict[int, str] | None = None, walks: dict[int, list[dict[str, Any]]] | None = None, complete: bool = True,
 ) -> Verdict:  # fmt: skip
     """The verdict on probe 0; rendering it must work and fit 80 columns."""
     probe: dict[str, Any] = {
@@ -81,7 +81,7 @@ def judged(
         {0: probe},
         symbols or {},
         totals={"lost": {"hop": lost}},
-        complete=True,
+        complete=complete,
         walks=walks or {},
     )
     analysis = analyse(recorded, short_names=True)
@@ -150,6 +150,27 @@ def test_lost_events_and_unobserved_nodes_lower_the_confidence() -> None:
     verdict = judged(recorder, where=topology(without_b=True))
     assert (verdict.kind, verdict.confidence) == (Kind.UNDERLAY, Confidence.LIKELY)
     assert "not observed" in verdict.cause
+
+
+def test_a_journal_without_its_end_proves_no_absence() -> None:
+    recorder = Recorder()
+    to_node_b(recorder)
+    verdict = judged(recorder, complete=False)
+    assert (verdict.kind, verdict.confidence) == (Kind.UNDERLAY, Confidence.LIKELY)
+
+
+def test_of_a_probe_whose_time_was_not_up_only_a_drop_tells_what_became_of_it() -> None:
+    recorder = Recorder()
+    assert judged(recorder, Outcome.OPEN).kind is Kind.UNKNOWN
+    to_pod(recorder)
+    verdict = judged(recorder, Outcome.OPEN)
+    assert (verdict.kind, verdict.confidence) == (Kind.UNKNOWN, Confidence.NONE)
+    assert verdict.cause == "not known: its time was not up when the recording ended"
+    assert verdict.evidence[-1].endswith("> pod-b eth0")
+    recorder = Recorder()
+    denied_at_the_pod(recorder, log=True, state=None)
+    verdict = judged(recorder, Outcome.OPEN)
+    assert (verdict.kind, verdict.confidence) == (Kind.DROPPED, Confidence.PROVEN)
 
 
 def test_the_underlay_loses_the_reply() -> None:

@@ -63,7 +63,7 @@ def analyse(journal: Journal, *, short_names: bool = False) -> Analysis:
         topology,
         names,
         found,
-        [judge(each, topology, names, lost, walks) for each in found],
+        [judge(each, topology, names, lost, walks, cut=not journal.complete) for each in found],
         lost,
         journeys.outside,
         decoder.malformed,

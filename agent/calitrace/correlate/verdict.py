@@ -12,9 +12,10 @@
 | refused, and that never reached A      | what refused it, and where that was lost                   |
 | evidence does not carry                | UNKNOWN                                                    |
 
-An absence proves something only where we looked and lost nothing: with lost events, or at a node that is not
-observed, the confidence falls. A drop is Calico's only when a Calico program sits at that hook and no foreign one
-does, or when Calico's own log or state says so of this very packet. "I don't know" is a verdict.
+An absence proves something only where we looked and lost nothing: with lost events, in a journal without its end, or
+at a node that is not observed, the confidence falls. Of a probe whose time was not up it says nothing at all. A drop
+is Calico's only when a Calico program sits at that hook and no foreign one does, or when Calico's own log or state
+says so of this very packet. "I don't know" is a verdict.
 """
 
 from __future__ import annotations
@@ -75,23 +76,37 @@ class Verdict:
 
 
 def judge(
-    journey: Journey, topology: Topology, names: Names, lost: int, walks: Mapping[int, Sequence[walk.Step]]
+    journey: Journey,
+    topology: Topology,
+    names: Names,
+    lost: int,
+    walks: Mapping[int, Sequence[walk.Step]],
+    *,
+    cut: bool = False,
 ) -> Verdict:
     """The verdict on one probe. *lost*: number of events that were lost while it was on its way.
 
-    *walks*: by namespace, what the maps of a node say about such a probe.
+    *cut*: the journal has no end, and so perhaps not all events. *walks*: by namespace, what the maps of a node say
+    about such a probe.
     """
-    return _Judge(journey, topology, names, lost, walks).verdict()
+    return _Judge(journey, topology, names, lost, walks, cut).verdict()
 
 
 class _Judge:
     def __init__(
-        self, journey: Journey, topology: Topology, names: Names, lost: int, walks: Mapping[int, Sequence[walk.Step]]
+        self,
+        journey: Journey,
+        topology: Topology,
+        names: Names,
+        lost: int,
+        walks: Mapping[int, Sequence[walk.Step]],
+        cut: bool,
     ) -> None:
         self.journey = journey
         self.topology = topology
         self.names = names
         self.lost = lost
+        self.gaps = cut or lost > 0
         self.walks = walks
 
     def verdict(self) -> Verdict:
@@ -103,6 +118,8 @@ class _Judge:
             return Verdict(Kind.ANSWERED, Confidence.PROVEN, f"answered{took}", evidence=self._path())
         if probe.outcome is Outcome.REFUSED:
             return self._refused(probe.detail)
+        if probe.outcome is Outcome.OPEN:
+            return self._still_open()
         refusals = [step for step in self.journey.way(Direction.REPLY) if self._is_refusal(step)]
         if refusals:
             return self._refusal_lost(refusals[-1])
@@ -245,7 +262,7 @@ class _Judge:
         if kind is HopKind.RECEIVE:
             return True
         namespace = self.topology.namespaces[first.event.netns]  # steps are of observed namespaces only
-        return not namespace.has(str(error.src)) and (kind not in _SENT or self.lost > 0)
+        return not namespace.has(str(error.src)) and (kind not in _SENT or self.gaps)
 
     def _reset(self, name: str, step: Step, became: str) -> Verdict:
         """Calico made the RST of the probe itself: a host that refuses makes one of its own."""
@@ -340,6 +357,14 @@ class _Judge:
                 evidence=self._path(),
             )
         return self._unknown(f"last seen arriving at {self._place(last)}; no drop was seen")
+
+    def _still_open(self) -> Verdict:
+        """Nothing came back, but it still might have: only a drop tells what became of it."""
+        ways = [step for each in (Direction.REQUEST, Direction.REPLY) for step in self.journey.way(each)]
+        last = next(reversed(list(_iter_conclusive(ways))), None)
+        if last is not None and isinstance(last.event, Drop):
+            return self._dropped(last, last.event)
+        return self._unknown("its time was not up when the recording ended")
 
     def _lost_in_underlay(self, last: Step, namespace: Namespace) -> Verdict:
         outer = last.event.packet.tunnel
@@ -440,7 +465,7 @@ class _Judge:
 
     def _absence(self) -> Confidence:
         """How far "not seen" can be trusted."""
-        return Confidence.PROVEN if not self.lost else Confidence.LIKELY
+        return Confidence.LIKELY if self.gaps else Confidence.PROVEN
 
     def _unknown(self, why: str) -> Verdict:
         lost = f"; {self.lost} events were lost" if self.lost else ""
