@@ -74,7 +74,8 @@ def up(lab: Lab, *, mtu: int = UNDERLAY_MTU, progress: Progress) -> None:
     """
     if not _LEAST_MTU <= mtu <= _MOST_MTU:
         raise UsageError(f"MTU {mtu} is out of range", f"choose {_LEAST_MTU} to {_MOST_MTU} bytes")
-    if not syscall.capabilities()["CAP_SYS_ADMIN"]:
+    held = syscall.capabilities()
+    if not held["CAP_SYS_ADMIN"] or not held["CAP_NET_ADMIN"]:
         raise EnvironmentUnfit("the lab makes network namespaces and loads BPF programs", "run as root")
     with _noted_signals() as signals, state.locked(lab):
         found = state.load(lab)

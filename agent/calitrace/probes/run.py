@@ -385,6 +385,8 @@ def _address(host: str) -> str:
             return socket.gethostbyname(host)
         except OSError as failure:
             raise UsageError(f"no address for {host!r}: {failure.strerror}") from failure
+        except UnicodeError as failure:  # an empty label, or one of more than 63 characters
+            raise UsageError(f"{host!r} is no host name") from failure
     if found.version != 4:
         raise UsageError(f"{host} is IPv6", "probes are IPv4 so far")
     if found.is_unspecified or found.is_multicast:

@@ -159,4 +159,5 @@ def _verdict(verdict: Verdict, members: int, total: int) -> Iterator[str]:
 def summary(analysis: Analysis) -> str:
     """One line: how many probes, and what became of them."""
     kinds = Counter(verdict.kind.value for verdict in analysis.verdicts)
-    return f"{len(analysis.verdicts)} probes: " + ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
+    what = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common()) or "stopped before the first"
+    return f"{len(analysis.verdicts)} probes: {what}"
