@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -242,3 +243,19 @@ def test_commands_without_a_lab(spare: Lab, words: tuple[str, ...], status: int)
     ended = on(spare, *words)
     assert ended.returncode == status
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("step", ["lab up", "lab log-level", "probe"])
+def test_a_demo_that_is_stopped_takes_its_lab_down(number: signal.Signals, step: str) -> None:
+    demo = Path(__file__).resolve().parents[2] / "tools" / "demo.py"
+    words = [sys.executable, "-W", "ignore", str(demo)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        for line in run.stdout:
+            if line.startswith(f"$ calitrace {step}"):
+                break
+        run.send_signal(number)
+        complaints = run.communicate(timeout=60)[1]
+    assert "Traceback" not in complaints
+    assert (run.returncode, left_behind(Lab("demo"))) == (128 + number, [])
