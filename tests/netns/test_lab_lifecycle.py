@@ -188,6 +188,24 @@ def test_down_names_a_process_that_keeps_a_namespace(spare: Lab) -> None:
         guest.stdin.close()
 
 
+def test_the_last_of_several_labs_unmounts_bpffs(spare: Lab) -> None:
+    # In a mount namespace of its own, with its own /run: other labs neither see this nor are seen.
+    script = f"""
+        lab() {{ step=$1; name=$2; shift 2; "$@" lab $step --name {spare.name}$name 2>/dev/null || exit 9; }}
+        while grep -q ' /sys/fs/bpf bpf ' /proc/mounts; do umount /sys/fs/bpf || exit 8; done
+        mount -t tmpfs tmpfs /run || exit 7
+        lab up "" "$@"
+        lab up -b "$@"
+        lab down "" "$@"
+        grep -c ' /sys/fs/bpf bpf ' /proc/mounts
+        lab down -b "$@"
+        grep -c ' /sys/fs/bpf bpf ' /proc/mounts
+    """
+    words = ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh", *COMMAND]
+    ended = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
+    assert ended.stdout.split() == ["1", "0"]
+
+
 @pytest.mark.parametrize("foreign_pin", [False, True])
 def test_bpffs_is_mounted_when_missing_and_unmounted_when_unused(spare: Lab, foreign_pin: bool) -> None:
     # In a mount namespace of its own, with its own /run: other labs neither see this nor are seen.

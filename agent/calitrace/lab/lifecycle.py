@@ -100,9 +100,11 @@ def up(lab: Lab, *, mtu: int = UNDERLAY_MTU, progress: Progress) -> None:
 
 
 def _make(lab: Lab, made: State, checkpoint: Callable[[], None], progress: Progress) -> None:
-    if mounts.filesystem(BPFFS) != "bpf":
+    missing = mounts.filesystem(BPFFS) != "bpf"
+    if missing or str(BPFFS) in state.mounted_by_labs():
         made.mounted.append(str(BPFFS))
         state.save(lab, made)
+    if missing:
         mounts.mount_bpffs(BPFFS)
     checkpoint()
     progress("namespaces, links and routes")
