@@ -81,7 +81,7 @@ def test_wrong_probes_and_totals_are_malformed() -> None:
         found.probes[0] = bad  # type: ignore[assignment]
         with pytest.raises(Malformed):
             analyse(found)
-    for totals in ({"lost": 3}, {"lost": {"hop": "x"}}):
+    for totals in ({"lost": 3}, {"lost": {"hop": "x"}}, {"changed": ["x"]}, {"changed": 3}):
         found = recorded()
         found.totals = totals
         with pytest.raises(Malformed):

@@ -64,6 +64,7 @@ def judged(
     recorder: Recorder, outcome: Outcome = Outcome.UNANSWERED, *, lost: int = 0, where: Topology | None = None,
     detail: str = "", size: int = 40, rules: dict[int, str] | None = None, reasons: dict[int, str] | None = None,
     symbols: dict[int, str] | None = None, walks: dict[int, list[dict[str, Any]]] | None = None, complete: bool = True,
+    changed: tuple[int, ...] = (),
 ) -> Verdict:  # fmt: skip
     """The verdict on probe 0; rendering it must work and fit 80 columns."""
     probe: dict[str, Any] = {
@@ -80,7 +81,7 @@ def judged(
         recorder.records,
         {0: probe},
         symbols or {},
-        totals={"lost": {"hop": lost}},
+        totals={"lost": {"hop": lost}, "changed": list(changed)},
         complete=complete,
         walks=walks or {},
     )
@@ -157,6 +158,24 @@ def test_a_journal_without_its_end_proves_no_absence() -> None:
     to_node_b(recorder)
     verdict = judged(recorder, complete=False)
     assert (verdict.kind, verdict.confidence) == (Kind.UNDERLAY, Confidence.LIKELY)
+
+
+def test_what_went_meanwhile_is_not_blamed_on_others() -> None:
+    recorder = Recorder()
+    to_node_b(recorder)
+    verdict = judged(recorder, changed=(B_NS,))
+    assert (verdict.kind, verdict.confidence) == (Kind.UNDERLAY, Confidence.LIKELY)
+    assert verdict.cause.endswith("; node-b went, or lost an interface, meanwhile")
+    assert judged(recorder, changed=(POD_NS,)).confidence is Confidence.PROVEN
+    recorder = Recorder()
+    to_pod(recorder)
+    verdict = judged(recorder, changed=(POD_NS,))
+    assert (verdict.kind, verdict.confidence) == (Kind.NO_REPLY, Confidence.LIKELY)
+    recorder = Recorder()
+    recorder.hop(QUEUE, CLIENT_NS, UPLINK, packets.syn())
+    assert judged(recorder, changed=(A_NS,)).cause == (
+        "the probe left client and never reached node-a; node-a went, or lost an interface, meanwhile"
+    )
 
 
 def test_of_a_probe_whose_time_was_not_up_only_a_drop_tells_what_became_of_it() -> None:

@@ -147,6 +147,7 @@ class Recording:
         programs = self._collectors.programs().values()
         return {
             "stats": {stat.name.lower(): value for stat, value in stats.items()},
+            "changed": self._changed(),
             "lost": {
                 "drop": stats[Stat.DROP_LOST],
                 "hop": stats[Stat.HOP_LOST],
@@ -155,6 +156,11 @@ class Recording:
                 "nested": sum(program.recursion_misses for program in programs),
             },
         }
+
+    def _changed(self) -> list[int]:
+        """Namespaces that have gone since we looked, or lost an interface."""
+        then, now = self.topology.namespaces, discover.topology().namespaces
+        return [inum for inum in then if inum not in now or then[inum].links.keys() - now[inum].links.keys()]
 
 
 def header(

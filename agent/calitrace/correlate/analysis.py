@@ -46,6 +46,7 @@ def analyse(journal: Journal, *, short_names: bool = False) -> Analysis:
         probes = [_probe(each) for _, each in sorted(journal.probes.items())]
         lost_by = dict(journal.totals.get("lost", {}))
         lost = sum(lost_by.values())
+        changed = frozenset(map(int, journal.totals.get("changed", ())))
         notes = [f"warning: {each}" for each in header.get("warnings", [])]
         walks = {netns: [_looked_up(each) for each in steps] for netns, steps in journal.walks.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as wrong:
@@ -63,7 +64,7 @@ def analyse(journal: Journal, *, short_names: bool = False) -> Analysis:
         topology,
         names,
         found,
-        [judge(each, topology, names, lost, walks, cut=not journal.complete) for each in found],
+        [judge(each, topology, names, lost, walks, cut=not journal.complete, changed=changed) for each in found],
         lost,
         journeys.outside,
         decoder.malformed,

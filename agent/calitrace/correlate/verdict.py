@@ -83,13 +83,14 @@ def judge(
     walks: Mapping[int, Sequence[walk.Step]],
     *,
     cut: bool = False,
+    changed: frozenset[int] = frozenset(),
 ) -> Verdict:
     """The verdict on one probe. *lost*: number of events that were lost while it was on its way.
 
-    *cut*: the journal has no end, and so perhaps not all events. *walks*: by namespace, what the maps of a node say
-    about such a probe.
+    *walks*: by namespace, what the maps of a node say about such a probe. *cut*: the journal has no end, and so perhaps
+    not all events. *changed*: namespaces that went meanwhile, or lost an interface.
     """
-    return _Judge(journey, topology, names, lost, walks, cut).verdict()
+    return _Judge(journey, topology, names, lost, walks, cut, changed).verdict()
 
 
 class _Judge:
@@ -101,6 +102,7 @@ class _Judge:
         lost: int,
         walks: Mapping[int, Sequence[walk.Step]],
         cut: bool,
+        changed: frozenset[int],
     ) -> None:
         self.journey = journey
         self.topology = topology
@@ -108,6 +110,7 @@ class _Judge:
         self.lost = lost
         self.gaps = cut or lost > 0
         self.walks = walks
+        self.changed = changed
 
     def verdict(self) -> Verdict:
         probe = self.journey.probe
@@ -152,7 +155,7 @@ class _Judge:
         what = "that ICMP error" if error.is_icmp_error else "that RST"
         target = self.topology.owner(probe.src)
         name = target.name if target else probe.src
-        sure = self._absence() if target else Confidence.LIKELY
+        sure = self._absence(target) if target else Confidence.LIKELY
         if isinstance(event, Drop):
             how = explain(event, last.passages, last.state, self.topology, self.names).text
             lost = f"{what} was lost at {self._place(last)}: {how}"
@@ -321,8 +324,8 @@ class _Judge:
         if namespace.role is Role.POD and not reply:
             return Verdict(
                 Kind.NO_REPLY,
-                self._absence(),
-                f"delivered to {namespace.name}, which did not answer: application or pod",
+                self._absence(namespace),
+                f"delivered to {namespace.name}, which did not answer: application or pod{self._went(namespace)}",
                 place=self._place(last),
                 evidence=self._path(),
             )
@@ -333,8 +336,9 @@ class _Judge:
         if reply and namespace.role is Role.CLIENT:
             return Verdict(
                 Kind.RETURN_PATH,
-                self._absence(),
-                f"the reply reached {namespace.name} and was not taken: a firewall there, or it came too late",
+                self._absence(namespace),
+                f"the reply reached {namespace.name} and was not taken: a firewall there, or it came too late"
+                f"{self._went(namespace)}",
                 place=self._place(last),
                 evidence=self._path(),
             )
@@ -351,7 +355,7 @@ class _Judge:
         if last.event.kind is HopKind.CONSUME:
             return Verdict(
                 Kind.NO_REPLY,
-                self._absence(),
+                self._absence(namespace),
                 f"{namespace.name} took the packet itself: no service was found for it there",
                 place=self._place(last),
                 evidence=self._path(),
@@ -386,10 +390,11 @@ class _Judge:
                 f"left {namespace.name} ({outer.src}) in VXLAN (UDP {outer.dport}) for {outer.dst}, which is "
                 f"not observed: the underlay or that node{back}{self._by_size()}"
             )
-        confidence = self._absence() if target else Confidence.LIKELY
+        confidence = self._absence(target) if target else Confidence.LIKELY
         if target and any("xdp" in link.foreign or "xdp" in link.calico for link in target.links.values()):
             confidence = Confidence.LIKELY
             cause += f", or an XDP program of {target.name}: what XDP drops is not seen arriving"
+        cause += self._went(target)
         return Verdict(
             Kind.UNDERLAY,
             confidence,
@@ -417,10 +422,10 @@ class _Judge:
             )
         elif reply:
             cause += ": return path (a firewall or load balancer between, or rp_filter there)"
-        cause += self._by_size()
+        cause += self._by_size() + self._went(target)
         return Verdict(
             Kind.RETURN_PATH if reply else Kind.UNDERLAY,
-            self._absence() if target else Confidence.LIKELY,
+            self._absence(target) if target else Confidence.LIKELY,
             cause,
             place=self._place(last),
             to=Place(name),
@@ -463,9 +468,13 @@ class _Judge:
         size = self.journey.probe.size_bytes
         return f"; of {size} bytes: does a small probe come through (MTU)?" if size > _SMALL else ""
 
-    def _absence(self) -> Confidence:
+    def _absence(self, there: Namespace) -> Confidence:
         """How far "not seen" can be trusted."""
-        return Confidence.LIKELY if self.gaps else Confidence.PROVEN
+        return Confidence.LIKELY if self.gaps or there.inum in self.changed else Confidence.PROVEN
+
+    def _went(self, there: Namespace | None) -> str:
+        """That one need not look further than to a place that is no more."""
+        return f"; {there.name} went, or lost an interface, meanwhile" if there and there.inum in self.changed else ""
 
     def _unknown(self, why: str) -> Verdict:
         lost = f"; {self.lost} events were lost" if self.lost else ""
