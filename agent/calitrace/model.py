@@ -140,6 +140,7 @@ class Link:
     peer_ifindex: int = 0
     chain: dict[str, tuple[str, ...]] = field(default_factory=dict)
     workload: bool = False
+    up: bool = True
 
 
 @dataclass(frozen=True)

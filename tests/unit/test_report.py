@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from tests.unit.packets import CLIENT, NODE_A, NODE_B, NODEPORT, RUN_ID, SPORT, Recorder
-from tests.unit.test_verdict import REASONS, denied_at_the_pod, to_node_b, topology
+from tests.unit import packets
+from tests.unit.packets import CLIENT, NODE_A, NODE_B, NODEPORT, POD, RUN_ID, SPORT, TARGET_PORT, Recorder
+from tests.unit.test_verdict import B_NS, CALI, REASONS, denied_at_the_pod, to_node_b, topology
 
 from calitrace import journal
 from calitrace.cli.report import command
 from calitrace.correlate.analysis import Analysis, analyse
 from calitrace.errors import Malformed
+from calitrace.events import HopKind
 from calitrace.model import Namespace, Outcome, Role, Topology
 from calitrace.report import jsonlines, text
 
@@ -48,6 +50,19 @@ def test_text() -> None:
     lines = [*text.iter_report(analysis()), text.summary(analysis())]
     assert "".join(f"{line}\n" for line in lines) == (GOLDEN / "denied.txt").read_text()
     assert max(map(len, lines)) <= text.WIDTH
+
+
+def test_a_program_of_a_hop_that_was_not_seen_is_given_to_no_other_node() -> None:
+    """As where the nodes' VXLAN has another port than we were told."""
+    recorder = Recorder()
+    to_node_b(recorder)
+    del recorder.records[-2:]  # node-a sent it
+    recorder.hop(HopKind.QUEUE, B_NS, CALI, packets.syn(dst=POD, dport=TARGET_PORT))
+    found = recorded()
+    found.events = recorder.records
+    lines = list(text.iter_report(analyse(found, short_names=True)))
+    (line,) = [line.split() for line in lines if "ens192-I" in line]
+    assert line[1:3] == ["?", "ens192-I"]
 
 
 def test_json() -> None:

@@ -465,6 +465,62 @@ def test_a_refusal_that_is_dropped_before_it_is_sent() -> None:
     assert verdict.cause.startswith("the pod (pod-b) refused: TCP RST from 10.65.1.2; nothing listens there; that RST")
 
 
+@pytest.mark.parametrize(
+    ("icmp", "dropped", "why"),
+    [
+        (True, False, "; a rule of iptables or nftables there rejects it"),
+        (False, True, "; a rule of iptables or nftables there rejects it"),
+        (False, False, "; nothing listens there"),
+    ],
+)
+def test_a_rule_that_rejects_is_not_for_want_of_a_listener(icmp: bool, dropped: bool, why: str) -> None:
+    recorder = Recorder()
+    to_pod(recorder)
+    syn = packets.syn(dst=POD, dport=TARGET_PORT)
+    reset = packets.tcp(POD, TARGET_PORT, CLIENT, SPORT, 0x14, 0, identity.tcp_sequence(RUN_ID, 0) + 1)
+    error = packets.icmp_error(POD, CLIENT, syn, code=3) if icmp else reset
+    recorder.hop(QUEUE, POD_NS, UPLINK, error, skb=0xBB)
+    recorder.drop(POD_NS, UPLINK, syn, 54 if dropped else NO_SOCKET)
+    reasons = {**REASONS, 54: "SKB_DROP_REASON_NETFILTER_DROP"}
+    verdict = judged(recorder, Outcome.REFUSED, detail="it", reasons=reasons)
+    assert verdict.cause == f"the pod (pod-b) refused: it{why}"
+
+
+@pytest.mark.parametrize(
+    ("about", "why"),
+    [
+        (packets.syn(), "a firewall there, or it came too late"),
+        (
+            packets.syn(dst=POD, dport=TARGET_PORT),
+            f"it is about {POD}:{TARGET_PORT}, as translated, where nobody there has sent to",
+        ),
+    ],
+)
+def test_a_refusal_that_comes_untranslated(about: bytes, why: str) -> None:
+    recorder = Recorder()
+    to_pod(recorder)
+    error = packets.icmp_error(POD, CLIENT, about, code=3)
+    recorder.hop(QUEUE, POD_NS, UPLINK, error, skb=0xBB)
+    recorder.hop(RECEIVE, CLIENT_NS, UPLINK, error, skb=0xBB)
+    assert judged(recorder).cause.endswith(f"; that ICMP error reached client, which did not take it: {why}")
+
+
+def test_an_interface_that_is_down_is_named() -> None:
+    recorder = Recorder()
+    to_node_b(recorder)
+    where = topology()
+    node = where.namespaces[B_NS]
+    down = replace(node, links={**node.links, UPLINK: replace(node.links[UPLINK], up=False)})
+    verdict = judged(recorder, where=Topology({**where.namespaces, B_NS: down}))
+    assert (verdict.kind, verdict.confidence) == (Kind.UNDERLAY, Confidence.LIKELY)
+    assert verdict.cause.endswith("; node-b's eth0 is down")
+    recorder = Recorder()
+    recorder.hop(QUEUE, CLIENT_NS, UPLINK, packets.syn(dst=NODE_B))
+    verdict = judged(recorder, where=Topology({**where.namespaces, B_NS: down}))
+    assert verdict.confidence is Confidence.LIKELY
+    assert verdict.cause == "the probe left client and never reached node-b; node-b's eth0 is down"
+
+
 def test_an_error_about_the_answer_refuses_nothing() -> None:
     recorder = Recorder()
     to_pod(recorder)

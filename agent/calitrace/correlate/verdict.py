@@ -160,7 +160,10 @@ class _Judge:
             how = explain(event, last.passages, last.state, self.topology, self.names).text
             lost = f"{what} was lost at {self._place(last)}: {how}"
         elif event.netns == (target.inum if target else -1) and event.kind is not HopKind.QUEUE:
-            lost = f"{what} reached {name}, which did not take it: a firewall there, or it came too late"
+            quoted, why = event.packet.quoted, "a firewall there, or it came too late"
+            if quoted is not None and str(quoted.dst) != probe.dst:
+                why = f"it is about {quoted.dst}:{quoted.dport}, as translated, where nobody there has sent to"
+            lost = f"{what} reached {name}, which did not take it: {why}"
         else:
             seen = "left" if event.kind in _SENT else "was last seen arriving at"
             lost = f"{what} {seen} {self._place(last)} as {error.src} and never reached {name}"
@@ -244,7 +247,11 @@ class _Judge:
         else:
             where = "the pod" if seen_at is Role.POD else "the node itself"
             cause = f"{where} ({name}) refused: {detail}"
-            if error.proto == TCP or error.is_port_unreachable:
+            # To a SYN without a listener the kernel itself answers with a RST.
+            by_rule = error.is_port_unreachable and probe.proto == TCP
+            if by_rule or any(self.names.drop_reason(drop) == "NETFILTER_DROP" for drop in drops):
+                cause += "; a rule of iptables or nftables there rejects it"
+            elif error.proto == TCP or error.is_port_unreachable:
                 cause += "; nothing listens there"
         return Verdict(
             Kind.REFUSED,
@@ -394,7 +401,10 @@ class _Judge:
         if target and any("xdp" in link.foreign or "xdp" in link.calico for link in target.links.values()):
             confidence = Confidence.LIKELY
             cause += f", or an XDP program of {target.name}: what XDP drops is not seen arriving"
-        cause += self._went(target)
+        down = self._down(target, str(outer.dst)) if target else ""
+        if down:
+            confidence = Confidence.LIKELY
+        cause += down + self._went(target)
         return Verdict(
             Kind.UNDERLAY,
             confidence,
@@ -422,10 +432,11 @@ class _Judge:
             )
         elif reply:
             cause += ": return path (a firewall or load balancer between, or rp_filter there)"
-        cause += self._by_size() + self._went(target)
+        down = self._down(target, destination) if target else ""
+        cause += self._by_size() + down + self._went(target)
         return Verdict(
             Kind.RETURN_PATH if reply else Kind.UNDERLAY,
-            self._absence(target) if target else Confidence.LIKELY,
+            self._absence(target) if target and not down else Confidence.LIKELY,
             cause,
             place=self._place(last),
             to=Place(name),
@@ -475,6 +486,11 @@ class _Judge:
     def _went(self, there: Namespace | None) -> str:
         """That one need not look further than to a place that is no more."""
         return f"; {there.name} went, or lost an interface, meanwhile" if there and there.inum in self.changed else ""
+
+    def _down(self, there: Namespace, address: str) -> str:
+        """That its interface with *address* was down when we looked."""
+        down = [link.name for link in there.links.values() if address in link.addresses and not link.up]
+        return f"; {there.name}'s {down[0]} is down" if down else ""
 
     def _unknown(self, why: str) -> Verdict:
         lost = f"; {self.lost} events were lost" if self.lost else ""
