@@ -103,6 +103,7 @@ _PLAIN: dict[Any, tuple[type, ...]] = {
     "int | None": (int, type(None)),
     "str": (str,),
     "bool": (bool,),
+    "float": (int, float),
 }
 
 

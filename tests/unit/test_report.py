@@ -102,10 +102,6 @@ def test_wrong_probes_and_totals_are_malformed() -> None:
         with pytest.raises(Malformed):
             analyse(found)
     found = recorded()
-    found.symbols = {1: None}  # type: ignore[dict-item]
-    with pytest.raises(Malformed):
-        analyse(found)
-    found = recorded()
     found.walks = {1: [{"lookup": "route", "key": "", "found": "", "suffers": 3}]}
     with pytest.raises(Malformed):
         analyse(found)

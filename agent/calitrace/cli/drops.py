@@ -365,7 +365,7 @@ class _Session:
         if stats:
             self._sum(stats, found.totals.get("lost", {}).get("nested", 0))
             # `probe --trace` records its own packets only: the others were filtered in the kernel.
-            sums.filtered += sums.seen - stats["drop_matched"] - sums.limited - sums.unsampled
+            sums.filtered += sums.seen - stats.get("drop_matched", 0) - sums.limited - sums.unsampled
         if self._settings.top:
             for line in self._report.iter_top({}, 0, self._causes, self._topology, self._names, _TOP_ROWS):
                 click.echo(line)
@@ -380,7 +380,7 @@ class _Session:
             self._pods = dict(header.get("pods", {}))
             self._names = self._drops.Names(header["drop_reasons"], self._symbols, header.get("rules", {}), self._pods)
             self._wall_ns = header["wall_ns"] - header["mono_ns"]
-        except (KeyError, TypeError) as wrong:
+        except (KeyError, TypeError, ValueError) as wrong:
             raise Malformed(0, "a header with all that drops need", f"no {wrong}", "journal") from wrong
         self._netns = self._inum(self._whole)
 
@@ -496,7 +496,7 @@ class _Session:
 
     def _sum(self, stats: dict[str, int], missed: int) -> None:
         sums = self._sums
-        sums.seen, sums.lost = stats["drop_seen"], stats["drop_lost"]
+        sums.seen, sums.lost = stats.get("drop_seen", 0), stats.get("drop_lost", 0)
         sums.limited, sums.unsampled = stats.get("drop_limited", 0), stats.get("drop_unsampled", 0)
         sums.stacks_lost = stats.get("stack_lost", 0)
         sums.missed, sums.other = missed, stats.get("drop_other", 0)

@@ -41,7 +41,7 @@ def analyse(journal: Journal, *, short_names: bool = False) -> Analysis:
     header = journal.header
     try:
         topology = Topology.from_map(header["topology"])
-        names = Names(_names(header["drop_reasons"]), _names(journal.symbols), _names(header.get("rules", {})))
+        names = Names(_names(header["drop_reasons"]), journal.symbols, _names(header.get("rules", {})))
         run_id, vxlan_port = int(header["run_id"]), int(header["vxlan_port"])
         probes = [_probe(each) for _, each in sorted(journal.probes.items())]
         lost_by = dict(journal.totals.get("lost", {}))
