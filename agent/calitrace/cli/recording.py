@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from calitrace import __version__, journal
 from calitrace.calico import policy, state
-from calitrace.decode import Decoder
+from calitrace.decode import Decoder, is_drop
 from calitrace.errors import LayoutMismatch, Malformed, UsageError
 from calitrace.events import Stat
 from calitrace.kernel import discover, headers, symbols
@@ -103,7 +103,8 @@ class Recording:
                 self._idle_polls = 0 if records else self._idle_polls + 1
                 with self._writing:
                     self._writer.events(records)
-                self._locations.update(e.location for e in decoder.iter_events(records) if isinstance(e, Drop))
+                drops = filter(is_drop, records)  # to decode all would take so long that the ring overflows
+                self._locations.update(e.location for e in decoder.iter_events(drops) if isinstance(e, Drop))
         except BaseException as failure:  # handed to the thread that waits for us
             self._failure = failure
 
