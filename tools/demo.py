@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = str(Path(sys.executable).parent / "calitrace")
 OUTPUT = Path("build/demo")  # below ROOT, where everything is run
 LAB = "demo"
+_LOOK_S = 0.1
 TARGET = "10.10.0.1:30080"
 
 
@@ -82,12 +84,34 @@ def calitrace(*arguments: str, quiet: bool = False) -> str:
     """Run the program; returns its stdout, which is also shown unless *quiet*."""
     if not quiet:
         print(f"$ calitrace {' '.join(arguments)}", flush=True)
-    done = subprocess.run([PROGRAM, *arguments], stdout=subprocess.PIPE, text=True, check=False, cwd=ROOT)
+    with subprocess.Popen([PROGRAM, *arguments], stdout=subprocess.PIPE, text=True, cwd=ROOT) as run:
+        output = None
+        while output is None:
+            try:
+                output, _ = run.communicate(timeout=_LOOK_S)
+            except subprocess.TimeoutExpired:
+                if STOP.number:
+                    run.terminate()  # it removes what it has begun, and we wait for that
     if not quiet:
-        print(done.stdout, flush=True)
-    if done.returncode > 1:
-        raise SystemExit(done.returncode)
-    return done.stdout
+        print(output, flush=True)
+    if STOP.number:
+        raise SystemExit(128 + STOP.number)
+    if run.returncode not in (0, 1):
+        raise SystemExit(run.returncode)
+    return output
+
+
+class Stop:
+    """Ctrl-C and SIGTERM, which wait until the program that runs can be told. *number*: which came first."""
+
+    number = 0
+
+    def note(self, number: int, _frame: object) -> None:
+        """As a handler."""
+        self.number = self.number or number
+
+
+STOP = Stop()
 
 
 def value(verdict: dict[str, Any], key: str) -> object:
@@ -123,9 +147,11 @@ def main() -> int:
     shutil.rmtree(ROOT / OUTPUT, ignore_errors=True)
     (ROOT / OUTPUT).mkdir(parents=True)
     wrong: list[str] = []
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, STOP.note)
     calitrace("lab", "down", "--name", LAB, quiet=True)
-    calitrace("lab", "up", "--name", LAB)
     try:
+        calitrace("lab", "up", "--name", LAB)
         calitrace("lab", "log-level", "debug", "--name", LAB)
         for number, scene in enumerate(SCENES, 1):
             print(f"--- {number} of {len(SCENES)}: {scene.title}\n", flush=True)
@@ -139,9 +165,12 @@ def main() -> int:
             if scene.fault:
                 calitrace("lab", "heal", "--name", LAB, quiet=True)
     finally:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)
+        STOP.number = 0
         calitrace("lab", "down", "--name", LAB)
-    for each in wrong:
-        sys.stderr.write(f"error: {each}\n")
+    for difference in wrong:
+        sys.stderr.write(f"error: {difference}\n")
     print(f"{len(SCENES)} scenes, {len(wrong)} differences; journals in {OUTPUT}/")
     return 1 if wrong else 0
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from calitrace.packet import Packet
 
-_LOG_TYPE = int(EventType.LOG)  # an Enum's own comparison is Python, and there are many lines
+_LOG_TYPE, _DROP_TYPE = int(EventType.LOG), int(EventType.DROP)  # an Enum's own comparison is Python
 
 
 def decode(raw: bytes, vxlan_port: int = 4789) -> Event | LogLine:
@@ -71,6 +71,11 @@ def decode(raw: bytes, vxlan_port: int = 4789) -> Event | LogLine:
         frames = cast("int", values["frames"])
         return StackCopy(ktime_ns, cpu, netns, cast("int", values["skbaddr"]), addresses[:frames])
     raise Malformed(HEADER.offset("type"), "a known event type", str(kind), HEADER.name)
+
+
+def is_drop(raw: bytes) -> bool:
+    """Whether it says to be a drop: a look at the header, where decoding takes a hundred times that."""
+    return len(raw) >= HEADER.size and HEADER.unpack_head(raw)[1] == _DROP_TYPE
 
 
 def _packet(values: dict[str, int | bytes], vxlan_port: int) -> tuple[int, int, int, int, int, Match, Packet]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import msgpack
 
@@ -25,6 +25,8 @@ TOTALS, MAPS, SNAPSHOT, COUNTERS, END = "totals", "maps", "snapshot", "counters"
 STATEMENT, WALK = "statement", "walk"
 KINDS = (HEADER, EVENTS, TEXT, PROBES, SYMBOLS, TOTALS, MAPS, SNAPSHOT, COUNTERS, STATEMENT, WALK, END)
 _CHUNK = 1 << 20
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
 
 
 def frame(kind: str, body: Mapping[str, Any]) -> bytes:
@@ -75,6 +77,13 @@ class Journal:
     complete: bool = False
     cut_at: int | None = None
     broken: Malformed | None = None
+
+    @property
+    def gap(self) -> str:
+        """What of it could not be read, in words; empty when nothing is missing."""
+        if self.broken is not None:
+            return f"is damaged at byte {self.broken.offset}: what follows was not read"
+        return f"was cut short at byte {self.cut_at}: what follows is missing" if self.cut_at is not None else ""
 
 
 def map_bodies(raw: RawMap, blocks: Iterable[tuple[int, bytes, bytes]]) -> Iterator[dict[str, Any]]:
@@ -177,6 +186,8 @@ def _checked(item: object, at: int) -> tuple[str, dict[str, Any]]:
     kind, body = item
     if at == 0 and kind != HEADER:
         raise Malformed(at, f"a frame of kind {HEADER!r}", repr(kind), "journal")
+    if at != 0 and kind == HEADER:  # files that were joined: numbers of one mean nothing in the other
+        raise Malformed(at, "frames of one journal", "the header of another", "journal")
     if at == 0 and body.get("schema") != SCHEMA:
         raise Malformed(at, f"schema {SCHEMA}", f"schema {body.get('schema')}", "journal")
     raw = body.get("raw")
@@ -194,9 +205,9 @@ def _take(journal: Journal, kind: str, body: dict[str, Any], at: int) -> None:
         for probe in body.get("probes", ()):  # a later record of the same probe knows its outcome
             journal.probes[probe["number"]] = probe
     elif kind == SYMBOLS:
-        journal.symbols.update(body.get("names", {}))
+        journal.symbols.update(_each(body.get("names", {}), int, str))
     elif kind == TOTALS:
-        journal.totals = body
+        journal.totals = checked_totals(body)
     elif kind == SNAPSHOT:
         journal.snapshot = body
     elif kind == COUNTERS:
@@ -211,6 +222,21 @@ def _take(journal: Journal, kind: str, body: dict[str, Any], at: int) -> None:
         journal.complete = True
     elif kind != TEXT:  # whose reader is `calitrace log`
         journal.unknown[kind] += 1
+
+
+def checked_totals(body: dict[str, Any]) -> dict[str, Any]:
+    """The body of a TOTALS frame: its ``stats`` and ``lost`` are numbers by name. Raises Malformed."""
+    try:
+        return {**body, **{name: _each(body[name], str, int) for name in ("stats", "lost") if name in body}}
+    except TypeError as wrong:
+        raise Malformed(0, "totals", str(wrong), "journal") from wrong
+
+
+def _each(plain: object, key: type[_Key], value: type[_Value]) -> dict[_Key, _Value]:
+    """*plain* as a dict of these types. Raises TypeError: a journal may be anybody's."""
+    if not isinstance(plain, dict) or not all(isinstance(k, key) and isinstance(v, value) for k, v in plain.items()):
+        raise TypeError(f"{type(plain).__name__} for {key.__name__} to {value.__name__}")
+    return plain
 
 
 def _take_map(journal: Journal, body: dict[str, Any], at: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,6 +10,8 @@ from calitrace.calico import WORKLOAD_PREFIX
 from calitrace.errors import Malformed
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from calitrace.events import HopKind, Match
     from calitrace.packet import Packet
 
@@ -96,6 +98,23 @@ class StackCopy(Event):
     addresses: tuple[int, ...]
 
 
+_PLAIN: dict[Any, tuple[type, ...]] = {
+    "int": (int,),
+    "int | None": (int, type(None)),
+    "str": (str,),
+    "bool": (bool,),
+    "float": (int, float),
+}
+
+
+def require_types(record: type, plain: Mapping[str, Any]) -> None:
+    """Raises TypeError where *plain* has a number or a text of the dataclass *record* as something else."""
+    for each in fields(record):
+        value = plain.get(each.name, ...)
+        if value is not ... and not isinstance(value, _PLAIN.get(each.type, object)):
+            raise TypeError(f"{each.name} as {type(value).__name__}")
+
+
 class Role(str, Enum):
     """What a network namespace is to us. Only NODE, POD and CLIENT are observed: the rest is the underlay."""
 
@@ -122,6 +141,7 @@ class Link:
     peer_ifindex: int = 0
     chain: dict[str, tuple[str, ...]] = field(default_factory=dict)
     workload: bool = False
+    up: bool = True
 
 
 @dataclass(frozen=True)
@@ -160,6 +180,8 @@ class Topology:
     def from_map(cls, plain: list[dict[str, Any]]) -> Topology:
         """The reverse of to_map(). Raises Malformed on anything else."""
         try:
+            for each in plain:
+                require_types(Namespace, each)
             found = [
                 Namespace(
                     **{
@@ -215,7 +237,13 @@ def _tuples(link: dict[str, Any]) -> dict[str, Any]:
     fields = ("calico", "foreign", "chain")
     hooks = {each: {k: tuple(v) for k, v in link.get(each, {}).items()} for each in fields}
     workload = link.get("workload", link["name"].startswith(WORKLOAD_PREFIX))
-    return {**link, **hooks, "addresses": tuple(link["addresses"]), "workload": workload}
+    addresses = tuple(link["addresses"])
+    for text in (*addresses, *(each for hook in hooks.values() for chain in hook.values() for each in chain)):
+        if not isinstance(text, str):
+            raise TypeError(f"an address or a program as {type(text).__name__}")
+    found = {**link, **hooks, "addresses": addresses, "workload": workload}
+    require_types(Link, found)
+    return found
 
 
 _SHORTEST = 3  # characters of a shortened name
@@ -229,11 +257,15 @@ def _common_prefix(names: list[str]) -> str:
 
 
 class Outcome(str, Enum):
-    """What became of a probe, seen from the one who sent it."""
+    """What became of a probe, seen from the one who sent it.
+
+    OPEN: nothing yet, and its time is not up: the run was stopped, or the journal ends here.
+    """
 
     ANSWERED = "answered"
     REFUSED = "refused"
     UNANSWERED = "unanswered"
+    OPEN = "open"
     SEND_ERROR = "send_error"
 
 

@@ -38,6 +38,8 @@ def test_programs_roles_and_state_map(pair: Pair) -> None:
     with netns.inside(pair.right), IPRoute() as route:
         index = route.link_lookup(ifname="right0")[0]
         route.link("set", index=index, xdp_fd=xdp.fd)
+        lo = route.link_lookup(ifname="lo")[0]
+        route.link("set", index=lo, state="down")
     found = discover.topology(pair.left)
     node, client = found.namespaces[netns.inum(pair.right)], found.namespaces[netns.inum(pair.left)]
     link = node.links[index]
@@ -45,6 +47,7 @@ def test_programs_roles_and_state_map(pair: Pair) -> None:
     assert link.calico == {"ingress": ("cali_from_hep",)}
     assert link.foreign == {"ingress": ("other_prog",), "xdp": ("some_xdp",)}
     assert pair.right_ip in link.addresses
+    assert (link.up, node.links[lo].up) == (True, False)
     assert link.peer_netns == client.inum
     assert (node.state_name, node.state_bytes) == ("cali_state6", 512)
     assert discover.state_maps(found) == {node.inum: node.state_map}

@@ -21,6 +21,7 @@ from calitrace.errors import EnvironmentUnfit, UsageError
 from calitrace.kernel import netns
 from calitrace.model import Outcome
 from calitrace.packet import TCP, UDP
+from calitrace.probes import results
 from calitrace.probes.run import ProbeRun, Settings
 from calitrace.probes.template import checksum
 from tests.kernel.conftest import compile_tc
@@ -294,6 +295,22 @@ def test_each_probe_has_its_own_deadline(pair: Pair) -> None:
         assert half_open(pair) == []
     assert seen == [(0, 1), (1, 2)]
     assert [probe.outcome for probe in probes] == [Outcome.UNANSWERED] * 2
+
+
+def test_what_is_on_its_way_when_the_run_is_stopped_stays_open(pair: Pair) -> None:
+    with netns.inside(pair.right), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
+        silent.bind((pair.right_ip, 5353))
+        settings = Settings(pair.right_ip, 5353, UDP, count=3, rate=1, namespace=pair.left, timeout_s=60)
+        told: list[Probe] = []
+        with ProbeRun(settings) as run:
+            probes = run.run(told.append, lambda probe: run.stop())
+    assert [(probe.number, probe.outcome) for probe in probes] == [(0, Outcome.OPEN)]
+    assert told == probes
+    summary = results.summarise(probes)
+    assert results.summary_lines(summary) == [
+        "1 sent, 0 answered, 0 refused, 0 unanswered, 1 open when the run was stopped"
+    ]
+    assert results.probe_line(probes[0]).endswith("open: the run was stopped before its time was up")
 
 
 def test_late_replies_are_counted_and_stay_unanswered(pair: Pair) -> None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from pyroute2 import netns as pyroute_netns
@@ -214,6 +215,24 @@ def test_down_names_a_process_that_keeps_a_namespace(spare: Lab) -> None:
         guest.stdin.close()
 
 
+def test_the_last_of_several_labs_unmounts_bpffs(spare: Lab) -> None:
+    # In a mount namespace of its own, with its own /run: other labs neither see this nor are seen.
+    script = f"""
+        lab() {{ step=$1; name=$2; shift 2; "$@" lab $step --name {spare.name}$name 2>/dev/null || exit 9; }}
+        while grep -q ' /sys/fs/bpf bpf ' /proc/mounts; do umount /sys/fs/bpf || exit 8; done
+        mount -t tmpfs tmpfs /run || exit 7
+        lab up "" "$@"
+        lab up -b "$@"
+        lab down "" "$@"
+        grep -c ' /sys/fs/bpf bpf ' /proc/mounts
+        lab down -b "$@"
+        grep -c ' /sys/fs/bpf bpf ' /proc/mounts
+    """
+    words = ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh", *COMMAND]
+    ended = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
+    assert ended.stdout.split() == ["1", "0"]
+
+
 @pytest.mark.parametrize("foreign_pin", [False, True])
 def test_bpffs_is_mounted_when_missing_and_unmounted_when_unused(spare: Lab, foreign_pin: bool) -> None:
     # In a mount namespace of its own, with its own /run: other labs neither see this nor are seen.
@@ -269,3 +288,19 @@ def test_commands_without_a_lab(spare: Lab, words: tuple[str, ...], status: int)
     ended = on(spare, *words)
     assert ended.returncode == status
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("step", ["lab up", "lab log-level", "probe"])
+def test_a_demo_that_is_stopped_takes_its_lab_down(number: signal.Signals, step: str) -> None:
+    demo = Path(__file__).resolve().parents[2] / "tools" / "demo.py"
+    words = [sys.executable, "-W", "ignore", str(demo)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        for line in run.stdout:
+            if line.startswith(f"$ calitrace {step}"):
+                break
+        run.send_signal(number)
+        complaints = run.communicate(timeout=60)[1]
+    assert "Traceback" not in complaints
+    assert (run.returncode, left_behind(Lab("demo"))) == (128 + number, [])

@@ -43,3 +43,21 @@ def test_who_lacks_a_capability_is_told(words: str) -> None:
     if words != "check":  # which lists what it could not look at
         assert sum(line.startswith("error: ") for line in done.stderr.splitlines()) == 1, done.stderr
         assert "hint: " in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words", ["drops --duration 1", "log --source tracefs", "check", "lab up --name nobody", "lab status"]
+)
+def test_root_of_a_user_namespace_is_told(words: str) -> None:
+    """It has all capabilities there, which are of no use for BPF."""
+    done = subprocess.run(["unshare", "-Ur", *COMMAND, *words.split()], capture_output=True, text=True, timeout=60)
+    assert "Traceback" not in done.stderr
+    assert done.returncode == (0 if words == "lab status" else 3), done.stderr
+
+
+def test_the_lab_wants_to_configure_networks() -> None:
+    done = subprocess.run(
+        ["setpriv", "--bounding-set", "-net_admin", *COMMAND, "lab", "up", "--name", "nobody"],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr.splitlines()[1:]) == (3, ["hint: run as root"])

@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from calitrace.kernel import netns
+from calitrace.lab import network
 from calitrace.lab.topology import Lab
-from tests.netns.conftest import calitrace, changed, on
+from tests.netns.conftest import COMMAND, calitrace, changed, on
 
 pytestmark = pytest.mark.root
 TARGETS = {"tcp": "10.10.0.1:30080", "udp": "10.10.0.1:30053"}
@@ -241,3 +242,17 @@ def test_what_listens_in_the_pod(lab: Lab, proto: str, target: str, service: int
         assert only([p["verdict"] for p in probes]) == verdict
         _, *sockets = shown(probes[0]).splitlines()
         assert [f":{port} " in each for each in sockets] == [True] * listens
+
+
+def test_an_interface_that_goes_meanwhile_is_not_the_underlays_loss(spare: Lab) -> None:
+    assert on(spare, "up").returncode == 0
+    words = ["probe", "nodeport", TARGETS["tcp"], "--from", spare.namespace("client"), "--trace", "-v", "-o", "json"]
+    more = ["-c", "3", "--rate", "2", "--timeout", "0.3"]
+    with subprocess.Popen([*COMMAND, *words, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stderr is not None
+        assert "answered" in run.stderr.readline()
+        with network.inside(spare.namespace("node-b")) as route:
+            route.link("del", index=network.index_of(route, "eth0"))
+        *probes, _ = [json.loads(line) for line in run.communicate()[0].splitlines()]
+    assert [(p["verdict"], p["confidence"]) for p in probes] == [("answered", "proven")] + [("underlay", "likely")] * 2
+    assert probes[-1]["cause"].endswith(f"; {spare.namespace('node-b')} went, or lost an interface, meanwhile")

@@ -113,6 +113,13 @@ def test_any_bytes_give_a_packet(raw: bytes, start: bytes) -> None:
     assert all(str(layer) for layer in packet.layers)
 
 
+@given(raw=st.binary(max_size=DROP.size), kind=st.sampled_from(EventType))
+def test_drops_are_told_by_their_header(raw: bytes, kind: EventType) -> None:
+    assert not decoding.is_drop(raw[: HEADER.size - 1])
+    raw = HEADER.encode(type=kind) + raw
+    assert decoding.is_drop(raw) == (kind is EventType.DROP)
+
+
 def test_identity() -> None:
     mine = Identity(packets.RUN_ID, 1, 2)
     assert identity.decode(identity.encode(mine)) == mine

@@ -167,6 +167,21 @@ def test_a_map_that_does_not_fit(change: dict[str, Any], why: str) -> None:
         journal.read(io.BytesIO(raw))
 
 
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (journal.SYMBOLS, {"names": 3}),
+        (journal.SYMBOLS, {"names": {1: b"f"}}),
+        (journal.TOTALS, {"lost": ["hop"]}),
+        (journal.TOTALS, {"stats": {"drop_seen": None}}),
+    ],
+)
+def test_values_of_other_types(kind: str, body: dict[str, Any]) -> None:
+    raw = journal.frame(journal.HEADER, {"schema": journal.SCHEMA}) + journal.frame(kind, body)
+    with pytest.raises(Malformed):
+        journal.read(io.BytesIO(raw))
+
+
 def test_what_came_before_the_garbage_is_kept() -> None:
     found = journal.read(io.BytesIO(with_maps() + journal.frame(journal.EVENTS, {"raw": 1})), keep=True)
     assert len(found.maps) == 2

@@ -63,7 +63,8 @@ def topology(*, without_b: bool = False, foreign: bool = False, calico: bool = T
 def judged(
     recorder: Recorder, outcome: Outcome = Outcome.UNANSWERED, *, lost: int = 0, where: Topology | None = None,
     detail: str = "", size: int = 40, rules: dict[int, str] | None = None, reasons: dict[int, str] | None = None,
-    symbols: dict[int, str] | None = None, walks: dict[int, list[dict[str, Any]]] | None = None,
+    symbols: dict[int, str] | None = None, walks: dict[int, list[dict[str, Any]]] | None = None, complete: bool = True,
+    changed: tuple[int, ...] = (),
 ) -> Verdict:  # fmt: skip
     """The verdict on probe 0; rendering it must work and fit 80 columns."""
     probe: dict[str, Any] = {
@@ -80,8 +81,8 @@ def judged(
         recorder.records,
         {0: probe},
         symbols or {},
-        totals={"lost": {"hop": lost}},
-        complete=True,
+        totals={"lost": {"hop": lost}, "changed": list(changed)},
+        complete=complete,
         walks=walks or {},
     )
     analysis = analyse(recorded, short_names=True)
@@ -150,6 +151,45 @@ def test_lost_events_and_unobserved_nodes_lower_the_confidence() -> None:
     verdict = judged(recorder, where=topology(without_b=True))
     assert (verdict.kind, verdict.confidence) == (Kind.UNDERLAY, Confidence.LIKELY)
     assert "not observed" in verdict.cause
+
+
+def test_a_journal_without_its_end_proves_no_absence() -> None:
+    recorder = Recorder()
+    to_node_b(recorder)
+    verdict = judged(recorder, complete=False)
+    assert (verdict.kind, verdict.confidence) == (Kind.UNDERLAY, Confidence.LIKELY)
+
+
+def test_what_went_meanwhile_is_not_blamed_on_others() -> None:
+    recorder = Recorder()
+    to_node_b(recorder)
+    verdict = judged(recorder, changed=(B_NS,))
+    assert (verdict.kind, verdict.confidence) == (Kind.UNDERLAY, Confidence.LIKELY)
+    assert verdict.cause.endswith("; node-b went, or lost an interface, meanwhile")
+    assert judged(recorder, changed=(POD_NS,)).confidence is Confidence.PROVEN
+    recorder = Recorder()
+    to_pod(recorder)
+    verdict = judged(recorder, changed=(POD_NS,))
+    assert (verdict.kind, verdict.confidence) == (Kind.NO_REPLY, Confidence.LIKELY)
+    recorder = Recorder()
+    recorder.hop(QUEUE, CLIENT_NS, UPLINK, packets.syn())
+    assert judged(recorder, changed=(A_NS,)).cause == (
+        "the probe left client and never reached node-a; node-a went, or lost an interface, meanwhile"
+    )
+
+
+def test_of_a_probe_whose_time_was_not_up_only_a_drop_tells_what_became_of_it() -> None:
+    recorder = Recorder()
+    assert judged(recorder, Outcome.OPEN).kind is Kind.UNKNOWN
+    to_pod(recorder)
+    verdict = judged(recorder, Outcome.OPEN)
+    assert (verdict.kind, verdict.confidence) == (Kind.UNKNOWN, Confidence.NONE)
+    assert verdict.cause == "not known: its time was not up when the recording ended"
+    assert verdict.evidence[-1].endswith("> pod-b eth0")
+    recorder = Recorder()
+    denied_at_the_pod(recorder, log=True, state=None)
+    verdict = judged(recorder, Outcome.OPEN)
+    assert (verdict.kind, verdict.confidence) == (Kind.DROPPED, Confidence.PROVEN)
 
 
 def test_the_underlay_loses_the_reply() -> None:
@@ -423,6 +463,62 @@ def test_a_refusal_that_is_dropped_before_it_is_sent() -> None:
     recorder.drop(POD_NS, UPLINK, reset, TC_EGRESS, skb=0xBB)
     verdict = judged(recorder)
     assert verdict.cause.startswith("the pod (pod-b) refused: TCP RST from 10.65.1.2; nothing listens there; that RST")
+
+
+@pytest.mark.parametrize(
+    ("icmp", "dropped", "why"),
+    [
+        (True, False, "; a rule of iptables or nftables there rejects it"),
+        (False, True, "; a rule of iptables or nftables there rejects it"),
+        (False, False, "; nothing listens there"),
+    ],
+)
+def test_a_rule_that_rejects_is_not_for_want_of_a_listener(icmp: bool, dropped: bool, why: str) -> None:
+    recorder = Recorder()
+    to_pod(recorder)
+    syn = packets.syn(dst=POD, dport=TARGET_PORT)
+    reset = packets.tcp(POD, TARGET_PORT, CLIENT, SPORT, 0x14, 0, identity.tcp_sequence(RUN_ID, 0) + 1)
+    error = packets.icmp_error(POD, CLIENT, syn, code=3) if icmp else reset
+    recorder.hop(QUEUE, POD_NS, UPLINK, error, skb=0xBB)
+    recorder.drop(POD_NS, UPLINK, syn, 54 if dropped else NO_SOCKET)
+    reasons = {**REASONS, 54: "SKB_DROP_REASON_NETFILTER_DROP"}
+    verdict = judged(recorder, Outcome.REFUSED, detail="it", reasons=reasons)
+    assert verdict.cause == f"the pod (pod-b) refused: it{why}"
+
+
+@pytest.mark.parametrize(
+    ("about", "why"),
+    [
+        (packets.syn(), "a firewall there, or it came too late"),
+        (
+            packets.syn(dst=POD, dport=TARGET_PORT),
+            f"it is about {POD}:{TARGET_PORT}, as translated, where nobody there has sent to",
+        ),
+    ],
+)
+def test_a_refusal_that_comes_untranslated(about: bytes, why: str) -> None:
+    recorder = Recorder()
+    to_pod(recorder)
+    error = packets.icmp_error(POD, CLIENT, about, code=3)
+    recorder.hop(QUEUE, POD_NS, UPLINK, error, skb=0xBB)
+    recorder.hop(RECEIVE, CLIENT_NS, UPLINK, error, skb=0xBB)
+    assert judged(recorder).cause.endswith(f"; that ICMP error reached client, which did not take it: {why}")
+
+
+def test_an_interface_that_is_down_is_named() -> None:
+    recorder = Recorder()
+    to_node_b(recorder)
+    where = topology()
+    node = where.namespaces[B_NS]
+    down = replace(node, links={**node.links, UPLINK: replace(node.links[UPLINK], up=False)})
+    verdict = judged(recorder, where=Topology({**where.namespaces, B_NS: down}))
+    assert (verdict.kind, verdict.confidence) == (Kind.UNDERLAY, Confidence.LIKELY)
+    assert verdict.cause.endswith("; node-b's eth0 is down")
+    recorder = Recorder()
+    recorder.hop(QUEUE, CLIENT_NS, UPLINK, packets.syn(dst=NODE_B))
+    verdict = judged(recorder, where=Topology({**where.namespaces, B_NS: down}))
+    assert verdict.confidence is Confidence.LIKELY
+    assert verdict.cause == "the probe left client and never reached node-b; node-b's eth0 is down"
 
 
 def test_an_error_about_the_answer_refuses_nothing() -> None:

@@ -146,7 +146,14 @@ def test_an_unbroken_walk_and_a_source_that_is_routed_elsewhere() -> None:
 def test_a_journal_keeps_it() -> None:
     said = Statement({"SHORT": 1}, 2.5, True, (SPOOFED, VERDICT), "eth1")
     assert Statement.from_map(json.loads(json.dumps(said.to_map()))) == said
-    for wrong in ({}, {"steps": [{"a": 1}]}, {"steps": [], "other": 1}):
+    for wrong in (
+        {},
+        {"steps": [{"a": 1}]},
+        {"steps": [], "other": 1},
+        {**said.to_map(), "over_s": "2"},
+        {**said.to_map(), "counters": 3},
+        {**said.to_map(), "counters": {"SHORT": "1"}},
+    ):
         with pytest.raises(Malformed, match="what maps said about a drop"):
             Statement.from_map(wrong)
 

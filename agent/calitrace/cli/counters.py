@@ -7,7 +7,7 @@ import signal
 import socket
 import sys
 import time
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -86,7 +86,7 @@ def command(
         if target is not None:
             from calitrace.cli.recording import create
 
-            writer = _Writer(target, stack.enter_context(create(target)))
+            writer = _Writer(stack.enter_context(create(target)))
         _show(_live(reader, interval, count, writer), choice, output)
     return int(Exit.DONE)
 
@@ -146,51 +146,38 @@ def _live(reader: Reader, interval: float | None, count: int | None, writer: _Wr
 
 
 class _Writer:
-    """A journal of readings. *stream*: of the file *path*. Raises UsageError when it cannot be written."""
+    """A journal of readings."""
 
-    def __init__(self, path: Path, stream: BinaryIO) -> None:
+    def __init__(self, stream: BinaryIO) -> None:
         from calitrace import journal
         from calitrace.cli.recording import origin
 
-        self._path, self._stream = path, stream
-        with self._writing():
-            self._journal = journal.Writer(stream, {"purpose": "counters", **origin()})
+        self._journal = journal.Writer(stream, {"purpose": "counters", **origin()})
 
     def write(self, reading: Reading) -> None:
         """Append one."""
         from calitrace.checks.snapshot import to_plain
         from calitrace.journal import COUNTERS
 
-        with self._writing():
-            self._journal.write(COUNTERS, to_plain(reading))
+        self._journal.write(COUNTERS, to_plain(reading))
 
     def end(self) -> None:
         """Say that it is complete."""
         from calitrace.journal import END
 
-        with self._writing():
-            self._journal.write(END, {})
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as failure:
-            with suppress(OSError):  # it still has what could not be written, and tries again
-                self._stream.close()
-            raise UsageError(f"cannot write {self._path}: {failure.strerror}") from failure
+        self._journal.write(END, {})
 
 
 def _replay(path: Path) -> Iterator[Reading]:
     from calitrace.cli.report import load
     from calitrace.correlate.counters import readings
 
-    found = load(path)
+    found = load(path, keep=True)
     if not found.counters:
         raise UsageError(f"{path} has no readings of counters", "is it a file that `calitrace counters -w` wrote?")
     try:
         yield from readings(found.counters)
     except Malformed as wrong:
         raise UsageError(f"{path}: {wrong.cause}") from wrong
-    if found.cut_at is not None:
-        click.echo(f"note: {path} was cut short at byte {found.cut_at}: what follows is missing", err=True)
+    if found.gap:
+        click.echo(f"note: {path} {found.gap}", err=True)

@@ -79,7 +79,7 @@ Examples:
     type=click.Path(path_type=Path, dir_okay=False),
     help="Also write the packets that are shown, up to 128 bytes of each, as pcapng with the cause as comment.",
 )
-@click.option("--vxlan-port", default=4789, show_default=True, help="Felix's vxlanPort.")
+@click.option("--vxlan-port", default=4789, type=click.IntRange(1, 65535), show_default=True, help="Felix's vxlanPort.")
 @click.option("-v", "--verbose", is_flag=True, help="The whole cause, and all evidence.")
 @click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
 def command(**options: Any) -> int:
@@ -263,14 +263,14 @@ class _Session:
             self._sums.filtered += stats["drop_filtered"]
             self._sums.runs, self._sums.ns = program.run_count, program.run_time_ns
             self._sums.settle()
-            if writer is not None:
+            if not settings.top:
+                self._close()
+            if writer is not None:  # last: it fails on a full disk
                 writer.write(journal.SYMBOLS, {"names": self._symbols})
                 lost = {name: stats[f"{name}_lost"] for name in ("drop", "log", "state")}
                 totals = {"stats": stats, "lost": {**lost, "nested": program.recursion_misses}}
                 writer.write(journal.TOTALS, {**totals, "topology": self._whole.to_map(), "pods": self._pods})
                 writer.write(journal.END, {"mono_ns": time.monotonic_ns()})
-            if not settings.top:
-                self._close()
         if settings.top:
             if self._is_tty and settings.output == "table":
                 click.echo(_CLEAR, nl=False)
@@ -345,14 +345,14 @@ class _Session:
 
         try:
             with path.open("rb") as stream:
-                found = journal.read(stream)
+                found = journal.read(stream, keep=True)
             self._know({**found.header, **{k: v for k, v in found.totals.items() if k in ("topology", "pods")}})
         except OSError as failure:
             raise UsageError(f"cannot read {path}: {failure.strerror}") from failure
         except Malformed as wrong:
             raise UsageError(f"{path}: {wrong.cause}", "name a journal that -w made") from wrong
-        if found.cut_at is not None:
-            say(f"warning: {path} was cut short at byte {found.cut_at}: what follows is missing")
+        if found.gap:
+            say(f"warning: {path} {found.gap}")
         self._symbols.update(found.symbols)
         self._statements = found.statements
         if self._settings.output == "table" and not self._settings.top:
@@ -365,7 +365,7 @@ class _Session:
         if stats:
             self._sum(stats, found.totals.get("lost", {}).get("nested", 0))
             # `probe --trace` records its own packets only: the others were filtered in the kernel.
-            sums.filtered += sums.seen - stats["drop_matched"] - sums.limited - sums.unsampled
+            sums.filtered += sums.seen - stats.get("drop_matched", 0) - sums.limited - sums.unsampled
         if self._settings.top:
             for line in self._report.iter_top({}, 0, self._causes, self._topology, self._names, _TOP_ROWS):
                 click.echo(line)
@@ -380,7 +380,7 @@ class _Session:
             self._pods = dict(header.get("pods", {}))
             self._names = self._drops.Names(header["drop_reasons"], self._symbols, header.get("rules", {}), self._pods)
             self._wall_ns = header["wall_ns"] - header["mono_ns"]
-        except (KeyError, TypeError) as wrong:
+        except (KeyError, TypeError, ValueError) as wrong:
             raise Malformed(0, "a header with all that drops need", f"no {wrong}", "journal") from wrong
         self._netns = self._inum(self._whole)
 
@@ -496,7 +496,7 @@ class _Session:
 
     def _sum(self, stats: dict[str, int], missed: int) -> None:
         sums = self._sums
-        sums.seen, sums.lost = stats["drop_seen"], stats["drop_lost"]
+        sums.seen, sums.lost = stats.get("drop_seen", 0), stats.get("drop_lost", 0)
         sums.limited, sums.unsampled = stats.get("drop_limited", 0), stats.get("drop_unsampled", 0)
         sums.stacks_lost = stats.get("stack_lost", 0)
         sums.missed, sums.other = missed, stats.get("drop_other", 0)

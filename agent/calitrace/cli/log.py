@@ -89,7 +89,13 @@ Examples:
     "--netns", default="", help="Network namespace of Calico's programs, for --enable-debug.  [default: ours]"
 )
 @click.option("--kubeconfig", default="", help="For --enable-debug.  [default: as kubectl]")
-@click.option("--vxlan-port", default=4789, show_default=True, help="Felix's vxlanPort, for --enable-debug.")
+@click.option(
+    "--vxlan-port",
+    default=4789,
+    type=click.IntRange(1, 65535),
+    show_default=True,
+    help="Felix's vxlanPort, for --enable-debug.",
+)
 @click.option("--force", is_flag=True, help="Also where Debug is known to cut the network or to print nothing.")
 def command(**options: Any) -> int:
     """Read Calico's debug log and put its lines together into packets.

@@ -276,7 +276,7 @@ class Recorded:
                 elif kind == journal.TEXT:
                     yield self._reader.read(lines.feed(body["raw"]))
                 elif kind == journal.TOTALS:
-                    self.lost = body.get("lost", {}).get("log", 0)
+                    self.lost = journal.checked_totals(body).get("lost", {}).get("log", 0)
         except Malformed as wrong:
             raise UsageError(f"{name}: {wrong.cause}", "what could be read was used") from wrong
         yield self._reader.read(lines.flush())

@@ -46,8 +46,20 @@ def shared_options(function: Callable[..., Any]) -> Callable[..., Any]:
                 type=click.Path(path_type=Path, dir_okay=False),
                 help="Record a journal (with --trace).",
             ),
-            click.option("--vxlan-port", default=4789, show_default=True, help="Felix's vxlanPort."),
-            click.option("--stories", default=1, show_default=True, help="Journeys shown for each different verdict."),
+            click.option(
+                "--vxlan-port",
+                default=4789,
+                type=click.IntRange(1, 65535),
+                show_default=True,
+                help="Felix's vxlanPort.",
+            ),
+            click.option(
+                "--stories",
+                default=1,
+                type=click.IntRange(min=0),
+                show_default=True,
+                help="Journeys shown for each different verdict.",
+            ),
             click.option("-v", "--verbose", is_flag=True, help="All hops and Calico's log lines (with --trace)."),
             click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True),
         )
@@ -105,7 +117,7 @@ def vxlan(node: str, inner: str, vni: int, vxlan_port: int, **options: Any) -> i
 def endpoint(text: str) -> tuple[str, int]:
     """("10.0.0.1", 80) of "10.0.0.1:80". Raises UsageError."""
     host, colon, port = text.rpartition(":")
-    if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
+    if not colon or not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise UsageError(f"{text!r} is not HOST:PORT", "for example 10.10.0.1:30080")
     return host, int(port)
 

@@ -12,12 +12,13 @@ import socket
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from calitrace import __version__, journal
 from calitrace.calico import policy, state
-from calitrace.decode import Decoder
+from calitrace.decode import Decoder, is_drop
 from calitrace.errors import LayoutMismatch, Malformed, UsageError
 from calitrace.events import Stat
 from calitrace.kernel import discover, headers, symbols
@@ -25,8 +26,10 @@ from calitrace.kernel.collectors import Collectors, Plan
 from calitrace.model import Drop
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
+
+    from typing_extensions import Buffer
 
     from calitrace.btf import Btf
     from calitrace.correlate import walk
@@ -100,7 +103,8 @@ class Recording:
                 self._idle_polls = 0 if records else self._idle_polls + 1
                 with self._writing:
                     self._writer.events(records)
-                self._locations.update(e.location for e in decoder.iter_events(records) if isinstance(e, Drop))
+                drops = filter(is_drop, records)  # to decode all would take so long that the ring overflows
+                self._locations.update(e.location for e in decoder.iter_events(drops) if isinstance(e, Drop))
         except BaseException as failure:  # handed to the thread that waits for us
             self._failure = failure
 
@@ -144,6 +148,7 @@ class Recording:
         programs = self._collectors.programs().values()
         return {
             "stats": {stat.name.lower(): value for stat, value in stats.items()},
+            "changed": self._changed(),
             "lost": {
                 "drop": stats[Stat.DROP_LOST],
                 "hop": stats[Stat.HOP_LOST],
@@ -152,6 +157,11 @@ class Recording:
                 "nested": sum(program.recursion_misses for program in programs),
             },
         }
+
+    def _changed(self) -> list[int]:
+        """Namespaces that have gone since we looked, or lost an interface."""
+        then, now = self.topology.namespaces, discover.topology().namespaces
+        return [inum for inum in then if inum not in now or then[inum].links.keys() - now[inum].links.keys()]
 
 
 def header(
@@ -223,10 +233,46 @@ def watch_state(collectors: Collectors, topology: Topology, *, everywhere: bool 
     return [_UNREAD.format(topology.namespaces[inum].name, why) for inum, why in unread.items()]
 
 
+class _Output(io.BufferedWriter):
+    """A file that names itself when it cannot be written, as on a full disk: once, and not again when it is closed."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path, "x"))
+        self._path = path
+        self._failed = False
+
+    def write(self, data: Buffer, /) -> int:
+        """Raises UsageError."""
+        with self._named():
+            return super().write(data)
+
+    def flush(self) -> None:
+        """Raises UsageError."""
+        with self._named():
+            super().flush()
+
+    def close(self) -> None:
+        """Raises UsageError."""
+        failed = self._failed
+        try:
+            super().close()  # which flushes
+        except UsageError:
+            if not failed:
+                raise
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as failure:
+            self._failed = True
+            raise UsageError(f"cannot write {self._path}: {failure.strerror}") from failure
+
+
 def create(path: Path) -> BinaryIO:
-    """A new file. Raises UsageError when it exists or cannot be made."""
+    """A new file. Raises UsageError when it exists or cannot be made, and later when it cannot be written."""
     try:
-        return path.open("xb")
+        return _Output(path)
     except FileExistsError:
         raise UsageError(f"{path} exists already", "name another file, or remove it") from None
     except OSError as failure:

@@ -25,20 +25,26 @@ Examples:
 @click.option("-r", "--read", "path", required=True, type=click.Path(path_type=Path), help="The journal.")
 @click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
 @click.option("-v", "--verbose", is_flag=True, help="All hops and Calico's log lines.")
-@click.option("--stories", default=1, show_default=True, help="Journeys shown for each different verdict.")
+@click.option(
+    "--stories",
+    default=1,
+    type=click.IntRange(min=0),
+    show_default=True,
+    help="Journeys shown for each different verdict.",
+)
 @click.option("--check", is_flag=True, help="Exit with status 1 when a probe was not answered.")
 def command(path: Path, output: str, verbose: bool, stories: int, check: bool) -> int:
     """Print the verdicts of a journal written with -w, from the journal alone."""
-    return render(load(path), output=output, verbose=verbose, stories=stories, check=check)
+    return render(load(path, keep=True), output=output, verbose=verbose, stories=stories, check=check)
 
 
-def load(path: Path) -> Journal:
-    """Read a journal file. Raises UsageError when it cannot be opened or is none."""
+def load(path: Path, *, keep: bool = False) -> Journal:
+    """Read a journal file. *keep*: what stands before garbage is of use. Raises UsageError when nothing is."""
     from calitrace import journal
 
     try:
         with path.open("rb") as stream:
-            return journal.read(stream)
+            return journal.read(stream, keep=keep)
     except OSError as failure:
         raise UsageError(f"cannot read {path}: {failure.strerror}") from failure
     except Malformed as wrong:

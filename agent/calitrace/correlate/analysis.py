@@ -11,7 +11,7 @@ from calitrace.correlate.journey import Journey, Journeys
 from calitrace.correlate.verdict import Verdict, judge
 from calitrace.decode import Decoder
 from calitrace.errors import Malformed
-from calitrace.model import Outcome, Probe, Topology
+from calitrace.model import Outcome, Probe, Topology, require_types
 
 if TYPE_CHECKING:
     from collections import Counter
@@ -41,14 +41,16 @@ def analyse(journal: Journal, *, short_names: bool = False) -> Analysis:
     header = journal.header
     try:
         whole = Topology.from_map(header["topology"])
-        names = Names(dict(header["drop_reasons"]), journal.symbols, dict(header.get("rules", {})))
+        names = Names(_names(header["drop_reasons"]), journal.symbols, _names(header.get("rules", {})))
         run_id, vxlan_port = int(header["run_id"]), int(header["vxlan_port"])
         probes = [_probe(each) for _, each in sorted(journal.probes.items())]
-        lost = sum(dict(journal.totals.get("lost", {})).values())
+        lost_by = dict(journal.totals.get("lost", {}))
+        lost = sum(lost_by.values())
+        changed = frozenset(map(int, journal.totals.get("changed", ())))
         notes = [f"warning: {each}" for each in header.get("warnings", [])]
         host, files = str(header.get("node", "")), [str(each) for each in header.get("policy_files", [])]
-        walks = {netns: [walk.Step(**each) for each in steps] for netns, steps in journal.walks.items()}
-    except (KeyError, TypeError, ValueError) as wrong:
+        walks = {netns: [_looked_up(each) for each in steps] for netns, steps in journal.walks.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as wrong:
         raise Malformed(0, "a complete header", f"{type(wrong).__name__} {wrong}", "journal") from wrong
     topology = whole.shortened() if short_names else whole
     decoder = Decoder(vxlan_port)
@@ -58,7 +60,7 @@ def analyse(journal: Journal, *, short_names: bool = False) -> Analysis:
     numbers = {name: number for number, name in names.drop_reasons.items()}
     otherhost = numbers.get("SKB_DROP_REASON_OTHERHOST")
     found = [each.without_flooded(otherhost) for each in journeys.journeys.values()]
-    verdicts = [judge(each, topology, names, lost, walks) for each in found]
+    verdicts = [judge(each, topology, names, lost, walks, cut=not journal.complete, changed=changed) for each in found]
     at = {topology.namespaces[inum].name: each for inum, each in whole.namespaces.items()}
     places = [at.get(each.place.namespace) if each.place else None for each in verdicts]
     return Analysis(
@@ -72,20 +74,32 @@ def analyse(journal: Journal, *, short_names: bool = False) -> Analysis:
         lost,
         journeys.outside,
         decoder.malformed,
-        tuple(notes + _notes(journal, decoder.malformed)),
+        tuple(notes + _notes(journal, decoder.malformed, lost_by)),
     )
 
 
+def _names(plain: object) -> dict[int, str]:
+    found: dict[int, str] = dict(plain)  # type: ignore[call-overload]
+    if not all(isinstance(number, int) and isinstance(name, str) for number, name in found.items()):
+        raise TypeError("names that are no text, or of no number")
+    return found
+
+
+def _looked_up(plain: dict[str, Any]) -> walk.Step:
+    require_types(walk.Step, plain)
+    return walk.Step(**plain)
+
+
 def _probe(plain: dict[str, Any]) -> Probe:
+    require_types(Probe, plain)
     return Probe(**{**plain, "outcome": Outcome(plain["outcome"])})
 
 
-def _notes(journal: Journal, malformed: Counter[str]) -> list[str]:
+def _notes(journal: Journal, malformed: Counter[str], lost: dict[str, int]) -> list[str]:
     notes = []
-    if journal.cut_at is not None:
-        notes.append(f"the journal was cut short at byte {journal.cut_at}: what follows is missing")
+    if journal.gap:
+        notes.append(f"the journal {journal.gap}")
     notes += [f"{number} frames of unknown kind {kind!r}" for kind, number in journal.unknown.items()]
     notes += [f"{number} events not decoded: {what}" for what, number in malformed.items()]
-    lost = journal.totals.get("lost", {})
     notes += [f"{number} {what} events lost" for what, number in lost.items() if number]
     return notes

@@ -12,9 +12,10 @@
 | refused, and that never reached A      | what refused it, and where that was lost                   |
 | evidence does not carry                | UNKNOWN                                                    |
 
-An absence proves something only where we looked and lost nothing: with lost events, or at a node that is not
-observed, the confidence falls. A drop is Calico's only when a Calico program sits at that hook and no foreign one
-does, or when Calico's own log or state says so of this very packet. "I don't know" is a verdict.
+An absence proves something only where we looked and lost nothing: with lost events, in a journal without its end, or
+at a node that is not observed, the confidence falls. Of a probe whose time was not up it says nothing at all. A drop
+is Calico's only when a Calico program sits at that hook and no foreign one does, or when Calico's own log or state
+says so of this very packet. "I don't know" is a verdict.
 """
 
 from __future__ import annotations
@@ -79,24 +80,41 @@ class Verdict:
 
 
 def judge(
-    journey: Journey, topology: Topology, names: Names, lost: int, walks: Mapping[int, Sequence[walk.Step]]
+    journey: Journey,
+    topology: Topology,
+    names: Names,
+    lost: int,
+    walks: Mapping[int, Sequence[walk.Step]],
+    *,
+    cut: bool = False,
+    changed: frozenset[int] = frozenset(),
 ) -> Verdict:
     """The verdict on one probe. *lost*: number of events that were lost while it was on its way.
 
-    *walks*: by namespace, what the maps of a node say about such a probe.
+    *walks*: by namespace, what the maps of a node say about such a probe. *cut*: the journal has no end, and so perhaps
+    not all events. *changed*: namespaces that went meanwhile, or lost an interface.
     """
-    return _Judge(journey, topology, names, lost, walks).verdict()
+    return _Judge(journey, topology, names, lost, walks, cut, changed).verdict()
 
 
 class _Judge:
     def __init__(
-        self, journey: Journey, topology: Topology, names: Names, lost: int, walks: Mapping[int, Sequence[walk.Step]]
+        self,
+        journey: Journey,
+        topology: Topology,
+        names: Names,
+        lost: int,
+        walks: Mapping[int, Sequence[walk.Step]],
+        cut: bool,
+        changed: frozenset[int],
     ) -> None:
         self.journey = journey
         self.topology = topology
         self.names = names
         self.lost = lost
+        self.gaps = cut or lost > 0
         self.walks = walks
+        self.changed = changed
 
     def verdict(self) -> Verdict:
         probe = self.journey.probe
@@ -107,6 +125,8 @@ class _Judge:
             return Verdict(Kind.ANSWERED, Confidence.PROVEN, f"answered{took}", evidence=self._path())
         if probe.outcome is Outcome.REFUSED:
             return self._refused(probe.detail)
+        if probe.outcome is Outcome.OPEN:
+            return self._still_open()
         refusals = [step for step in self.journey.way(Direction.REPLY) if self._is_refusal(step)]
         if refusals:
             return self._refusal_lost(refusals[-1])
@@ -139,12 +159,15 @@ class _Judge:
         what = "that ICMP error" if error.is_icmp_error else "that RST"
         target = self.topology.owner(probe.src)
         name = target.name if target else probe.src
-        sure = self._absence() if target else Confidence.LIKELY
+        sure = self._absence(target) if target else Confidence.LIKELY
         if isinstance(event, Drop):
             how = explain(event, last.passages, last.state, self.topology, self.names).text
             lost = f"{what} was lost at {self._place(last)}: {how}"
         elif event.netns == (target.inum if target else -1) and event.kind is not HopKind.QUEUE:
-            lost = f"{what} reached {name}, which did not take it: a firewall there, or it came too late"
+            quoted, why = event.packet.quoted, "a firewall there, or it came too late"
+            if quoted is not None and str(quoted.dst) != probe.dst:
+                why = f"it is about {quoted.dst}:{quoted.dport}, as translated, where nobody there has sent to"
+            lost = f"{what} reached {name}, which did not take it: {why}"
         else:
             seen = "left" if event.kind in _SENT else "was last seen arriving at"
             lost = f"{what} {seen} {self._place(last)} as {error.src} and never reached {name}"
@@ -228,7 +251,11 @@ class _Judge:
         else:
             where = "the pod" if seen_at is Role.POD else "the node itself"
             cause = f"{where} ({name}) refused: {detail}"
-            if error.proto == TCP or error.is_port_unreachable:
+            # To a SYN without a listener the kernel itself answers with a RST.
+            by_rule = error.is_port_unreachable and probe.proto == TCP
+            if by_rule or any(self.names.drop_reason(drop) == "NETFILTER_DROP" for drop in drops):
+                cause += "; a rule of iptables or nftables there rejects it"
+            elif error.proto == TCP or error.is_port_unreachable:
                 cause += "; nothing listens there"
         return Verdict(
             Kind.REFUSED,
@@ -249,7 +276,7 @@ class _Judge:
         if kind is HopKind.RECEIVE:
             return True
         namespace = self.topology.namespaces[first.event.netns]  # steps are of observed namespaces only
-        return not namespace.has(str(error.src)) and (kind not in _SENT or self.lost > 0)
+        return not namespace.has(str(error.src)) and (kind not in _SENT or self.gaps)
 
     def _reset(self, name: str, step: Step, became: str) -> Verdict:
         """Calico made the RST of the probe itself: a host that refuses makes one of its own."""
@@ -308,8 +335,8 @@ class _Judge:
         if namespace.role is Role.POD and not reply:
             return Verdict(
                 Kind.NO_REPLY,
-                self._absence(),
-                f"delivered to {namespace.name}, which did not answer: application or pod",
+                self._absence(namespace),
+                f"delivered to {namespace.name}, which did not answer: application or pod{self._went(namespace)}",
                 place=self._place(last),
                 evidence=self._path(),
             )
@@ -320,8 +347,9 @@ class _Judge:
         if reply and namespace.role is Role.CLIENT:
             return Verdict(
                 Kind.RETURN_PATH,
-                self._absence(),
-                f"the reply reached {namespace.name} and was not taken: a firewall there, or it came too late",
+                self._absence(namespace),
+                f"the reply reached {namespace.name} and was not taken: a firewall there, or it came too late"
+                f"{self._went(namespace)}",
                 place=self._place(last),
                 evidence=self._path(),
             )
@@ -338,12 +366,20 @@ class _Judge:
         if last.event.kind is HopKind.CONSUME:
             return Verdict(
                 Kind.NO_REPLY,
-                self._absence(),
+                self._absence(namespace),
                 f"{namespace.name} took the packet itself: no service was found for it there",
                 place=self._place(last),
                 evidence=self._path(),
             )
         return self._unknown(f"last seen arriving at {self._place(last)}; no drop was seen")
+
+    def _still_open(self) -> Verdict:
+        """Nothing came back, but it still might have: only a drop tells what became of it."""
+        ways = [step for each in (Direction.REQUEST, Direction.REPLY) for step in self.journey.way(each)]
+        last = next(reversed(list(_iter_conclusive(ways))), None)
+        if last is not None and isinstance(last.event, Drop):
+            return self._dropped(last, last.event)
+        return self._unknown("its time was not up when the recording ended")
 
     def _lost_in_underlay(self, last: Step, namespace: Namespace) -> Verdict:
         outer = last.event.packet.tunnel
@@ -365,10 +401,14 @@ class _Judge:
                 f"left {namespace.name} ({outer.src}) in VXLAN (UDP {outer.dport}) for {outer.dst}, which is "
                 f"not observed: the underlay or that node{back}{self._by_size()}"
             )
-        confidence = self._absence() if target else Confidence.LIKELY
+        confidence = self._absence(target) if target else Confidence.LIKELY
         if target and any("xdp" in link.foreign or "xdp" in link.calico for link in target.links.values()):
             confidence = Confidence.LIKELY
             cause += f", or an XDP program of {target.name}: what XDP drops is not seen arriving"
+        down = self._down(target, str(outer.dst)) if target else ""
+        if down:
+            confidence = Confidence.LIKELY
+        cause += down + self._went(target)
         return Verdict(
             Kind.UNDERLAY,
             confidence,
@@ -396,10 +436,11 @@ class _Judge:
             )
         elif reply:
             cause += ": return path (a firewall or load balancer between, or rp_filter there)"
-        cause += self._by_size()
+        down = self._down(target, destination) if target else ""
+        cause += self._by_size() + down + self._went(target)
         return Verdict(
             Kind.RETURN_PATH if reply else Kind.UNDERLAY,
-            self._absence() if target else Confidence.LIKELY,
+            self._absence(target) if target and not down else Confidence.LIKELY,
             cause,
             place=self._place(last),
             to=Place(name),
@@ -442,9 +483,18 @@ class _Judge:
         size = self.journey.probe.size_bytes
         return f"; of {size} bytes: does a small probe come through (MTU)?" if size > _SMALL else ""
 
-    def _absence(self) -> Confidence:
+    def _absence(self, there: Namespace) -> Confidence:
         """How far "not seen" can be trusted."""
-        return Confidence.PROVEN if not self.lost else Confidence.LIKELY
+        return Confidence.LIKELY if self.gaps or there.inum in self.changed else Confidence.PROVEN
+
+    def _went(self, there: Namespace | None) -> str:
+        """That one need not look further than to a place that is no more."""
+        return f"; {there.name} went, or lost an interface, meanwhile" if there and there.inum in self.changed else ""
+
+    def _down(self, there: Namespace, address: str) -> str:
+        """That its interface with *address* was down when we looked."""
+        down = [link.name for link in there.links.values() if address in link.addresses and not link.up]
+        return f"; {there.name}'s {down[0]} is down" if down else ""
 
     def _unknown(self, why: str) -> Verdict:
         lost = f"; {self.lost} events were lost" if self.lost else ""

@@ -14,6 +14,7 @@ from calitrace.calico import reasons
 from calitrace.correlate import walk
 from calitrace.correlate.drops import Confidence
 from calitrace.errors import Malformed
+from calitrace.model import require_types
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -48,8 +49,11 @@ class Statement:
     def from_map(cls, plain: Mapping[str, Any]) -> Statement:
         """From a journal. Raises Malformed."""
         try:
+            require_types(cls, plain)
+            if not all(isinstance(each, int) for each in (plain["counters"] or {}).values()):
+                raise TypeError("counters that are no numbers")
             return cls(**{**plain, "steps": tuple(walk.Step(**each) for each in plain["steps"])})
-        except (KeyError, TypeError) as wrong:
+        except (AttributeError, KeyError, TypeError) as wrong:
             raise Malformed(0, "what maps said about a drop", str(wrong), "journal") from wrong
 
 

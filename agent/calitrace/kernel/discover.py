@@ -24,6 +24,7 @@ from calitrace.kernel import maps, netns, syscall, tc
 from calitrace.model import Link, Namespace, Role, Topology
 
 _ATTEMPTS = 10
+_IFF_UP = 1  # include/uapi/linux/if.h
 _NO_ROUTE = {
     errno.ENETUNREACH,
     errno.EHOSTUNREACH,
@@ -98,6 +99,7 @@ def _namespace(route: Any, inum: int, name: str, files: Mapping[int, str]) -> Na
             nsids.get(message.get_attr("IFLA_LINK_NETNSID"), 0),
             message.get_attr("IFLA_LINK") or 0,
             {hook: programs for hook, programs in chain.items() if programs},
+            up=bool(message["flags"] & _IFF_UP),
         )
     flagged = _flagged(its.ifstate, links)
     links = {

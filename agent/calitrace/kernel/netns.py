@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ OURS = "(host)"  # our own, where it has no name
 _MOUNTS, _PROC = Path("/proc/self/mountinfo"), Path("/proc")
 _OWN = Path("/proc/thread-self/ns/net")
 _CLONE_NEWNET = 0x40000000
+_WHICH = "list them with `ip netns`, or give a path such as /proc/PID/ns/net"
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -33,10 +35,7 @@ def path(name: str | Path) -> Path:
     if not found.exists() and text.isdigit():
         found = Path(f"/proc/{text}/ns/net")
     if not found.exists():
-        raise UsageError(
-            f"no network namespace {text!r}",
-            "list them with `ip netns`, or give a path such as /proc/PID/ns/net",
-        )
+        raise UsageError(f"no network namespace {text!r}", _WHICH)
     return found
 
 
@@ -76,9 +75,11 @@ def inside(name: str | Path) -> Iterator[None]:
 
 def _setns(descriptor: int, name: str) -> None:
     if _libc.setns(descriptor, _CLONE_NEWNET):
-        reason = os.strerror(ctypes.get_errno())
+        failure = ctypes.get_errno()
+        if failure == errno.EINVAL:
+            raise UsageError(f"{name} is no network namespace", _WHICH)
         raise EnvironmentUnfit(
-            f"cannot enter network namespace {name}: {reason}",
+            f"cannot enter network namespace {name}: {os.strerror(failure)}",
             "run as root or with CAP_SYS_ADMIN",
         )
 

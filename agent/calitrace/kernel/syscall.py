@@ -34,6 +34,7 @@ _LOG_BYTES = 1 << 20
 _MOST_PROGRAMS = 64  # the kernel's BPF_MPROG_MAX
 
 _CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_NET_RAW": 13, "CAP_SYS_ADMIN": 21, "CAP_PERFMON": 38, "CAP_BPF": 39}
+_ALL_IDS = ["0", "0", "4294967295"]  # /proc/self/uid_map outside of every user namespace
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -463,9 +464,14 @@ def attached_programs(ifindex: int, hook: str) -> list[int]:
 
 
 def capabilities() -> dict[str, bool]:
-    """Which of the capabilities that we need this process holds."""
+    """Which of the capabilities that we need this process holds.
+
+    None in a user namespace, such as that of a rootless container: there they are of no use for BPF.
+    """
     status = Path("/proc/self/status").read_text()
     effective = int(next(line for line in status.splitlines() if line.startswith("CapEff")).split()[1], 16)
+    if Path("/proc/self/uid_map").read_text().split() != _ALL_IDS:
+        effective = 0
     return {name: bool(effective >> bit & 1) for name, bit in _CAPABILITIES.items()}
 
 

@@ -74,7 +74,8 @@ def up(lab: Lab, *, mtu: int = UNDERLAY_MTU, progress: Progress) -> None:
     """
     if not _LEAST_MTU <= mtu <= _MOST_MTU:
         raise UsageError(f"MTU {mtu} is out of range", f"choose {_LEAST_MTU} to {_MOST_MTU} bytes")
-    if not syscall.capabilities()["CAP_SYS_ADMIN"]:
+    held = syscall.capabilities()
+    if not held["CAP_SYS_ADMIN"] or not held["CAP_NET_ADMIN"]:
         raise EnvironmentUnfit("the lab makes network namespaces and loads BPF programs", "run as root")
     with _noted_signals() as signals, state.locked(lab):
         found = state.load(lab)
@@ -99,9 +100,11 @@ def up(lab: Lab, *, mtu: int = UNDERLAY_MTU, progress: Progress) -> None:
 
 
 def _make(lab: Lab, made: State, checkpoint: Callable[[], None], progress: Progress) -> None:
-    if mounts.filesystem(BPFFS) != "bpf":
+    missing = mounts.filesystem(BPFFS) != "bpf"
+    if missing or str(BPFFS) in state.mounted_by_labs():
         made.mounted.append(str(BPFFS))
         state.save(lab, made)
+    if missing:
         mounts.mount_bpffs(BPFFS)
     checkpoint()
     progress("namespaces, links and routes")

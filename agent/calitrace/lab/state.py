@@ -37,7 +37,7 @@ class Server:
 
 @dataclass
 class State:
-    """What `up` made. *mounted*: mount points that were not there before."""
+    """What `up` made. *mounted*: mount points that were not there before it, or before other labs."""
 
     phase: str = MAKING
     mtu: int = UNDERLAY_MTU
@@ -77,6 +77,15 @@ def save(lab: Lab, state: State) -> None:
     draft = lab.state_file.with_suffix(".new")
     draft.write_text(json.dumps({"version": VERSION, **asdict(state)}, indent=1) + "\n")
     draft.replace(lab.state_file)
+
+
+def mounted_by_labs() -> set[str]:
+    """What the labs that are there mounted: the last one to go unmounts it."""
+    found: set[str] = set()
+    for record in RUNTIME.glob("lab-*.json"):
+        with suppress(OSError, ValueError, TypeError, AttributeError):  # it goes meanwhile, or is none of ours
+            found.update(json.loads(record.read_bytes()).get("mounted", ()))
+    return found
 
 
 def forget(lab: Lab) -> None:

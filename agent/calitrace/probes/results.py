@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class Summary:
     """*rtt_ms*: min, average, median, 99th percentile and max of answered probes, or None.
 
-    *late*: unanswered ones whose reply came after all. *own_losses*: replies that our own sockets dropped.
+    *open*: those on their way when the run was stopped. *late*: unanswered ones whose reply came after all.
+    *own_losses*: replies that our own sockets dropped.
     """
 
     sent: int
@@ -27,6 +28,7 @@ class Summary:
     refused: int
     unanswered: int
     send_errors: int
+    open: int
     late: int
     duplicates: int
     own_losses: int
@@ -46,6 +48,7 @@ def summarise(probes: Sequence[Probe], late: int = 0, duplicates: int = 0, own_l
         outcomes.count(Outcome.REFUSED),
         outcomes.count(Outcome.UNANSWERED),
         outcomes.count(Outcome.SEND_ERROR),
+        outcomes.count(Outcome.OPEN),
         late,
         duplicates,
         own_losses,
@@ -73,6 +76,7 @@ def summary_lines(summary: Summary) -> list[str]:
         f"{summary.sent} sent, {summary.answered} answered, {summary.refused} refused, "
         f"{summary.unanswered} unanswered"
         + (f", {summary.send_errors} not sent" if summary.send_errors else "")
+        + (f", {summary.open} open when the run was stopped" if summary.open else "")
         + (f", {summary.late} late replies" if summary.late else "")
         + (f", {summary.duplicates} duplicate replies" if summary.duplicates else "")
     ]
@@ -116,6 +120,7 @@ def summary_object(summary: Summary) -> str:
             "refused": summary.refused,
             "unanswered": summary.unanswered,
             "send_errors": summary.send_errors,
+            "open": summary.open,
             "late": summary.late,
             "duplicates": summary.duplicates,
             "own_losses": summary.own_losses,

@@ -44,6 +44,7 @@ _CATCH_UP_S = 0.02  # a sender that was held up longer than this does not make u
 _SO_ATTACH_FILTER, _SO_MEMINFO = 26, 55
 _IP_MTU_DISCOVER, _IP_PMTUDISC_PROBE = 10, 3  # include/uapi/linux/in.h
 _RECEIVE_BYTES = 1 << 20
+_STOPPED = "the run was stopped before its time was up"
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class ProbeRun:
         self._sockets, self._bound = [], []
 
     def stop(self) -> None:
-        """End the run at the next step; probes on their way are counted as they stand."""
+        """End the run at the next step; probes on their way stay open."""
         self._stopped = True
         if self._sockets:
             # select(2) is resumed after a signal: only a readable socket ends it.
@@ -213,6 +214,7 @@ class ProbeRun:
             for number in self._open:
                 self._reset(number)
         for number in self._open:
+            self.probes[number] = replace(self.probes[number], detail=_STOPPED)
             self._on_done(self.probes[number])
         self._open.clear()
         return [self.probes[number] for number in sorted(self.probes)]
@@ -250,6 +252,7 @@ class ProbeRun:
     def _expire(self, number: int) -> None:
         del self._open[number]
         self._reset(number)
+        self.probes[number] = replace(self.probes[number], outcome=Outcome.UNANSWERED)
         self._on_done(self.probes[number])
 
     @property
@@ -275,7 +278,7 @@ class ProbeRun:
             settings.port,
             sent_ns,
             len(packet),
-            Outcome.UNANSWERED,
+            Outcome.OPEN,
         )
         self._by_port[sport] = number
         try:
@@ -382,6 +385,8 @@ def _address(host: str) -> str:
             return socket.gethostbyname(host)
         except OSError as failure:
             raise UsageError(f"no address for {host!r}: {failure.strerror}") from failure
+        except UnicodeError as failure:  # an empty label, or one of more than 63 characters
+            raise UsageError(f"{host!r} is no host name") from failure
     if found.version != 4:
         raise UsageError(f"{host} is IPv6", "probes are IPv4 so far")
     if found.is_unspecified or found.is_multicast:

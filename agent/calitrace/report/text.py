@@ -121,11 +121,13 @@ def _passage(
     analysis: Analysis, journey: Journey, step: Step, passage: Passage, width: int, verbose: bool
 ) -> Iterator[str]:
     namespace = analysis.topology.namespace(step.event.netns)
+    # It may have run at an earlier hop that was not seen: elsewhere then.
+    here = namespace and any(passage.is_at(link.name, link.ifindex) for link in namespace.links.values())
     when = (passage.ended_ns - journey.probe.sent_ns) / 1e6
     tag = passage.name
     verdict = passage.verdict or "no final line"
     why = passage.cause() if passage.verdict != "ALLOW" else ", ".join(passage.decisions())
-    head = f"{when:9.3f}  {namespace.name if namespace else '?':{width}}  {tag:17}  Calico {verdict}"
+    head = f"{when:9.3f}  {namespace.name if namespace and here else '?':{width}}  {tag:17}  Calico {verdict}"
     if why:
         yield from _fitting(f"{head}:", why)
     else:
@@ -161,4 +163,5 @@ def _verdict(verdict: Verdict, members: int, total: int) -> Iterator[str]:
 def summary(analysis: Analysis) -> str:
     """One line: how many probes, and what became of them."""
     kinds = Counter(verdict.kind.value for verdict in analysis.verdicts)
-    return f"{len(analysis.verdicts)} probes: " + ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
+    what = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common()) or "stopped before the first"
+    return f"{len(analysis.verdicts)} probes: {what}"
