@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import select
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgpack
@@ -20,8 +22,6 @@ from calitrace.model import Hop
 from tests.kernel.test_collectors import collect, send_udp
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from tests.kernel.conftest import Pair
 
 pytestmark = pytest.mark.root
@@ -139,6 +139,25 @@ def test_a_module_anywhere_in_memory() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "True found\n"), done.stderr
+
+
+def test_killed_while_compiling_nothing_is_left(tmp_path: Path) -> None:
+    code = (
+        "import pathlib; from calitrace.kernel import images; from calitrace.kernel.collectors import *\n"
+        f"images.CACHE = pathlib.Path({str(tmp_path / 'cache')!r})\n"
+        "Collectors(Plan(run_id=1)).__enter__()\n"
+    )
+    agent = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)})
+    children: list[str] = []
+    while not children or not list(tmp_path.glob("calitrace-headers-*/include")):
+        assert agent.poll() is None
+        children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+    compiler = os.pidfd_open(int(children[0]))
+    agent.kill()
+    agent.wait()
+    assert select.select([compiler], [], [], 60)[0]  # it has ended
+    os.close(compiler)
+    assert not list(tmp_path.iterdir())
 
 
 def test_neither_bcc_nor_a_module_from_the_working_directory(

@@ -13,6 +13,7 @@ import importlib.util
 import logging
 import os
 import resource
+import shutil
 import stat
 import struct
 import subprocess
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from calitrace.btf import Btf
 
 CACHE = Path("/var/cache/calitrace")
-_CHILD = "import sys; sys.path[:] = sys.argv[1:]; from calitrace.kernel.images import compile_for_parent as f; f()"
+_CHILD = "import sys; tree, *sys.path = sys.argv[1:]; from calitrace.kernel import images; images.compile_for(tree)"
 _log = logging.getLogger(__name__)
 _KEPT = 32  # one for each set of options that somebody used
 _INSTRUCTION = struct.Struct("=BBhi")  # struct bpf_insn of include/uapi/linux/bpf.h
@@ -174,15 +175,13 @@ def _compile_apart(
     """Compile in a process of its own: LLVM's memory goes with it, and some of LLVM's errors end a process."""
     import msgpack
 
-    # With our sys.path: its own would begin with the working directory, where anybody may have put modules.
-    command, pipe = [sys.executable, "-c", _CHILD, *sys.path], subprocess.PIPE
-    # A session of its own: the terminal's Ctrl-C is ours to answer.
-    with (
-        loader.header_tree(structs) as (prelude, tree),
-        subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True) as child,
-    ):
-        request = (prelude + text, functions, dict(defines), tree, dict(inner))
-        answer, said = child.communicate(msgpack.packb(request))
+    with loader.header_tree(structs) as (prelude, tree):
+        # With our sys.path: its own would begin with the working directory, where anybody may have put modules.
+        command, pipe = [sys.executable, "-c", _CHILD, tree or "", *sys.path], subprocess.PIPE
+        # A session of its own: the terminal's Ctrl-C is ours to answer.
+        with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True) as child:
+            request = (prelude + text, functions, dict(defines), dict(inner))
+            answer, said = child.communicate(msgpack.packb(request))
     log = said.decode(errors="replace")
     if child.returncode:
         raise loader.CompileFailed(f"the compiler of our BPF programs ended with status {child.returncode}", log)
@@ -194,16 +193,19 @@ def _compile_apart(
     return Image.unpack(image)
 
 
-def compile_for_parent() -> None:
+def compile_for(tree: str) -> None:
     """The other side of `_compile_apart`."""
     import msgpack
 
-    text, functions, defines, tree, inner = msgpack.unpackb(sys.stdin.buffer.read())
     try:
-        image = image_of(loader.compile_aloud(text, defines, tree), functions, inner)
+        text, functions, defines, inner = msgpack.unpackb(sys.stdin.buffer.read())
+        image = image_of(loader.compile_aloud(text, defines, tree or None), functions, inner)
         answer = (image.pack(), False, "", "")
     except EnvironmentUnfit as failure:
         answer = (b"", isinstance(failure, loader.CompileFailed), failure.cause, failure.hint)
+    finally:
+        if tree:  # the other side does so too, unless it was killed meanwhile
+            shutil.rmtree(tree)
     sys.stdout.buffer.write(msgpack.packb(answer))
 
 
