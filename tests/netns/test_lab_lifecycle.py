@@ -44,7 +44,7 @@ run()
 
 def struck_up(lab: Lab, when: str, number: int, fatal: int) -> subprocess.CompletedProcess[str]:
     """Run `up` and hit it with a signal before or after the record is written for the *number*-th time."""
-    words = [sys.executable, "-c", STRIKE, when, str(number), str(fatal), "lab", "up", "--name", lab.name]
+    words = [sys.executable, "-c", STRIKE, when, str(number), str(int(fatal)), "lab", "up", "--name", lab.name]
     return subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
 
 
