@@ -25,7 +25,7 @@ command -v debootstrap >/dev/null || fail "debootstrap is missing" "apt-get inst
 
 checkout=$(cd "$(dirname "$0")/.." && pwd)
 root=$(mktemp -d "${TMPDIR:-/tmp}/fresh-$suite.XXXXXX")
-trap '[ -n "${KEEP:-}" ] || rm -rf --one-file-system "$root"' EXIT
+trap 'trap "" INT TERM; [ -n "${KEEP:-}" ] || rm -rf --one-file-system "$root"' EXIT
 trap 'exit 130' INT TERM
 
 printf '== %s: debootstrap into %s\n' "$suite" "$root"

@@ -33,7 +33,7 @@ command -v debootstrap >/dev/null || fail "debootstrap is missing" "apt-get inst
 here=$(dirname "$0")
 work=$(mktemp -d "${TMPDIR:-/tmp}/vm-$suite.XXXXXX")
 qemu=
-trap '[ -z "$qemu" ] || kill "$qemu" 2>/dev/null || true; rm -rf --one-file-system "$work"' EXIT
+trap 'trap "" INT TERM; [ -z "$qemu" ] || kill "$qemu" 2>/dev/null || true; rm -rf --one-file-system "$work"' EXIT
 trap 'exit 130' INT TERM
 
 # shellcheck disable=SC2016
