@@ -1,0 +1,16 @@
+"""What the kernel tells of this machine, in forms that this machine may not have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from calitrace.kernel import syscall
+
+
+@pytest.mark.parametrize(("text", "count"), [("0\n", 1), ("0-1\n", 2), ("0,2-5\n", 5), ("0-255\n", 256), ("1,3\n", 2)])
+def test_possible_cpus_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, count: int) -> None:
+    (tmp_path / "possible").write_text(text)
+    monkeypatch.setattr(syscall, "_POSSIBLE", tmp_path / "possible")
+    assert syscall.possible_cpus() == count
