@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from calitrace.kernel import syscall
+from calitrace.errors import EnvironmentUnfit
+from calitrace.kernel import loader, syscall
 
 
 @pytest.mark.parametrize(("text", "count"), [("0\n", 1), ("0-1\n", 2), ("0,2-5\n", 5), ("0-255\n", 256), ("1,3\n", 2)])
@@ -14,3 +17,13 @@ def test_possible_cpus_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "possible").write_text(text)
     monkeypatch.setattr(syscall, "_POSSIBLE", tmp_path / "possible")
     assert syscall.possible_cpus() == count
+
+
+def test_no_place_for_temporary_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/nonexistent"])
+    with pytest.raises(EnvironmentUnfit, match="temporary"), loader.header_tree("struct none;"):
+        pass
+    with loader.captured_stderr() as log:
+        os.write(2, b"said by C")
+    assert log.text == "said by C"
