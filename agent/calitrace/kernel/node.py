@@ -262,7 +262,7 @@ def _settings(wanted: dict[str, str]) -> dict[str, str]:
 
 
 def _iter_routes(route: Any) -> Iterator[Route]:
-    names = {message["index"]: message.get_attr("IFLA_IFNAME") for message in route.get_links()}
+    names = {message["index"]: tc.interface_name(message) for message in route.get_links()}
     for message in route.get_routes(family=socket.AF_INET, table=254):
         destination = message.get_attr("RTA_DST")
         dst = f"{destination}/{message['dst_len']}" if destination else "default"
@@ -280,7 +280,7 @@ def _links(route: Any) -> tuple[Link, ...]:
         addresses.setdefault(message["index"], []).append(f"{address}/{message['prefixlen']}")
     hooks = tc.hooks(route)
     messages = list(route.get_links())
-    names = {message["index"]: message.get_attr("IFLA_IFNAME") for message in messages}
+    names = {message["index"]: tc.interface_name(message) for message in messages}
     known: dict[int, Program] = {}
     found = []
     for message in messages:
@@ -334,14 +334,14 @@ def _with_hardware(links: list[Link]) -> Iterator[Link]:
             if link.index not in asked:
                 yield link
                 continue
-            with suppress(OSError, NetlinkError):
+            with suppress(OSError, NetlinkError, UnicodeError):  # pyroute2 takes no name that is no text
                 link = replace(
                     link, features={k: bool(v) for k, v in tool.get_features(link.name).features.items() if k}
                 )
             with suppress(OSError):
                 link = replace(link, driver=iptables.driver(link.name))
             if link.kind == "wireguard":
-                with suppress(OSError, NetlinkError), WireGuard() as guard:
+                with suppress(OSError, NetlinkError, UnicodeError), WireGuard() as guard:
                     port = guard.info(link.name)[0].get_attr("WGDEVICE_A_LISTEN_PORT")
                     link = replace(link, udp_port=int(port or 0))
             yield link
