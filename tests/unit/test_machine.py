@@ -14,7 +14,7 @@ import pytest
 from calitrace.errors import EnvironmentUnfit
 from calitrace.journal import Writer as Journal
 from calitrace.journal import read
-from calitrace.kernel import loader, mounts, netns, syscall, tc
+from calitrace.kernel import loader, mounts, netns, node, syscall, tc
 from calitrace.lab import processes, state, topology
 from calitrace.lab.state import Server
 from calitrace.report.pcapng import Writer
@@ -62,6 +62,25 @@ def test_an_interface_name_may_be_no_text() -> None:
     stream.seek(0)
     assert read(stream, keep=True).header["interface"] == name
     assert b"gr\xf6n" in Writer().packet(name, 0, b"", 0, f"at {name}")
+
+
+@pytest.mark.parametrize(("second", "seen"), [("kthreadd", True), ("sleep", False), ("", False)])
+def test_no_reader_of_the_trace_is_known_in_a_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, second: str, seen: bool
+) -> None:
+    for pid, name in (("1", "init"), ("2", second), ("self", "python")):
+        if name:
+            (tmp_path / pid / "fd").mkdir(parents=True)
+            (tmp_path / pid / "comm").write_text(name + "\n")
+    monkeypatch.setattr(node, "_PROC", tmp_path)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    if seen:
+        assert list(node.iter_trace_readers()) == []
+    else:
+        with pytest.raises(EnvironmentUnfit, match="hostPID"):
+            list(node.iter_trace_readers())
+    (tmp_path / "1/fd/3").symlink_to("/sys/kernel/tracing/trace_pipe")
+    assert [(each.pid, each.name) for each in node.iter_trace_readers()] == [(1, "init")]
 
 
 def test_the_name_of_a_process_may_be_no_text() -> None:

@@ -170,14 +170,29 @@ def iter_processes(inum: int) -> Iterator[Process]:
 
 
 def iter_trace_readers() -> Iterator[Process]:
-    """Processes that have a trace_pipe open. Raises EnvironmentUnfit without root."""
+    """Processes that have a trace_pipe open. Raises EnvironmentUnfit where some could not be seen, and none was."""
     if os.geteuid() != 0:
         raise EnvironmentUnfit("the open files of other processes are hidden: run as root")
+    found, hidden = False, not _sees_node()
     for entry in _PROC.iterdir():
         if entry.name.isdigit():
-            with suppress(OSError):  # it ended while we looked, or is out of even root's reach
+            try:
                 if any(_target(each).endswith("/trace_pipe") for each in (entry / "fd").iterdir()):
                     yield Process(int(entry.name), _comm(entry))
+                    found = True
+            except PermissionError:
+                hidden = True
+            except OSError:  # it ended while we looked
+                continue
+    if hidden and not found:
+        raise EnvironmentUnfit("other processes, or their open files, are hidden: hostPID and CAP_SYS_PTRACE show them")
+
+
+def _sees_node() -> bool:
+    """Whether the node's processes are in sight, not a container's alone: they begin with the kernel's own."""
+    with suppress(OSError):
+        return _comm(_PROC / "2") == "kthreadd"
+    return False
 
 
 def _target(link: Path) -> str:
