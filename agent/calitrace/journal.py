@@ -31,7 +31,7 @@ _Value = TypeVar("_Value")
 
 def frame(kind: str, body: Mapping[str, Any]) -> bytes:
     """One frame, ready to append."""
-    packed: bytes = msgpack.packb([kind, body], use_bin_type=True)
+    packed: bytes = msgpack.packb([kind, body], use_bin_type=True, unicode_errors="surrogateescape")
     return packed
 
 
@@ -136,7 +136,9 @@ def iter_frames(chunks: Iterable[bytes]) -> Iterator[tuple[int, str, dict[str, A
     Raises Malformed when it does not begin with a header of a schema we know, or has garbage inside; a tail that is
     merely missing is no error.
     """
-    unpacker = msgpack.Unpacker(raw=False, strict_map_key=False, max_buffer_size=1 << 30)
+    unpacker = msgpack.Unpacker(
+        raw=False, strict_map_key=False, max_buffer_size=1 << 30, unicode_errors="surrogateescape"
+    )
     done = 0
     for chunk in chunks:
         unpacker.feed(chunk)

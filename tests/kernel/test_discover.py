@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from pyroute2 import IPRoute
 
+from calitrace.checks.snapshot import Missing
 from calitrace.errors import EnvironmentUnfit, UsageError
-from calitrace.kernel import discover, headers, loader, maps, netns, preflight, syscall
+from calitrace.kernel import attached, discover, headers, loader, maps, netns, node, preflight, syscall
 from calitrace.model import Link, Namespace, Role
 from tests.kernel.conftest import compile_tc
 
@@ -93,7 +94,7 @@ def test_a_program_without_a_name_is_known_by_its_filter(label: str, ours: bool)
 
 
 def test_a_namespace_that_only_a_mount_holds(pair: Pair, tmp_path: Path) -> None:
-    held, inum = tmp_path / "held here", netns.inum(pair.right)
+    held, inum = tmp_path / os.fsdecode("höld here ".encode() + b"\xff"), netns.inum(pair.right)
     held.touch()
     subprocess.run(["mount", "--bind", str(netns.path(pair.right)), str(held)], check=True)
     try:
@@ -104,6 +105,17 @@ def test_a_namespace_that_only_a_mount_holds(pair: Pair, tmp_path: Path) -> None
     finally:
         subprocess.run(["mount", "--bind", str(held), str(netns.RUN_NETNS / pair.right)], check=True)
         subprocess.run(["umount", str(held)], check=True)
+
+
+def test_an_interface_name_may_be_no_text(pair: Pair) -> None:
+    name = b"gr\xf6n"
+    subprocess.run(["ip", "-n", pair.right, "link", "add", name, "type", "veth"], check=True)
+    (found,) = (each for each in discover.topology(pair.left).namespaces.values() if each.name == pair.right)
+    assert name in [os.fsencode(link.name) for link in found.links.values()]
+    links = node.collect(node.Where(pair.right), 0, lambda _: None).links
+    assert not isinstance(links, Missing)
+    assert name in [os.fsencode(link.name) for link in links]
+    assert attached.calico_programs(pair.right)[os.fsdecode(name), "egress"] == ()
 
 
 def test_only_the_other_ends_that_are_wanted_are_looked_for(pair: Pair) -> None:

@@ -177,6 +177,17 @@ def test_neither_bcc_nor_a_module_from_the_working_directory(
     assert len(compilations) == 1
 
 
+def test_a_working_directory_that_was_removed(
+    compilations: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    text = "int f(void *context) { return 0; }"
+    assert images.compiled(text, ["f"], defines={}, types=headers.kernel_btf(), inner={}).functions["f"].code
+    assert len(compilations) == 1
+
+
 def test_only_the_images_that_were_used_last_stay(pair: Pair, compilations: list[str]) -> None:
     images.CACHE.mkdir()
     for number in range(images._KEPT + 3):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from calitrace.calico import trace
 from calitrace.decode import Decoder
 from calitrace.events import Stat
 from calitrace.kernel import syscall
@@ -90,13 +92,23 @@ def children(pid: int) -> list[int]:
     return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+@functools.cache
+def tracefs() -> Tracefs:
+    """One for all tests: it may be a mount, which is in nobody's way."""
+    return Tracefs()
+
+
+def instances(owner: int | str) -> list[Path]:
+    """Our instances in tracefs, or those of one process."""
+    return list((tracefs().root / "instances").glob(f"calitrace-{owner}*"))
+
+
 @pytest.mark.parametrize("source", ["bpf", "tracefs"])
 def test_a_private_source_takes_nothing_from_trace_pipe(source: str, pair: Pair, talkative: Any) -> None:
-    tracefs = Tracefs()
-    size = tracefs.root / "buffer_size_kb"
+    size = tracefs().root / "buffer_size_kb"
     before = size.read_text()
     size.write_text("4096")
-    pipe = os.open(tracefs.root / "trace_pipe", os.O_RDONLY | os.O_NONBLOCK)
+    pipe = os.open(tracefs().root / "trace_pipe", os.O_RDONLY | os.O_NONBLOCK)
     stop = threading.Event()
     chunks = []
 
@@ -119,17 +131,14 @@ def test_a_private_source_takes_nothing_from_trace_pipe(source: str, pair: Pair,
         thread.join()
         os.close(pipe)
         size.write_text(before.split()[0])
-        tracefs.close()
-    assert (process.returncode, output.count(b'"verdict": "ALLOW"')) == (0, 500), errors
+        assert (process.returncode, output.count(b'"verdict": "ALLOW"')) == (0, 500), errors
     seen = b"".join(chunks)
     assert (seen.count(b"Program execution time: %dns" % NONCE), printed(talkative)) == (500, 1500)
 
 
 def test_the_instance_is_gone_after_kill(pair: Pair, talkative: Any) -> None:
-    tracefs = Tracefs()
     with listening("--source", "tracefs") as process:
-        instance = tracefs.root / "instances" / f"calitrace-{process.pid}"
-        assert instance.is_dir()
+        (instance,) = instances(process.pid)
         (guard,) = children(process.pid)
         watched = os.pidfd_open(guard)
         process.send_signal(signal.SIGKILL)
@@ -137,21 +146,56 @@ def test_the_instance_is_gone_after_kill(pair: Pair, talkative: Any) -> None:
         assert select.select([watched], [], [], TIMEOUT_S)[0], "the guard still runs"
         os.close(watched)
         assert not instance.exists()
-    tracefs.close()
 
 
 def test_an_orphan_is_removed_by_the_next() -> None:
-    tracefs = Tracefs()
     with subprocess.Popen(["true"]) as gone:
         pass
-    orphan = tracefs.root / "instances" / f"calitrace-{gone.pid}"
+    orphan = tracefs().root / "instances" / f"calitrace-{gone.pid}"
     orphan.mkdir()
     with Instance() as instance:
         assert not orphan.exists()
         assert instance.lost == 0
-        assert (tracefs.root / "instances" / f"calitrace-{os.getpid()}").is_dir()
-    assert [each.name for each in (tracefs.root / "instances").iterdir() if each.name.startswith("calitrace-")] == []
-    tracefs.close()
+        assert len(instances(os.getpid())) == 1
+    assert instances("") == []
+
+
+def test_a_run_in_another_container_leaves_ours_alone(pair: Pair, talkative: Any) -> None:
+    """Where our process is not to be seen, and has the same number."""
+    once = "import os; from calitrace.kernel.tracefs import Instance\nwith Instance() as i: print(os.getpid(), i.lost)"
+    with Instance() as instance:
+        container = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", once]
+        other = subprocess.run(container, capture_output=True, check=False)
+        assert (other.stdout, other.stderr) == (b"1 0\n", b"")
+        send_udp(pair, 10)
+        assert os.read(instance.fd, 1 << 20).count(b": bpf_trace_printk: ") == printed(talkative) == 30
+    assert instances("") == []
+
+
+def test_who_reads_an_orphan_keeps_it_and_stops_nobody() -> None:
+    orphan = tracefs().root / "instances" / "calitrace-1-2"
+    orphan.mkdir()
+    try:
+        with (orphan / "trace_pipe").open("rb"), Instance() as instance:
+            assert (orphan.is_dir(), instance.lost) == (True, 0)
+    finally:
+        orphan.rmdir()
+
+
+def test_the_options_of_the_global_buffer_are_not_ours(pair: Pair, talkative: Any) -> None:
+    wanted = {"latency-format": "1", "irq-info": "0", "context-info": "0"}
+    before = {name: (tracefs().root / "options" / name).read_text() for name in wanted}
+    try:
+        for name, value in wanted.items():
+            (tracefs().root / "options" / name).write_text(value)
+        with Instance() as instance:
+            send_udp(pair, 1)
+            lines = os.read(instance.fd, 1 << 20).decode().splitlines()
+    finally:
+        for name, value in before.items():
+            (tracefs().root / "options" / name).write_text(value)
+    contexts = [trace.split(line)[0] for line in lines if line]
+    assert [(each.pid, len(each.flags) >= 4) for each in contexts] == [(os.getpid(), True)] * printed(talkative)
 
 
 def test_the_filter_of_an_instance_is_the_kernels(pair: Pair, talkative: Any) -> None:
@@ -186,16 +230,14 @@ def test_the_place_of_a_loss_is_in_the_stream(pair: Pair, talkative: Any) -> Non
 
 
 def test_what_a_private_buffer_had_no_room_for_is_counted_once(pair: Pair, talkative: Any) -> None:
-    tracefs = Tracefs()
     with listening("--source", "tracefs", "--all", "-v", "-o", "json") as process:
-        size = tracefs.root / "instances" / f"calitrace-{process.pid}" / "buffer_size_kb"
-        size.write_text("8")
+        (instance,) = instances(process.pid)
+        (instance / "buffer_size_kb").write_text("8")
         process.send_signal(signal.SIGSTOP)
         send_udp(pair, 2000)
         process.send_signal(signal.SIGCONT)
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=TIMEOUT_S)
-    tracefs.close()
     shown = [json.loads(each) for each in output.splitlines()]
     lines = sum(len(each.get("lines", ["one"])) for each in shown if each.get("form") != "lost")
     said = re.search(rb"; (\d+) events lost", errors)

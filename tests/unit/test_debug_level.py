@@ -465,6 +465,17 @@ def test_a_cluster_without_calico(tmp_path: Path) -> None:
             felix.change(cluster, "a", {}, "6.8.0")
 
 
+def test_the_watchdog_finds_the_modules_that_we_find(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a relative PYTHONPATH says so: it runs in another directory."""
+    (tmp_path / "kubernetes.py").write_text("raise ImportError('the one beside us')")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    record = Record("https://x", place.kubeconfig, "", OWN, True, {}, DEBUG, 0.0, "", 1)
+    with pytest.raises(EnvironmentUnfit, match="the one beside us"):
+        Watchdog(record, 600, place.directory)
+
+
 def test_a_watchdog_that_cannot_work_or_record_leaves_nothing(place: Place, tmp_path: Path) -> None:
     record = Record("https://x", str(tmp_path / "no"), "", OWN, True, {}, DEBUG, 0.0, "", 1)
     with pytest.raises(EnvironmentUnfit, match="watchdog cannot work: no usable Kubernetes configuration"):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import pwd
 import sys
 from typing import TYPE_CHECKING
 
 import pytest
 from tests.kubernetes_api import KubernetesApi
 
-from calitrace.cluster import pods
+from calitrace.cluster import objects, pods
 from calitrace.cluster.kubernetes import ApiRefused, Cluster
 from calitrace.errors import EnvironmentUnfit, Exit
 
@@ -32,6 +33,15 @@ def api() -> Iterator[KubernetesApi]:
 def cluster(api: KubernetesApi, tmp_path: Path) -> Iterator[Cluster]:
     with Cluster(api.kubeconfig(tmp_path / "config"), timeout_s=2) as client:
         yield client
+
+
+def test_a_user_without_a_home_has_no_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HOME", "KUBECONFIG"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # of a container that runs as any number
+    assert not objects.configured()
+    with pytest.raises(EnvironmentUnfit, match="no usable Kubernetes configuration"):
+        Cluster("~/config")
 
 
 def refusal(cluster: Cluster, path: str = f"{NODES}/a") -> ApiRefused:

@@ -238,7 +238,8 @@ def _telling_lines(path: Path) -> tuple[str, ...] | Missing:
             stream = io.BufferedReader(raw)  # type: ignore[type-var]
             packed = stream.peek(2)[:2] == b"\x1f\x8b"
             plain = gzip.GzipFile(fileobj=stream) if packed else stream
-            found = felix_log.telling(counted(io.TextIOWrapper(plain, errors="replace")))
+            with io.TextIOWrapper(plain, encoding="utf-8", errors="replace") as text:
+                found = felix_log.telling(counted(text))
     except (OSError, EOFError, zlib.error) as failure:
         raise UsageError(f"cannot read {path}: {getattr(failure, 'strerror', None) or failure}") from failure
     return tuple(line.raw for line in found) or Missing(f"none of the {count} lines of {path} is Felix's")
@@ -287,8 +288,8 @@ def _from_others(snapshot: Snapshot, *, others: tuple[Path, ...], **_: Any) -> S
 def _text(path: Path) -> str:
     try:
         if str(path) == "-":
-            return sys.stdin.read()
-        return path.read_text(errors="replace")
+            return sys.stdin.buffer.read().decode(errors="replace")
+        return path.read_text(encoding="utf-8", errors="replace")
     except OSError as failure:
         raise UsageError(f"cannot read {path}: {failure.strerror}") from failure
 

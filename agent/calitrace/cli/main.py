@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import importlib
+import io
 import logging
 import os
 import sys
@@ -13,9 +15,10 @@ from pathlib import Path
 import click
 
 from calitrace import __version__
-from calitrace.errors import Error
+from calitrace.errors import EnvironmentUnfit, Error
 
 UNDO = Path("/var/lib/calitrace/undo")  # what an earlier run changed; see cluster/undo.py, which is slow to import
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _COLLECT_EVERY = 50_000  # new objects: hardly any of ours is in a cycle, and a look for it at all of them takes time
 COMMANDS = {
     "check": "Look through Calico's eBPF troubleshooting page and show the evidence.",
@@ -76,6 +79,7 @@ def cli(ctx: click.Context, debug: bool) -> None:
 def run() -> None:
     """The console script."""
     gc.set_threshold(_COLLECT_EVERY)
+    _open_streams()
     try:
         # color: of the context, None for click to look at the terminal
         status = cli.main(standalone_mode=False, color=False if os.environ.get("NO_COLOR") else None)
@@ -86,9 +90,33 @@ def run() -> None:
         sys.exit(wrong.exit_code)
     except Error as failure:
         sys.exit(explain(failure, "--debug" in sys.argv))
+    except OSError as failure:
+        if failure.errno not in _NO_ROOM:
+            raise
+        with open(os.devnull, "w") as null:  # noqa: PTH123  # what is left to write fails no more at the end
+            os.dup2(null.fileno(), 1)
+        sys.exit(explain(EnvironmentUnfit(f"cannot write the output: {failure.strerror}"), "--debug" in sys.argv))
     except SystemExit:  # click's answer to a reader that has gone: `calitrace ... | head`
         sys.exit(141)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _open_streams() -> None:
+    """See to it that stdin, stdout and stderr are open, and take any text.
+
+    Python has None for one that was closed, and the next file that is opened would get its number.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)
+            os.dup2(null, number)
+            if null != number:
+                os.close(null)
+            os.set_inheritable(number, True)
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # an encoding may lack a character, a name may be no text
 
 
 def explain(failure: Error, debug: bool) -> int:

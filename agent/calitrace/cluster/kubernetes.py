@@ -54,7 +54,7 @@ class Cluster:
 
     def __init__(self, kubeconfig: str = "", context: str = "", timeout_s: float = TIMEOUT_S) -> None:
         files = (kubeconfig or os.environ.get("KUBECONFIG", "")).split(os.pathsep)
-        self.kubeconfig = os.pathsep.join(str(Path(each).expanduser().absolute()) for each in files if each)
+        self.kubeconfig = os.pathsep.join(str(_expanded(each).absolute()) for each in files if each)
         self.context = context
         self._timeout_s = timeout_s
         self._client = _client(self.kubeconfig, context)
@@ -160,6 +160,16 @@ class Cluster:
         return raw
 
 
+def home_config() -> Path:
+    """Where kubectl looks for its configuration, if nothing else is said."""
+    return _expanded("~/.kube/config")
+
+
+def _expanded(path: str) -> Path:
+    """As Path.expanduser, which fails for a user who has no home: of a container, with any number."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111
+
+
 def _client(kubeconfig: str, context: str) -> ApiClient:
     """The official client, configured."""
     try:
@@ -172,7 +182,7 @@ def _client(kubeconfig: str, context: str) -> ApiClient:
         ) from missing
     configuration = client.Configuration()
     try:
-        if not kubeconfig and not Path("~/.kube/config").expanduser().exists() and SERVICE_ACCOUNT.exists():
+        if not kubeconfig and not home_config().exists() and SERVICE_ACCOUNT.exists():
             config.load_incluster_config(client_configuration=configuration)
         else:
             config.load_kube_config(

@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 from calitrace.checks.snapshot import Host, Kubernetes, Missing, Snapshot
-from calitrace.cluster.kubernetes import SERVICE_ACCOUNT, ApiRefused, Cluster
+from calitrace.cluster.kubernetes import SERVICE_ACCOUNT, ApiRefused, Cluster, home_config
 from calitrace.errors import EnvironmentUnfit
 
 T = TypeVar("T")
@@ -147,5 +146,5 @@ def host_of(node: str) -> Host | Missing:
 
 def configured() -> bool:
     """Whether something says which API server to ask: $KUBECONFIG, ~/.kube/config, or a pod's service account."""
-    files = (Path("~/.kube/config").expanduser(), SERVICE_ACCOUNT)
+    files = (home_config(), SERVICE_ACCOUNT)
     return bool(os.environ.get("KUBECONFIG")) or any(os.access(each, os.R_OK) for each in files)

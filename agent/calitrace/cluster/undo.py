@@ -200,6 +200,7 @@ class Watchdog:
                 stderr=subprocess.DEVNULL,  # it outlives our terminal: it speaks to us by stdout, and to syslog
                 pass_fds=(descriptor,),
                 cwd="/",
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(os.path.isabs, sys.path))},  # it may be relative
                 start_new_session=True,
                 bufsize=0,
             )

@@ -29,7 +29,7 @@ def _look(route: Any) -> dict[tuple[str, str], tuple[int, ...]]:
         try:
             hooks = tc.hooks(route)
             return {
-                (message.get_attr("IFLA_IFNAME"), hook): tuple(each for each in ids if _is_calico(each))
+                (tc.interface_name(message), hook): tuple(each for each in ids if _is_calico(each))
                 for message in route.get_links()
                 for hook, ids in tc.program_ids(route, message["index"], hooks.get(message["index"], ())).items()
             }

@@ -441,7 +441,7 @@ def name_condition(patterns: Sequence[str]) -> str:
     """
     either = []
     for pattern in patterns:
-        literal = pattern.removesuffix("*").encode()
+        literal = os.fsencode(pattern.removesuffix("*"))
         if any(each in b"*?[]" for each in literal) or len(literal) >= _IFNAMSIZ:
             return ""
         wanted, mask = literal, b"\xff" * len(literal)

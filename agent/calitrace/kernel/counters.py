@@ -163,7 +163,7 @@ def interfaces(route: Any) -> tuple[Interface, ...]:
     for message in route.get_links():
         counts = message.get_attr("IFLA_STATS64") or {}
         statistics = {name: int(counts[name]) for name in STATISTICS if name in counts}
-        found.append(Interface(message["index"], message.get_attr("IFLA_IFNAME"), statistics))
+        found.append(Interface(message["index"], tc.interface_name(message), statistics))
     return tuple(found)
 
 

@@ -92,7 +92,7 @@ def _namespace(route: Any, inum: int, name: str, files: Mapping[int, str]) -> Na
                     its.add(each.info)
         links[index] = Link(
             index,
-            message.get_attr("IFLA_IFNAME"),
+            tc.interface_name(message),
             tuple(addresses.get(index, ())),
             {hook: names for hook, names in calico.items() if names},
             {hook: names for hook, names in foreign.items() if names},

@@ -177,9 +177,10 @@ def _compile_apart(
 
     with loader.header_tree(structs) as (prelude, tree):
         # With our sys.path: its own would begin with the working directory, where anybody may have put modules.
-        command, pipe = [sys.executable, "-c", _CHILD, tree or "", *sys.path], subprocess.PIPE
-        # A session of its own: the terminal's Ctrl-C is ours to answer.
-        with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True) as child:
+        path, pipe = filter(os.path.isabs, sys.path), subprocess.PIPE
+        command = [sys.executable, "-c", _CHILD, tree or "", *path]
+        # A session of its own: the terminal's Ctrl-C is ours to answer. In /: our directory may have gone.
+        with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True, cwd="/") as child:
             request = (prelude + text, functions, dict(defines), dict(inner))
             answer, said = child.communicate(msgpack.packb(request))
     log = said.decode(errors="replace")

@@ -80,7 +80,10 @@ def header_tree(structs: str | None) -> Iterator[tuple[str, str | None]]:
         _require_real_headers()
         yield _REAL_HEADERS, None
         return
-    _remove_abandoned()
+    try:
+        _remove_abandoned()
+    except FileNotFoundError:  # as of a container whose root may not be written
+        raise EnvironmentUnfit("there is no place for temporary files", "set TMPDIR to a directory") from None
     with tempfile.TemporaryDirectory(prefix=_TREE) as directory:
         uname = os.uname()
         headers.write_tree(Path(directory), uname.machine, uname.release)
@@ -156,7 +159,7 @@ def captured_stderr() -> Iterator[_Log]:
     """Keep what C libraries (clang, libbpf) write to file descriptor 2; ``.text`` holds it afterwards."""
     log = _Log()
     sys.stderr.flush()
-    with tempfile.TemporaryFile() as sink:
+    with os.fdopen(os.memfd_create("stderr"), "w+b") as sink:
         saved = os.dup(2)
         os.dup2(sink.fileno(), 2)
         try:

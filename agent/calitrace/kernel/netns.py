@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from calitrace.errors import EnvironmentUnfit, UsageError
+from calitrace.kernel import mounts
 
 RUN_NETNS = Path("/run/netns")
 OURS = "(host)"  # our own, where it has no name
-_MOUNTS, _PROC = Path("/proc/self/mountinfo"), Path("/proc")
+_PROC = Path("/proc")
 _OWN = Path("/proc/thread-self/ns/net")
 _CLONE_NEWNET = 0x40000000
 _WHICH = "list them with `ip netns`, or give a path such as /proc/PID/ns/net"
@@ -101,10 +102,9 @@ def names() -> dict[int, str]:
             if about.st_dev == nsfs:  # else a mount point that was left when its namespace went
                 found[about.st_ino] = entry.name
     found.setdefault(own_inum(), OURS)
-    for line in _MOUNTS.read_text().splitlines():
-        words = line.split()
-        if words[3].startswith("net:[") and " - nsfs " in line:
-            found.setdefault(int(words[3][5:-1]), words[4].encode().decode("unicode_escape"))
+    for root, path, kind in mounts.iter_mounts():
+        if root.startswith("net:[") and kind == "nsfs":
+            found.setdefault(int(root[5:-1]), path)
     for process in sorted(int(each.name) for each in _PROC.iterdir() if each.name.isdigit()):
         file = _PROC / str(process) / "ns/net"
         try:

@@ -170,14 +170,29 @@ def iter_processes(inum: int) -> Iterator[Process]:
 
 
 def iter_trace_readers() -> Iterator[Process]:
-    """Processes that have a trace_pipe open. Raises EnvironmentUnfit without root."""
+    """Processes that have a trace_pipe open. Raises EnvironmentUnfit where some could not be seen, and none was."""
     if os.geteuid() != 0:
         raise EnvironmentUnfit("the open files of other processes are hidden: run as root")
+    found, hidden = False, not _sees_node()
     for entry in _PROC.iterdir():
         if entry.name.isdigit():
-            with suppress(OSError):  # it ended while we looked, or is out of even root's reach
+            try:
                 if any(_target(each).endswith("/trace_pipe") for each in (entry / "fd").iterdir()):
                     yield Process(int(entry.name), _comm(entry))
+                    found = True
+            except PermissionError:
+                hidden = True
+            except OSError:  # it ended while we looked
+                continue
+    if hidden and not found:
+        raise EnvironmentUnfit("other processes, or their open files, are hidden: hostPID and CAP_SYS_PTRACE show them")
+
+
+def _sees_node() -> bool:
+    """Whether the node's processes are in sight, not a container's alone: they begin with the kernel's own."""
+    with suppress(OSError):
+        return _comm(_PROC / "2") == "kthreadd"
+    return False
 
 
 def _target(link: Path) -> str:
@@ -262,7 +277,7 @@ def _settings(wanted: dict[str, str]) -> dict[str, str]:
 
 
 def _iter_routes(route: Any) -> Iterator[Route]:
-    names = {message["index"]: message.get_attr("IFLA_IFNAME") for message in route.get_links()}
+    names = {message["index"]: tc.interface_name(message) for message in route.get_links()}
     for message in route.get_routes(family=socket.AF_INET, table=254):
         destination = message.get_attr("RTA_DST")
         dst = f"{destination}/{message['dst_len']}" if destination else "default"
@@ -280,7 +295,7 @@ def _links(route: Any) -> tuple[Link, ...]:
         addresses.setdefault(message["index"], []).append(f"{address}/{message['prefixlen']}")
     hooks = tc.hooks(route)
     messages = list(route.get_links())
-    names = {message["index"]: message.get_attr("IFLA_IFNAME") for message in messages}
+    names = {message["index"]: tc.interface_name(message) for message in messages}
     known: dict[int, Program] = {}
     found = []
     for message in messages:
@@ -334,14 +349,14 @@ def _with_hardware(links: list[Link]) -> Iterator[Link]:
             if link.index not in asked:
                 yield link
                 continue
-            with suppress(OSError, NetlinkError):
+            with suppress(OSError, NetlinkError, UnicodeError):  # pyroute2 takes no name that is no text
                 link = replace(
                     link, features={k: bool(v) for k, v in tool.get_features(link.name).features.items() if k}
                 )
             with suppress(OSError):
                 link = replace(link, driver=iptables.driver(link.name))
             if link.kind == "wireguard":
-                with suppress(OSError, NetlinkError), WireGuard() as guard:
+                with suppress(OSError, NetlinkError, UnicodeError), WireGuard() as guard:
                     port = guard.info(link.name)[0].get_attr("WGDEVICE_A_LISTEN_PORT")
                     link = replace(link, udp_port=int(port or 0))
             yield link

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from calitrace.calico import state
 from calitrace.errors import Error, LayoutMismatch
-from calitrace.kernel import discover, headers, symbols, syscall
+from calitrace.kernel import discover, headers, mounts, symbols, syscall
 from calitrace.kernel.collectors import has_drop_reason
 
 if TYPE_CHECKING:
@@ -113,10 +113,8 @@ def _features(types: Btf) -> Iterator[Finding]:
 
 
 def _mount(name: str, where: Path, kind: str, lost: str) -> Finding:
-    for line in Path("/proc/self/mounts").read_text().splitlines():
-        _, path, filesystem, *_ = line.split()
-        if filesystem == kind and path == str(where):
-            return Finding(name, f"mounted on {where}")
+    if mounts.filesystem(where) == kind:
+        return Finding(name, f"mounted on {where}")
     return Finding(name, f"not mounted on {where}", lost, f"mount -t {kind} {kind} {where}")
 
 

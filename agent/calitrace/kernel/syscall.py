@@ -36,6 +36,8 @@ _MOST_PROGRAMS = 64  # the kernel's BPF_MPROG_MAX
 _CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_NET_RAW": 13, "CAP_SYS_ADMIN": 21, "CAP_PERFMON": 38, "CAP_BPF": 39}
 _ALL_IDS = ["0", "0", "4294967295"]  # /proc/self/uid_map outside of every user namespace
 
+_POSSIBLE = Path("/sys/devices/system/cpu/possible")
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -477,8 +479,11 @@ def capabilities() -> dict[str, bool]:
 
 def possible_cpus() -> int:
     """How many values an entry of a per-CPU map has, each padded to 8 bytes."""
-    last = Path("/sys/devices/system/cpu/possible").read_text().strip().replace(",", "-").split("-")[-1]
-    return int(last) + 1
+    count = 0
+    for part in _POSSIBLE.read_text().split(","):  # 0-3, or 0,2-5 where numbers are left out
+        first, _, last = part.partition("-")
+        count += int(last or first) - int(first) + 1
+    return count
 
 
 def enable_stats() -> int:

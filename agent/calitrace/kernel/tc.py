@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -26,6 +27,12 @@ class Filter(NamedTuple):
     name: str
     program: int
     priority: int
+
+
+def interface_name(link: Any) -> str:
+    """The name in a message about an interface: pyroute2 leaves one as bytes that is no UTF-8."""
+    name: bytes | str = link.get_attr("IFLA_IFNAME")
+    return os.fsdecode(name)
 
 
 def hooks(route: Any) -> dict[int, tuple[str, ...]]:

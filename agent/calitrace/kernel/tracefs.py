@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import platform
-import re
 import select
 import signal
 from pathlib import Path
@@ -20,14 +20,24 @@ from typing import TYPE_CHECKING
 from calitrace.errors import EnvironmentUnfit
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
 _EVENT = "events/bpf_trace/bpf_trace_printk"
 _NR_FSOPEN = {"x86_64": 430, "aarch64": 430}
 _FSCONFIG_CMD_CREATE = 6
 _BUFFER_KIB = 8192  # of each CPU
 _PLACES = (Path("/sys/kernel/tracing"), Path("/sys/kernel/debug/tracing"))
-_OURS = re.compile(r"calitrace-(\d+)")
+# A new instance has the options of the global buffer, which are as somebody else left them.
+_OPTIONS = {
+    "bin": 0,
+    "context-info": 1,
+    "fields": 0,
+    "hex": 0,
+    "irq-info": 1,
+    "latency-format": 0,
+    "raw": 0,
+    "verbose": 0,
+}
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -85,10 +95,12 @@ class Instance:
 
     def __init__(self, interfaces: Iterable[str] = ()) -> None:
         self._tracefs = Tracefs()
-        self._path = self._tracefs.root / "instances" / f"calitrace-{os.getpid()}"
+        # In containers many processes have the same id.
+        owner = f"{os.getpid()}-{Path('/proc/self/ns/pid').stat().st_ino}"
+        self._path = self._tracefs.root / "instances" / f"calitrace-{owner}"
         # A tag may be cut to 8 characters; what is matched too much the reader sorts out.
         self._filter = " || ".join(f'bpf_string ~ "*{name[:8]}*"' for name in interfaces)
-        self._guard = -1
+        self._lock = self._guard = -1
         self._guard_pid = 0
 
     def __enter__(self) -> Instance:
@@ -99,15 +111,20 @@ class Instance:
                 "this kernel does not trace bpf_trace_printk as an event (Linux v5.9 does)",
                 "read the global trace_pipe: --source trace_pipe",
             )
-        _remove_orphans(root / "instances")
         try:
-            self._path.mkdir()
+            with _locked(root / "instances"):  # one run at a time: ours is no orphan before it is locked
+                _remove_orphans(root / "instances")
+                self._path.mkdir()
+                self._lock = _lock(self._path)
         except OSError as failure:
             self._tracefs.close()
             raise EnvironmentUnfit(f"cannot make a tracefs instance: {failure.strerror}", "run as root") from failure
         self._watch()
         try:
             self._write("trace_clock", "mono")
+            for name, value in _OPTIONS.items():
+                if (self._path / "options" / name).exists():
+                    self._write(f"options/{name}", str(value))
             self._write("buffer_size_kb", str(_BUFFER_KIB))
             if self._filter:
                 self._write(f"{_EVENT}/filter", self._filter)
@@ -124,6 +141,7 @@ class Instance:
         _remove(self._path)
         os.close(self._guard)
         os.waitpid(self._guard_pid, 0)
+        os.close(self._lock)
         self._tracefs.close()
 
     def disable(self) -> None:
@@ -176,15 +194,38 @@ def _open(path: Path) -> int:
         raise EnvironmentUnfit(f"cannot open {path}: {failure.strerror}", "run as root") from failure
 
 
+def _lock(directory: Path, how: int = fcntl.LOCK_EX) -> int:
+    """A descriptor that holds the lock of a directory, in this process and in those that it forks. Raises OSError."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, how)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+@contextlib.contextmanager
+def _locked(directory: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
+    descriptor = _lock(directory, how)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _remove(path: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
+    """Unless somebody else reads it: then a later run does."""
+    with contextlib.suppress(OSError):
         (path / _EVENT / "enable").write_text("0")
         path.rmdir()
 
 
 def _remove_orphans(instances: Path) -> None:
-    """Instances of processes that are gone, and of whom the guard was killed too."""
+    """Instances of processes that are gone, and of whom the guard was killed too: nobody holds their locks.
+
+    Process ids would not tell: other containers' are not to be seen.
+    """
     for path in instances.glob("calitrace-*"):
-        owner = _OURS.fullmatch(path.name)
-        if owner and not Path(f"/proc/{owner[1]}").exists():
+        with contextlib.suppress(OSError), _locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB):
             _remove(path)

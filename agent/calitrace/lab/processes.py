@@ -28,7 +28,7 @@ _STOP_MS = 3000
 def start_ticks(pid: int) -> int:
     """When the process started, in clock ticks since boot; 0 if there is none. Source: proc(5), stat field 22."""
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        return int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19])
     except (FileNotFoundError, ProcessLookupError):
         return 0
 
@@ -36,7 +36,7 @@ def start_ticks(pid: int) -> int:
 def is_running(server: Server) -> bool:
     """Whether that very process lives; a zombie does not."""
     try:
-        fields = Path(f"/proc/{server.pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{server.pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return False
     return int(fields[19]) == server.start_ticks and fields[0] != "Z"
@@ -109,6 +109,6 @@ def iter_inside(namespace: str) -> Iterator[tuple[int, str]]:
         if entry.name.isdigit():
             try:
                 if (entry / "ns/net").stat().st_ino == inode:
-                    yield int(entry.name), (entry / "comm").read_text().strip()
+                    yield int(entry.name), (entry / "comm").read_text(errors="replace").strip()
             except (FileNotFoundError, ProcessLookupError, PermissionError):
                 continue

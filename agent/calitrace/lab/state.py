@@ -96,11 +96,20 @@ def forget(lab: Lab) -> None:
 
 @contextmanager
 def locked(lab: Lab) -> Iterator[None]:
-    """Be the only one who changes this lab. Raises EnvironmentUnfit at once when someone else is at it."""
-    descriptor = _open_lock(lab.lock_file)
+    """Be the only one who changes this lab. Raises EnvironmentUnfit at once when someone else is at it.
+
+    Nobody else may write what is made meanwhile, whatever the umask: root does what the record says.
+    """
+    before = os.umask(0o022)
+    try:
+        descriptor = _open_lock(lab.lock_file)
+    except BaseException:
+        os.umask(before)
+        raise
     try:
         yield
     finally:
+        os.umask(before)
         lab.lock_file.unlink(missing_ok=True)
         os.close(descriptor)
         with suppress(OSError):  # another lab's files are still there

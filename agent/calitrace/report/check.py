@@ -90,9 +90,9 @@ def iter_json(results: Iterable[Result]) -> Iterator[str]:
     """A ``check`` object for each check, a ``finding`` for each finding behind it, and a ``summary``."""
     every = list(results)
     for result in every:
-        yield _dump({"type": "check", "id": result.check.id, "status": result.status.value, "why": list(result.why)})
+        yield dump({"type": "check", "id": result.check.id, "status": result.status.value, "why": list(result.why)})
         for each in result.findings:
-            yield _dump(
+            yield dump(
                 {
                     "type": "finding",
                     "id": result.check.id,
@@ -104,7 +104,7 @@ def iter_json(results: Iterable[Result]) -> Iterator[str]:
                     "section": result.check.section,
                 }
             )
-    yield _dump(
+    yield dump(
         {
             "type": "summary",
             "findings": {s.value: sum(f.severity is s for r in every for f in r.findings) for s in _ORDER},
@@ -113,8 +113,9 @@ def iter_json(results: Iterable[Result]) -> Iterator[str]:
     )
 
 
-def _dump(value: dict[str, object]) -> str:
-    return json.dumps(value, ensure_ascii=False)
+def dump(value: dict[str, object]) -> str:
+    """One object as a line."""
+    return json.dumps(value)
 
 
 def iter_markdown(snapshot: Snapshot, results: list[Result]) -> Iterator[str]:

@@ -200,7 +200,7 @@ def _flow(flow: Flow) -> dict[str, Any]:
 
 def dump(value: dict[str, Any]) -> str:
     """One line of JSON. Bytes that were no UTF-8 are escaped."""
-    return json.dumps(value, ensure_ascii=True)
+    return json.dumps(value)
 
 
 class Stats:

@@ -34,11 +34,11 @@ class Writer:
         out = b""
         if interface not in self._interfaces:
             self._interfaces[interface] = len(self._interfaces)
-            options = [(_IF_NAME, interface.encode()), (_IF_TSRESOL, _NANOSECONDS)]
+            options = [(_IF_NAME, interface.encode(errors="surrogateescape")), (_IF_TSRESOL, _NANOSECONDS)]
             out = _block(_INTERFACE, struct.pack("<HHI", LINKTYPE_RAW, 0, 0), options)
         high, low = divmod(time_ns, 1 << 32)
         fixed = struct.pack("<IIIII", self._interfaces[interface], high, low, len(raw), max(len_bytes, len(raw)))
-        return out + _block(_PACKET, fixed + _padded(raw), [(_COMMENT, comment.encode())])
+        return out + _block(_PACKET, fixed + _padded(raw), [(_COMMENT, comment.encode(errors="surrogateescape"))])
 
 
 def _block(kind: int, body: bytes, options: list[tuple[int, bytes]]) -> bytes:
