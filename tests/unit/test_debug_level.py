@@ -21,6 +21,7 @@ from calitrace.cluster.felix import Change, DebugLevel
 from calitrace.cluster.kubernetes import ApiRefused, Cluster
 from calitrace.cluster.undo import Record, Watchdog, difference, replacing, replay
 from calitrace.errors import EnvironmentUnfit, NotCalico, UsageError
+from calitrace.kernel import child
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -474,6 +475,16 @@ def test_the_watchdog_finds_the_modules_that_we_find(
     record = Record("https://x", place.kubeconfig, "", OWN, True, {}, DEBUG, 0.0, "", 1)
     with pytest.raises(EnvironmentUnfit, match="the one beside us"):
         Watchdog(record, 600, place.directory)
+
+
+def test_our_modules_are_found_by_ours_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the process starts in turn, such as a kubeconfig's credential plugin, may be of another Python."""
+    (tmp_path / "json.py").write_text("raise SystemExit(7)")
+    monkeypatch.setattr(sys, "path", ["", "relative", *sys.path])
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    words = child.command("import json, os; print(json.dumps([os.environ.get('PYTHONPATH'), *sys.argv[1:]]))", "a b")
+    done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, '[null, "a b"]\n'), done.stderr
 
 
 def test_a_watchdog_that_cannot_work_or_record_leaves_nothing(place: Place, tmp_path: Path) -> None:

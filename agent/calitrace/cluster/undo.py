@@ -19,7 +19,6 @@ import re
 import select
 import signal
 import subprocess
-import sys
 import syslog
 import time
 from dataclasses import asdict, dataclass
@@ -28,8 +27,10 @@ from typing import Any
 
 from calitrace.cluster.kubernetes import TIMEOUT_S, ApiRefused, Cluster
 from calitrace.errors import EnvironmentUnfit, Error
+from calitrace.kernel import child
 
 DIRECTORY = Path("/var/lib/calitrace/undo")
+_MAIN = "from pathlib import Path; from calitrace.cluster import undo; undo.main(Path(sys.argv[1]), float(sys.argv[2]))"
 START_S = 30.0
 LONGEST_PAUSE_S = 30.0
 _CONFLICTS = 10
@@ -194,13 +195,12 @@ class Watchdog:
         descriptor = _write(record, self.path)
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "calitrace.cluster.undo", str(self.path), str(seconds)],
+                child.command(_MAIN, str(self.path), str(seconds)),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,  # it outlives our terminal: it speaks to us by stdout, and to syslog
                 pass_fds=(descriptor,),
                 cwd="/",
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(os.path.isabs, sys.path))},  # it may be relative
                 start_new_session=True,
                 bufsize=0,
             )
@@ -333,7 +333,7 @@ def _say(**answer: Any) -> None:
 
 
 def main(path: Path, seconds: float) -> None:
-    """The watchdog: ``python -m calitrace.cluster.undo RECORD SECONDS``; its owner is at the other end of stdin."""
+    """The watchdog, in a process of its own; its owner is at the other end of stdin."""
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
         signal.signal(number, signal.SIG_IGN)
     told_to_end = _told_to_end()
@@ -363,7 +363,3 @@ def main(path: Path, seconds: float) -> None:
             continue
         syslog.syslog(syslog.LOG_NOTICE, outcome.text)
         _say(**asdict(outcome))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), float(sys.argv[2]))

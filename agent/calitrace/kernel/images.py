@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calitrace.errors import EnvironmentUnfit
-from calitrace.kernel import headers, loader, syscall
+from calitrace.kernel import child, headers, loader, syscall
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from calitrace.btf import Btf
 
 CACHE = Path("/var/cache/calitrace")
-_CHILD = "import sys; tree, *sys.path = sys.argv[1:]; from calitrace.kernel import images; images.compile_for(tree)"
+_CHILD = "from calitrace.kernel import images; images.compile_for(sys.argv[1])"
 _log = logging.getLogger(__name__)
 _KEPT = 32  # one for each set of options that somebody used
 _INSTRUCTION = struct.Struct("=BBhi")  # struct bpf_insn of include/uapi/linux/bpf.h
@@ -176,16 +176,14 @@ def _compile_apart(
     import msgpack
 
     with loader.header_tree(structs) as (prelude, tree):
-        # With our sys.path: its own would begin with the working directory, where anybody may have put modules.
-        path, pipe = filter(os.path.isabs, sys.path), subprocess.PIPE
-        command = [sys.executable, "-c", _CHILD, tree or "", *path]
+        command, pipe = child.command(_CHILD, tree or ""), subprocess.PIPE
         # A session of its own: the terminal's Ctrl-C is ours to answer. In /: our directory may have gone.
-        with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True, cwd="/") as child:
+        with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True, cwd="/") as run:
             request = (prelude + text, functions, dict(defines), dict(inner))
-            answer, said = child.communicate(msgpack.packb(request))
+            answer, said = run.communicate(msgpack.packb(request))
     log = said.decode(errors="replace")
-    if child.returncode:
-        raise loader.CompileFailed(f"the compiler of our BPF programs ended with status {child.returncode}", log)
+    if run.returncode:
+        raise loader.CompileFailed(f"the compiler of our BPF programs ended with status {run.returncode}", log)
     image, failed, cause, hint = msgpack.unpackb(answer)
     if failed:
         raise loader.CompileFailed(cause, log)
