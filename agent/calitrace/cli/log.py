@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 import signal
 import sys
 import time
@@ -276,7 +277,7 @@ class _Session:
         if settings.stats:
             return
         if settings.output == "json":
-            click.echo(self._report.dump(self._report.passage_object(passage, lines=settings.verbose)))
+            click.echo(json.dumps(self._report.passage_object(passage, lines=settings.verbose)))
             return
         if settings.output == "table":
             lines = self._report.table_lines(passage, columns())
@@ -296,14 +297,14 @@ class _Session:
         """A line that is in no packet, or that is unknown to us."""
         if line.raw and not line.raw.isspace():
             if self._settings.output == "json":
-                click.echo(self._report.dump(self._report.line_object(line)))
+                click.echo(json.dumps(self._report.line_object(line)))
             else:
                 click.echo(_printable(f"{line.form.value:>7}: {self._report.line_text(line)}"))
 
     def _close(self, source: Input) -> None:
         lost, settings = source.lost(), self._settings
         if settings.stats and settings.output == "json":
-            click.echo(self._report.dump(self._stats.to_object(source.reader, lost)))
+            click.echo(json.dumps(self._stats.to_object(source.reader, lost)))
             return
         lines = [_printable(line) for line in self._stats.iter_lines(source.reader, lost)]
         if settings.stats:

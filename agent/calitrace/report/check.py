@@ -90,9 +90,11 @@ def iter_json(results: Iterable[Result]) -> Iterator[str]:
     """A ``check`` object for each check, a ``finding`` for each finding behind it, and a ``summary``."""
     every = list(results)
     for result in every:
-        yield dump({"type": "check", "id": result.check.id, "status": result.status.value, "why": list(result.why)})
+        yield json.dumps(
+            {"type": "check", "id": result.check.id, "status": result.status.value, "why": list(result.why)}
+        )
         for each in result.findings:
-            yield dump(
+            yield json.dumps(
                 {
                     "type": "finding",
                     "id": result.check.id,
@@ -104,18 +106,13 @@ def iter_json(results: Iterable[Result]) -> Iterator[str]:
                     "section": result.check.section,
                 }
             )
-    yield dump(
+    yield json.dumps(
         {
             "type": "summary",
             "findings": {s.value: sum(f.severity is s for r in every for f in r.findings) for s in _ORDER},
             "checks": {s.value: sum(r.status is s for r in every) for s in Status},
         }
     )
-
-
-def dump(value: dict[str, object]) -> str:
-    """One object as a line."""
-    return json.dumps(value)
 
 
 def iter_markdown(snapshot: Snapshot, results: list[Result]) -> Iterator[str]:

@@ -20,7 +20,7 @@ def iter_objects(analysis: Analysis) -> Iterator[str]:
     """A ``probe`` object for each probe, and a ``summary`` at the end."""
     for journey, verdict in zip(analysis.journeys, analysis.verdicts, strict=True):
         probe = journey.probe
-        yield dump(
+        yield json.dumps(
             {
                 "type": "probe",
                 "number": probe.number,
@@ -45,7 +45,7 @@ def iter_objects(analysis: Analysis) -> Iterator[str]:
                 "hops": [_hop(analysis, step, probe.sent_ns) for step in journey.steps],
             }
         )
-    yield dump(
+    yield json.dumps(
         {
             "type": "summary",
             "probes": len(analysis.verdicts),
@@ -96,8 +96,3 @@ def _place(place: Place | None) -> dict[str, str] | None:
     if place is None:
         return None
     return {"namespace": place.namespace, "interface": place.interface, "hook": place.hook}
-
-
-def dump(value: dict[str, Any]) -> str:
-    """One object as a line."""
-    return json.dumps(value)

@@ -7,7 +7,6 @@ other; it is not what a packet costs in production.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -196,11 +195,6 @@ def _flow(flow: Flow) -> dict[str, Any]:
         "dst": flow.dst or None,
         "dport": flow.dport or None,
     }
-
-
-def dump(value: dict[str, Any]) -> str:
-    """One line of JSON. Bytes that were no UTF-8 are escaped."""
-    return json.dumps(value)
 
 
 class Stats:
