@@ -207,7 +207,7 @@ def _take(journal: Journal, kind: str, body: dict[str, Any], at: int) -> None:
         for probe in body.get("probes", ()):  # a later record of the same probe knows its outcome
             journal.probes[probe["number"]] = probe
     elif kind == SYMBOLS:
-        journal.symbols.update(_each(body.get("names", {}), int, str))
+        journal.symbols.update(typed(body.get("names", {}), int, str))
     elif kind == TOTALS:
         journal.totals = checked_totals(body)
     elif kind == SNAPSHOT:
@@ -229,13 +229,13 @@ def _take(journal: Journal, kind: str, body: dict[str, Any], at: int) -> None:
 def checked_totals(body: dict[str, Any]) -> dict[str, Any]:
     """The body of a TOTALS frame: its ``stats`` and ``lost`` are numbers by name. Raises Malformed."""
     try:
-        return {**body, **{name: _each(body[name], str, int) for name in ("stats", "lost") if name in body}}
+        return {**body, **{name: typed(body[name], str, int) for name in ("stats", "lost") if name in body}}
     except TypeError as wrong:
         raise Malformed(0, "totals", str(wrong), "journal") from wrong
 
 
-def _each(plain: object, key: type[_Key], value: type[_Value]) -> dict[_Key, _Value]:
-    """*plain* as a dict of these types. Raises TypeError: a journal may be anybody's."""
+def typed(plain: object, key: type[_Key], value: type[_Value]) -> dict[_Key, _Value]:
+    """*plain* as a dict of these types. Raises TypeError: what is in a journal may be anybody's."""
     if not isinstance(plain, dict) or not all(isinstance(k, key) and isinstance(v, value) for k, v in plain.items()):
         raise TypeError(f"{type(plain).__name__} for {key.__name__} to {value.__name__}")
     return plain

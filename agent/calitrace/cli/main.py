@@ -93,7 +93,7 @@ def run() -> None:
     except OSError as failure:
         if failure.errno not in _NO_ROOM:
             raise
-        with open(os.devnull, "w") as null:  # noqa: PTH123  # what is left to write fails no more at the end
+        with Path(os.devnull).open("w") as null:  # what is left to write fails no more at the end
             os.dup2(null.fileno(), 1)
         sys.exit(explain(EnvironmentUnfit(f"cannot write the output: {failure.strerror}"), "--debug" in sys.argv))
     except SystemExit:  # click's answer to a reader that has gone: `calitrace ... | head`
@@ -113,7 +113,7 @@ def _open_streams() -> None:
             if null != number:
                 os.close(null)
             os.set_inheritable(number, True)
-            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # an encoding may lack a character, a name may be no text

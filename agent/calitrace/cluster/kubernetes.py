@@ -166,8 +166,10 @@ def home_config() -> Path:
 
 
 def _expanded(path: str) -> Path:
-    """As Path.expanduser, which fails for a user who has no home: of a container, with any number."""
-    return Path(os.path.expanduser(path))  # noqa: PTH111
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # a user who has no home: of a container, with any number
+        return Path(path)
 
 
 def _client(kubeconfig: str, context: str) -> ApiClient:

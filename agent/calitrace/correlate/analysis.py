@@ -11,6 +11,7 @@ from calitrace.correlate.journey import Journey, Journeys
 from calitrace.correlate.verdict import Verdict, judge
 from calitrace.decode import Decoder
 from calitrace.errors import Malformed
+from calitrace.journal import typed
 from calitrace.model import Outcome, Probe, Topology, require_types
 
 if TYPE_CHECKING:
@@ -41,7 +42,9 @@ def analyse(journal: Journal, *, short_names: bool = False) -> Analysis:
     header = journal.header
     try:
         whole = Topology.from_map(header["topology"])
-        names = Names(_names(header["drop_reasons"]), journal.symbols, _names(header.get("rules", {})))
+        names = Names(
+            typed(header["drop_reasons"], int, str), journal.symbols, typed(header.get("rules", {}), int, str)
+        )
         run_id, vxlan_port = int(header["run_id"]), int(header["vxlan_port"])
         probes = [_probe(each) for _, each in sorted(journal.probes.items())]
         lost_by = dict(journal.totals.get("lost", {}))
@@ -76,13 +79,6 @@ def analyse(journal: Journal, *, short_names: bool = False) -> Analysis:
         decoder.malformed,
         tuple(notes + _notes(journal, decoder.malformed, lost_by)),
     )
-
-
-def _names(plain: object) -> dict[int, str]:
-    found: dict[int, str] = dict(plain)  # type: ignore[call-overload]
-    if not all(isinstance(number, int) and isinstance(name, str) for number, name in found.items()):
-        raise TypeError("names that are no text, or of no number")
-    return found
 
 
 def _looked_up(plain: dict[str, Any]) -> walk.Step:
